@@ -1,0 +1,139 @@
+"""Settings: how a model is read as an ODE, and how its layers are solved. Plain data, no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from hf_layerpar.errors import ConfigurationError
+
+CONFIG_KEY = "hf_layerpar"
+"""Key of a model's config.json that holds its `OdeSettings`."""
+
+Form = Literal["euler", "split"]
+Interpolation = Literal["constant", "linear"]
+Strategy = Literal["serial", "pipeline", "mgrit"]
+Relaxation = Literal["F", "FCF"]
+Operator = Literal["rediscretize", "aggregate", "identity"]
+
+
+def _one_of(name: str, value: str, choices: Any) -> None:
+    if value not in get_args(choices):
+        raise ConfigurationError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(choices))}")
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ConfigurationError(f"{name}={value!r} must be an integer of at least {low}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OdeSettings:
+    """How a model's layer stacks are read as Euler steps; stored in config.json under `CONFIG_KEY`.
+
+    step_size: h of the inner steps (buffer layers always have h = 1).
+    form: "euler" x + h (layer(x) - x), or "split" (h scales every residual branch inside the layer).
+    interpolation: how the weights of a refined stack were made from the original layers.
+    buffers: open and close layers of every stack that keep h = 1 and are always computed exactly.
+    folded: the stored weights already contain h (split form only), so a stock load computes the same function.
+    """
+
+    step_size: float = 1.0
+    form: Form = "euler"
+    interpolation: Interpolation = "constant"
+    buffers: tuple[int, int] = (0, 0)
+    folded: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "buffers", tuple(self.buffers))
+        if not 0 < self.step_size <= 1:
+            raise ConfigurationError(f"step_size={self.step_size!r} must be in (0, 1]; 1 is the model as it is")
+        _one_of("form", self.form, Form)
+        _one_of("interpolation", self.interpolation, Interpolation)
+        if len(self.buffers) != 2:
+            raise ConfigurationError(f"buffers={self.buffers!r} must be two integers (open, close)")
+        for name, value in zip(("buffers[0]", "buffers[1]"), self.buffers, strict=True):
+            _at_least(name, value, 0)
+        if self.folded and self.form != "split":
+            raise ConfigurationError(f"folded=True needs form='split', not {self.form!r}: only that form folds exactly")
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"buffers": list(self.buffers)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> OdeSettings:
+        return cls(**_known_fields(cls, values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerParallelConfig:
+    """How the layers of a converted model are solved over the lp ranks.
+
+    strategy: "serial" (one layer after the other, over the ranks), "pipeline" (the same, exact, with micro-batches
+        flowing through the ranks' blocks) or "mgrit" (all intervals at once; inexact for few iterations).
+    levels, coarsening: grids of the multigrid hierarchy, and fine steps per coarse step (one number, or one per
+        coarse level, finest first).
+    relaxation: "F" or "FCF".
+    forward_iterations, backward_iterations: MGRIT iterations of each sweep; 1 is the nested start and one relaxation,
+        each one more adds a coarse-grid correction. 0 makes that sweep exact (the pipeline).
+    coarse_operator: see `hf_layerpar.mgrit.coarse`.
+    damping: gamma in [0, 1); a correction is scaled by 1 - gamma.
+    micro_batches: pieces the batch is cut into (fewer when the batch is smaller).
+    """
+
+    strategy: Strategy = "pipeline"
+    levels: int = 2
+    coarsening: int | tuple[int, ...] = 4
+    relaxation: Relaxation = "F"
+    forward_iterations: int = 1
+    backward_iterations: int = 1
+    coarse_operator: Operator = "aggregate"
+    damping: float = 0.0
+    micro_batches: int = 1
+
+    def __post_init__(self) -> None:
+        _one_of("strategy", self.strategy, Strategy)
+        _one_of("relaxation", self.relaxation, Relaxation)
+        _one_of("coarse_operator", self.coarse_operator, Operator)
+        _at_least("levels", self.levels, 2)
+        _at_least("forward_iterations", self.forward_iterations, 0)
+        _at_least("backward_iterations", self.backward_iterations, 0)
+        _at_least("micro_batches", self.micro_batches, 1)
+        if not 0 <= self.damping < 1:
+            raise ConfigurationError(f"damping={self.damping!r} must be in [0, 1); 0 applies the whole correction")
+        if isinstance(self.coarsening, list):  # YAML and JSON have no tuples
+            object.__setattr__(self, "coarsening", tuple(self.coarsening))
+        for c in self.factors:
+            _at_least("coarsening", c, 2)
+        if len(self.factors) != self.levels - 1:
+            raise ConfigurationError(
+                f"coarsening={self.coarsening!r} gives {len(self.factors)} factors for levels={self.levels}; "
+                f"give one number or {self.levels - 1} of them"
+            )
+        if self.strategy == "serial" and self.micro_batches != 1:
+            raise ConfigurationError(
+                f"strategy='serial' with micro_batches={self.micro_batches}; use strategy='pipeline' for micro-batches"
+            )
+
+    @property
+    def factors(self) -> tuple[int, ...]:
+        """The coarsening factor of each level but the coarsest, finest first."""
+        if isinstance(self.coarsening, tuple):
+            return self.coarsening
+        return (self.coarsening,) * (self.levels - 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LayerParallelConfig:
+        return cls(**_known_fields(cls, values))
+
+
+def _known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    names = [f.name for f in dataclasses.fields(cls)]
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        raise ConfigurationError(f"unknown {cls.__name__} keys {unknown}; known keys are {names}")
+    return values
