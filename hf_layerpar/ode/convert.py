@@ -1,0 +1,191 @@
+"""`convert_to_ode`: read a HuggingFace model as Euler steps of an ODE, keeping its class, keys and behaviour."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_layerpar.config import CONFIG_KEY, Form, Interpolation, OdeSettings
+from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
+from hf_layerpar.ode import fold
+from hf_layerpar.ode.families import check_supported, find_stacks
+from hf_layerpar.ode.stack import LayerStack, intercept
+
+_VIEW = "_hf_layerpar_view"
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(eq=False)
+class OdeView:
+    """What `convert_to_ode` made of a model: its settings and its stacks, in the order of `named_modules()`.
+
+    Kept on the model itself, so a deepcopy of the model has a view of its own layers.
+    """
+
+    settings: OdeSettings
+    stacks: tuple[LayerStack, ...]
+
+
+def ode_view(model: nn.Module) -> OdeView:
+    """The view of a converted model, also through wrappers (PEFT, DistributedDataParallel, torch.compile).
+
+    Raises:
+        UnsupportedModelError: the model isn't converted.
+    """
+    view = _find_view(model)
+    if view is None:
+        raise UnsupportedModelError(f"{type(model).__name__} is not converted; call convert_to_ode(model) first")
+    return view
+
+
+def convert_to_ode(
+    model: Model,
+    step_size: float | None = None,
+    num_steps: int | None = None,
+    form: Form | Literal["auto"] = "auto",
+    interpolation: Interpolation | None = None,
+    buffers: tuple[int, int] | None = None,
+) -> Model:
+    """Turn every layer of a model's stacks into an Euler step of size h. At h = 1 nothing it computes changes.
+
+    Args:
+        model: a transformers model, or a PEFT model around one. Its layers must be `GradientCheckpointingLayer`s that
+            map a state `[B, T, D]` to a state of the same shape.
+        step_size: h of the inner steps, in (0, 1]; default 1.
+        num_steps: inner steps of every stack, buffers not counted; default: layers / step_size, which keeps the final
+            time. Another number than the stack has builds a deeper or shallower model from interpolated weights.
+        form: "euler", x + h (layer(x) - x), or "split", h on every residual branch inside the layer (pre-LN layers
+            only, folds into a stock checkpoint); "auto" takes "split" where all layers allow it.
+        interpolation: weights of a refined stack, "constant" (layers repeated; the default) or "linear".
+        buffers: first and last layers of every stack that stay as they are; default (0, 0).
+
+    A model whose config carries settings of an earlier conversion (a checkpoint of ours) gets those back; arguments may
+    repeat them but not contradict them.
+
+    Returns:
+        The same object where no stack changes its depth, else a new model of the same class, `model` being left alone.
+
+    Raises:
+        ConfigurationError: a value out of range, a fractional number of steps, or a contradiction of stored settings.
+        UnsupportedModelError: no stack, layerdrop, a model already converted, or a form that a layer doesn't have.
+    """
+    base = _hf_model(model)
+    view = _find_view(model)
+    if view is not None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is already converted ({view.settings}); ode_view(model) gives its stacks. To use "
+            "other settings, convert a model loaded anew"
+        )
+    check_supported(base)
+    depths = {path: len(layers) for path, layers in find_stacks(base).items()}
+    stored = getattr(base.config, CONFIG_KEY, None)
+    if stored is None:
+        settings = OdeSettings(
+            step_size=1.0 if step_size is None else step_size,
+            form=_choose_form(base, form),
+            interpolation=interpolation or "constant",
+            buffers=(0, 0) if buffers is None else buffers,
+        )
+        steps = {path: _inner_steps(path, depth, settings, num_steps) for path, depth in depths.items()}
+    else:
+        settings = OdeSettings.from_dict(stored)
+        asked = {"step_size": step_size, "form": None if form == "auto" else form, "interpolation": interpolation}
+        asked["buffers"] = None if buffers is None else tuple(buffers)
+        _check_agreement(settings, asked)
+        steps = {path: depth - sum(settings.buffers) for path, depth in depths.items()}
+        if num_steps is not None and any(count != num_steps for count in steps.values()):
+            raise ConfigurationError(
+                f"num_steps={num_steps} contradicts the checkpoint, whose stacks have {steps} inner steps; leave "
+                "num_steps out, or refine the original model"
+            )
+    if any(steps[path] != depth - sum(settings.buffers) for path, depth in depths.items()):
+        from hf_layerpar.ode.refine import refined  # imports much of transformers that plain conversions don't need
+
+        if base is not model:
+            raise UnsupportedModelError(
+                f"the adapters of a {type(model).__name__} belong to its {depths} layers, so its depth can't change; "
+                "refine the base model with convert_to_ode first, then wrap it"
+            )
+        base = refined(base, steps, settings)
+        return _attach(base, base, settings)  # pyright: ignore[reportReturnType]
+    return _attach(model, base, settings)
+
+
+def _attach(model: Model, base: PreTrainedModel, settings: OdeSettings) -> Model:
+    unfolded = dataclasses.replace(settings, folded=False)
+    stacks = tuple(LayerStack(path, layers, unfolded) for path, layers in find_stacks(base).items())
+    if settings.form == "split":
+        for stack in stacks:
+            for layer, step_size in zip(stack.layers, stack.step_sizes, strict=True):
+                fold.install_scaling(layer, step_size)
+    if settings.folded:
+        fold.unfold_(base)
+    intercept(base, stacks)
+    setattr(base, _VIEW, OdeView(unfolded, stacks))
+    setattr(base.config, CONFIG_KEY, unfolded.to_dict())
+    return model
+
+
+def _find_view(model: nn.Module) -> OdeView | None:
+    return next((vars(module)[_VIEW] for module in model.modules() if _VIEW in vars(module)), None)
+
+
+def _hf_model(model: nn.Module) -> PreTrainedModel:
+    if isinstance(model, nn.Module):
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                return module
+    raise UnsupportedModelError(
+        f"convert_to_ode needs a transformers model, or a PEFT model around one; got {type(model).__name__}"
+    )
+
+
+def _choose_form(model: PreTrainedModel, form: str) -> Form:
+    without = [
+        f"{path}.0 ({type(layer).__name__})"
+        for path, layers in find_stacks(model).items()
+        if (layer := next((layer for layer in layers if not fold.has_split_form(layer)), None)) is not None
+    ]
+    if form == "split" and without:
+        raise UnsupportedModelError(
+            f"form='split' needs layers known to be pre-LN, but {', '.join(without)} is not; use form='euler'"
+        )
+    if form == "auto":
+        return "euler" if without else "split"
+    return form  # pyright: ignore[reportReturnType]  # OdeSettings refuses unknown values
+
+
+def _inner_steps(path: str, depth: int, settings: OdeSettings, num_steps: int | None) -> int:
+    inner = depth - sum(settings.buffers)
+    if inner < 1:
+        raise ConfigurationError(
+            f"buffers={settings.buffers} leave {inner} of the {depth} layers of {path} as inner steps; keep at least "
+            "one"
+        )
+    if num_steps is not None:
+        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+            raise ConfigurationError(f"num_steps={num_steps!r} must be an integer of at least 1")
+        return num_steps
+    exact = inner / settings.step_size
+    steps = round(exact)
+    if abs(exact - steps) > 1e-6 * exact:
+        raise ConfigurationError(
+            f"{inner} inner layers of {path} at step_size={settings.step_size} make {exact:g} steps, not a whole "
+            f"number; choose a step_size that divides {inner}, or give num_steps"
+        )
+    return steps
+
+
+def _check_agreement(settings: OdeSettings, asked: dict[str, object]) -> None:
+    for name, value in asked.items():
+        stored = getattr(settings, name)
+        if value is not None and value != stored:
+            raise ConfigurationError(
+                f"{name}={value!r} contradicts {name}={stored!r}, with which this checkpoint was made "
+                f"(config.{CONFIG_KEY}); leave {name} out, or convert the original model"
+            )
