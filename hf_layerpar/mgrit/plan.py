@@ -1,0 +1,198 @@
+"""A plan is data: the tasks of one forward or backward solve, where each runs, and the states they pass.
+
+A plan imports neither torch nor torch.distributed. The list order of its tasks is a topological order; every rank works
+its own tasks in that order (see `hf_layerpar.mgrit.schedule`), so a validated plan can't deadlock.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Direction = Literal["forward", "backward"]
+EVERYWHERE = -1
+"""Owner of a value that every rank already holds (the start of a sweep)."""
+
+
+@dataclass(slots=True)
+class Task:
+    """One piece of work on one rank.
+
+    kind: "step" evaluates fine step `layer` (backward: its input-vjp); "combine" is the linear combination of its
+        inputs with `coefficients`; "residual" adds ||inputs[0] - inputs[1]||^2 to the residual of `iteration`.
+    final: a step of the last relaxation. Forward it keeps its graph, backward it also takes the weight gradients.
+    inputs, output: value numbers; a residual has no output (None).
+    """
+
+    kind: Literal["step", "combine", "residual"]
+    rank: int
+    micro_batch: int
+    inputs: tuple[int, ...]
+    output: int | None
+    layer: int = -1
+    final: bool = False
+    coefficients: tuple[float, ...] = ()
+    iteration: int = 0
+
+    def __str__(self) -> str:
+        where = f"rank {self.rank} micro-batch {self.micro_batch}"
+        values = [f"v{v}" for v in self.inputs]
+        if self.kind == "step":
+            return f"{where}: v{self.output} = step {self.layer}({values[0]}){' final' if self.final else ''}"
+        if self.kind == "combine":
+            terms = " ".join(f"{c:+g} {v}" for c, v in zip(self.coefficients, values, strict=True))
+            return f"{where}: v{self.output} = {terms}"
+        return f"{where}: residual {self.iteration} += |{values[0]} - {values[1]}|^2"
+
+
+@dataclass(frozen=True)
+class Message:
+    """Value `value` travels from rank `source` to rank `target`."""
+
+    value: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tasks of one solve. `starts[m]` / `ends[m]` are the values of micro-batch m at both ends of the stack."""
+
+    direction: Direction
+    num_ranks: int
+    num_layers: int
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    tasks: tuple[Task, ...]
+    iterations: int = 0  # relaxation sweeps of the fine level whose residual is measured (0: an exact plan)
+    producer: dict[int, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        producer = dict.fromkeys(self.starts, EVERYWHERE)
+        producer |= {t.output: t.rank for t in self.tasks if t.output is not None}
+        object.__setattr__(self, "producer", producer)
+
+    @property
+    def micro_batches(self) -> int:
+        return len(self.starts)
+
+    def messages(self) -> list[Message]:
+        """Every value that is used away from home, once per using rank, in the order in which they are produced."""
+        wanted: dict[int, list[int]] = {}
+        for task in self.tasks:
+            for value in task.inputs:
+                home = self.producer[value]
+                if home not in (EVERYWHERE, task.rank) and task.rank not in wanted.setdefault(value, []):
+                    wanted[value].append(task.rank)
+        return [
+            Message(t.output, t.rank, target) for t in self.tasks if t.output is not None for target in wanted.get(t.output, ())
+        ]
+
+    def validate(self) -> None:
+        """Asserts that every value is made once and before its use, and that each layer has one final step."""
+        made = set(self.starts)
+        for task in self.tasks:
+            assert 0 <= task.rank < self.num_ranks, f"{task}: no such rank"
+            missing = [v for v in task.inputs if v not in made]
+            assert not missing, f"{task}: values {missing} are used before they are made"
+            if task.output is not None:
+                assert task.output not in made, f"{task}: value made twice"
+                made.add(task.output)
+        assert set(self.ends) <= made, "an end value is never made"
+        finals = Counter((t.layer, t.micro_batch) for t in self.tasks if t.final)
+        expected = {(n, m) for n in range(self.num_layers) for m in range(self.micro_batches)}
+        assert set(finals) == expected, f"final steps are wrong: {set(finals) ^ expected}"
+        assert set(finals.values()) <= {1}, "a layer has several final steps"
+
+    def __str__(self) -> str:
+        head = (
+            f"{self.direction} plan: {self.num_layers} layers, {self.num_ranks} ranks, {self.micro_batches} micro-batches, "
+            f"{len(self.tasks)} tasks, {len(self.messages())} messages"
+        )
+        return "\n".join([head, *map(str, self.tasks)])
+
+
+class PlanBuilder:
+    """Writes tasks by running an algorithm on value numbers instead of tensors.
+
+    Values are hash-consed: the same step of the same value is one task, and a combination that cancels to one of its
+    inputs is that input. So nothing is computed twice, a converged interval is never relaxed again, and a solve with
+    enough iterations is the serial chain itself, bit for bit.
+    """
+
+    def __init__(self, direction: Direction, owner: Sequence[int]) -> None:
+        self.direction: Direction = direction
+        self.owner = tuple(owner)  # lp rank of each layer
+        self.tasks: list[Task] = []
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+        self.iterations = 0
+        self._home: dict[int, int] = {}
+        self._micro_batch = -1
+        self._next = 0
+        self._made: dict[tuple, Task] = {}
+
+    def start(self) -> int:
+        """Opens the next micro-batch and returns its start value."""
+        self._micro_batch += 1
+        value = self._new_value(EVERYWHERE)
+        self.starts.append(value)
+        return value
+
+    def step(self, layer: int, x: int) -> int:
+        return self._make(("step", layer, x), "step", self.owner[layer], (x,), layer=layer)
+
+    def mark_final(self, layer: int, x: int) -> None:
+        """The step of `layer` at value x is the one of the last relaxation."""
+        self._made["step", layer, x].final = True
+
+    def combine(self, terms: Sequence[tuple[float, int]], rank: int) -> int:
+        """sum of coefficient * value, made on `rank`; like terms are merged first."""
+        merged: dict[int, float] = {}
+        for coefficient, value in terms:
+            merged[value] = merged.get(value, 0.0) + coefficient
+        merged = {v: c for v, c in merged.items() if c != 0.0}
+        if list(merged.values()) == [1.0]:
+            return next(iter(merged))
+        values, coefficients = tuple(merged), tuple(merged.values())
+        key = ("combine", *sorted(merged.items()))
+        return self._make(key, "combine", rank, values, coefficients=coefficients)
+
+    def residual(self, a: int, b: int, iteration: int) -> None:
+        if a != b:  # the same value leaves no residual
+            self.tasks.append(Task("residual", self.home(a), self._micro_batch, (a, b), None, iteration=iteration))
+
+    def home(self, value: int, default: int = 0) -> int:
+        """The rank that makes `value` (`default` for a start, which every rank holds)."""
+        rank = self._home[value]
+        return default if rank == EVERYWHERE else rank
+
+    def end(self, value: int) -> None:
+        self.ends.append(value)
+
+    def build(self, num_ranks: int) -> Plan:
+        """The plan without the tasks that nothing needs."""
+        needed = set(self.ends)
+        kept: list[Task] = []
+        for task in reversed(self.tasks):
+            if task.output is None or task.final or task.output in needed:
+                needed.update(task.inputs)
+                kept.append(task)
+        tasks = tuple(reversed(kept))
+        return Plan(self.direction, num_ranks, len(self.owner), tuple(self.starts), tuple(self.ends), tasks, self.iterations)
+
+    def _new_value(self, rank: int) -> int:
+        value, self._next = self._next, self._next + 1
+        self._home[value] = rank
+        return value
+
+    def _make(self, key: tuple, kind: Literal["step", "combine"], rank: int, inputs: tuple[int, ...], **more) -> int:
+        task = self._made.get(key)
+        if task is None:
+            task = Task(kind, rank, self._micro_batch, inputs, self._new_value(rank), **more)
+            self._made[key] = task
+            self.tasks.append(task)
+        assert task.output is not None
+        return task.output

@@ -1,0 +1,69 @@
+"""Strategies are plan builders: from settings, ownership and micro-batches to the plan of one sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.mgrit.coarse import OPERATORS
+from hf_layerpar.mgrit.cycle import Cycle
+from hf_layerpar.mgrit.grid import Grid
+from hf_layerpar.mgrit.plan import Direction, Plan, PlanBuilder
+from hf_layerpar.mgrit.schedule import in_schedule_order
+
+
+def build_plan(
+    config: LayerParallelConfig,
+    direction: Direction,
+    owner: Sequence[int],
+    *,
+    num_ranks: int,
+    micro_batches: int = 1,
+    buffers: tuple[int, int] = (0, 0),
+) -> Plan:
+    """The validated plan of one sweep over a stack.
+
+    owner: the lp rank of every layer. buffers: open and close layers, which are always solved exactly.
+    Serial and pipeline are the same exact chain; what differs is the number of micro-batches.
+    Raises ConfigurationError when the grid doesn't fit the stack.
+    """
+    builder = PlanBuilder(direction, owner)
+    for _ in range(micro_batches):
+        builder.end(_sweep(builder, config, buffers))
+    plan = in_schedule_order(builder.build(num_ranks))
+    plan.validate()
+    return plan
+
+
+def inner_grid(config: LayerParallelConfig, num_layers: int, buffers: tuple[int, int]) -> Grid:
+    """The grid over the layers between the buffers, in layer order."""
+    inner = num_layers - sum(buffers)
+    if inner < 1:
+        raise ConfigurationError(f"buffers={buffers} leave {inner} of {num_layers} layers to MGRIT; use fewer buffer layers")
+    return Grid.coarsened(inner, config.factors)
+
+
+def _sweep(builder: PlanBuilder, config: LayerParallelConfig, buffers: tuple[int, int]) -> int:
+    forward = builder.direction == "forward"
+    iterations = config.forward_iterations if forward else config.backward_iterations
+    layers = range(len(builder.owner))
+    x = builder.start()
+    if config.strategy != "mgrit" or iterations == 0:
+        return _chain(builder, layers if forward else layers[::-1], x)
+    grid = inner_grid(config, len(layers), buffers)
+    head, body, tail = layers[: buffers[0]], layers[buffers[0] : len(layers) - buffers[1]], layers[len(layers) - buffers[1] :]
+    if not forward:
+        head, body, tail, grid = tail[::-1], body[::-1], head[::-1], grid.reversed()
+    x = _chain(builder, head, x)
+    operator = OPERATORS[config.coarse_operator]
+    x = Cycle(builder, body, grid, operator, config.relaxation, config.damping, x).solve(iterations)
+    return _chain(builder, tail, x)
+
+
+def _chain(builder: PlanBuilder, layers: Sequence[int], x: int) -> int:
+    for layer in layers:
+        end = builder.step(layer, x)
+        builder.mark_final(layer, x)
+        x = end
+    return x

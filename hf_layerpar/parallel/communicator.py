@@ -1,0 +1,136 @@
+"""What the ranks of one layer axis say to each other: states point to point, results to all, and a check beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hf_layerpar.errors import PeerLostError, RankMismatchError
+
+
+class Communicator(Protocol):
+    """The lp group as the executor sees it. All tensors stay on their device."""
+
+    rank: int
+    size: int
+
+    def send(self, tensor: Tensor, target: int) -> Any:
+        """Starts a non-blocking send; returns a handle for `wait`."""
+        ...
+
+    def receive(self, tensor: Tensor, source: int) -> Any:
+        """Starts a non-blocking receive into `tensor`; messages of one source arrive in the order they were sent."""
+        ...
+
+    def wait(self, handle: Any) -> None: ...
+
+    def broadcast(self, tensor: Tensor, source: int) -> None: ...
+
+    def all_reduce(self, tensor: Tensor) -> None: ...
+
+    def agree(self, facts: dict[str, Any], device: torch.device) -> None:
+        """Raises RankMismatchError on every rank if `facts` differ between the ranks."""
+        ...
+
+
+class LocalCommunicator:
+    """One rank: nothing to say to anybody."""
+
+    rank, size = 0, 1
+
+    def send(self, tensor: Tensor, target: int) -> Any:
+        raise AssertionError("a plan for one rank has no messages")
+
+    receive = send
+
+    def wait(self, handle: Any) -> None:
+        raise AssertionError("a plan for one rank has no messages")
+
+    def broadcast(self, tensor: Tensor, source: int) -> None: ...
+
+    def all_reduce(self, tensor: Tensor) -> None: ...
+
+    def agree(self, facts: dict[str, Any], device: torch.device) -> None: ...
+
+
+class GroupCommunicator:
+    """The ranks of a torch.distributed process group.
+
+    Messages of one sweep all travel the same way along the ranks for contiguous ownership, so that first-in first-out
+    matching (NCCL has no tags) can't block.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._world_rank = [dist.get_global_rank(group, r) for r in range(self.size)]
+        # comparing inputs on the host costs no device synchronisation, where the group can
+        self._on_host = "cpu:gloo" in str(dist.get_backend_config(group))
+
+    def send(self, tensor: Tensor, target: int) -> Any:
+        with self._lost(f"sending to lp rank {target}"):
+            return dist.isend(tensor, self._world_rank[target], group=self.group)
+
+    def receive(self, tensor: Tensor, source: int) -> Any:
+        with self._lost(f"receiving from lp rank {source}"):
+            return dist.irecv(tensor, self._world_rank[source], group=self.group)
+
+    def wait(self, handle: Any) -> None:
+        with self._lost("waiting for a message"):
+            handle.wait()
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        with self._lost(f"a broadcast from lp rank {source}"):
+            dist.broadcast(tensor, self._world_rank[source], group=self.group)
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        with self._lost("a sum over the lp ranks"):
+            dist.all_reduce(tensor, group=self.group)
+
+    def agree(self, facts: dict[str, Any], device: torch.device) -> None:
+        device = torch.device("cpu") if self._on_host else device
+        mine = torch.tensor(_fingerprint(facts), dtype=torch.int64, device=device)
+        every = torch.empty(self.size * mine.numel(), dtype=torch.int64, device=device)
+        with self._lost("comparing inputs"):
+            dist.all_gather_into_tensor(every, mine, group=self.group)
+        if bool((every.view(self.size, -1) == mine).all()):
+            return
+        said: list[Any] = [None] * self.size
+        with self._lost("comparing inputs"):
+            dist.all_gather_object(said, facts, group=self.group)
+        differing = {k: [s[k] for s in said] for k in facts if len({repr(s[k]) for s in said}) > 1}
+        remedy = (
+            "the ranks of one lp group must get the same batch and settings, and the same random seed "
+            "(torch.manual_seed) before training"
+        )
+        raise RankMismatchError(f"the {self.size} lp ranks disagree on {differing} (by lp rank); {remedy}")
+
+    def __deepcopy__(self, memo: dict) -> GroupCommunicator:
+        return self  # a copied model speaks through the same process group
+
+    @contextmanager
+    def _lost(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise PeerLostError(
+                f"lp rank {self.rank} lost another rank of {self.size} while {doing}: {error}. Its own log has the cause; "
+                f"restart all ranks, from the last checkpoint if there is one"
+            ) from error
+
+
+def _fingerprint(facts: dict[str, Any]) -> list[int]:
+    """Integers that are equal on all ranks iff the facts are (`hash` of a string differs between processes)."""
+    text = repr(sorted(facts.items())).encode()
+    text += b"\0" * (-len(text) % 8)
+    words: Sequence[int] = memoryview(text).cast("q")
+    fold = [0x345678, 0x9E3779B9]
+    for word in words:
+        fold[0] = (fold[0] * 1000003 ^ word) & 0x7FFFFFFFFFFFFFFF
+        fold[1] = (fold[1] * 69069 + word) & 0x7FFFFFFFFFFFFFFF
+    return [len(words), *fold]

@@ -1,0 +1,178 @@
+"""Solves a stack's forward and backward over the lp ranks, as one autograd node."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.mgrit.plan import Direction
+from hf_layerpar.mgrit.strategies import build_plan
+from hf_layerpar.parallel.communicator import Communicator
+from hf_layerpar.parallel.executor import RankPart, execute
+from hf_layerpar.parallel.program import LayerCall, Program
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What one sweep measured.
+
+    residuals: C-point residual norm ||r|| after each iteration, over all lp ranks (empty for an exact sweep).
+    convergence_factors: ||r^(k+1)|| / ||r^(k)|| (arXiv 2601.09026, section 4); above 1 the sweep diverges.
+    seconds, waited: wall time of the solve on this rank, and the part of it spent waiting for messages.
+    """
+
+    mode: Literal["exact", "mgrit"]
+    iterations: int
+    residuals: tuple[float, ...]
+    seconds: float
+    waited: float
+
+    @property
+    def convergence_factors(self) -> tuple[float, ...]:
+        pairs = zip(self.residuals[:-1], self.residuals[1:], strict=True)
+        return tuple(b / a if a else 0.0 for a, b in pairs)
+
+
+class HasNextConfig(Protocol):
+    @property
+    def next_config(self) -> LayerParallelConfig: ...
+
+
+class HasNeedsRecompute(Protocol):
+    @property
+    def needs_recompute(self) -> bool: ...
+
+
+class StackEngine:
+    """The solver of one stack; called in the place of the layer loop with every layer's recorded call.
+
+    `settings.next_config` is asked for the settings of each solve, `stack.needs_recompute` for whether graphs are
+    recomputed in the backward (gradient checkpointing).
+    """
+
+    def __init__(
+        self,
+        communicator: Communicator,
+        owner: Sequence[int],
+        buffers: tuple[int, int],
+        settings: HasNextConfig,
+        stack: HasNeedsRecompute,
+    ) -> None:
+        self.communicator, self.owner, self.buffers = communicator, tuple(owner), buffers
+        self.settings, self.stack = settings, stack
+        self._reports: dict[Direction, tuple[LayerParallelConfig, Tensor | None, float, float]] = {}
+
+    def __call__(self, calls: Sequence[LayerCall], x: Tensor) -> Tensor:
+        """x_N `[B, T, D]` from x_0 `[B, T, D]`. Collective over the lp ranks.
+
+        Raises RankMismatchError on all ranks when their batches, settings or random streams differ.
+        """
+        with_grad = torch.is_grad_enabled()
+        training = any(call.layer.training for call in calls)
+        # one draw from the main stream per training forward keeps the lp ranks' streams in step
+        seed = int(torch.randint(2**62, (), dtype=torch.int64)) if training else None
+        config = self.settings.next_config
+        config = config if with_grad else exact_config(config)
+        facts = {"shape": tuple(x.shape), "dtype": str(x.dtype), "gradients": with_grad, "seed": seed, "settings": config}
+        self.communicator.agree(facts, x.device)
+        program = Program(
+            calls, x, micro_batches=config.micro_batches, seed=seed, recompute=with_grad and self.stack.needs_recompute
+        )
+        solve = _Solve(self, config, program)
+        if not with_grad:
+            return solve.forward(x)
+        # the anchor makes the result require grad on every rank, also where nothing local is trainable: all ranks
+        # take part in the backward or none does
+        anchor = torch.zeros((), device=x.device, requires_grad=True)
+        return _Node.apply(solve, anchor, x, *program.side, *program.params)  # type: ignore[return-value]
+
+    def part(self, config: LayerParallelConfig, direction: Direction, micro_batches: int) -> RankPart:
+        return _rank_part(
+            config, direction, self.owner, self.communicator.size, micro_batches, self.buffers, self.communicator.rank
+        )
+
+    def record(
+        self, direction: Direction, config: LayerParallelConfig, residuals: Tensor | None, seconds: float, waited: float
+    ) -> None:
+        self._reports[direction] = (config, residuals, seconds, waited)
+
+    def report(self, direction: Direction) -> SweepReport | None:
+        """The last sweep of this direction, None before the first. Collective when that sweep was inexact."""
+        if direction not in self._reports:
+            return None
+        config, residuals, seconds, waited = self._reports[direction]
+        if residuals is None:
+            return SweepReport("exact", 0, (), seconds, waited)
+        total = residuals.clone()
+        self.communicator.all_reduce(total)
+        return SweepReport("mgrit", len(total), tuple(total.sqrt().tolist()), seconds, waited)
+
+
+class _Solve:
+    """One forward and its backward(s)."""
+
+    def __init__(self, engine: StackEngine, config: LayerParallelConfig, program: Program) -> None:
+        self.engine, self.config, self.program = engine, config, program
+
+    def forward(self, x: Tensor, *, keep_graphs: bool = False) -> Tensor:
+        with self.program.running(keep_graphs=keep_graphs):
+            return self._run("forward", x, self.program.forward_step)
+
+    def backward(self, lam: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+        """lam_0, the gradients of the side tensors (summed over the lp ranks) and those of the own parameters."""
+        program = self.program
+        program.begin_backward()
+        with program.running(keep_graphs=True):
+            lam = self._run("backward", lam.contiguous(), program.backward_step)
+        for grad in program.side_grads:
+            self.engine.communicator.all_reduce(grad)
+        return lam, program.side_grads, program.param_grads
+
+    def _run(self, direction: Direction, x: Tensor, evaluate: Any) -> Tensor:
+        engine = self.engine
+        began = time.perf_counter()
+        part = engine.part(self.config, direction, self.program.micro_batches)
+        outcome = execute(part, self.program.split(x), evaluate, engine.communicator)
+        engine.record(direction, self.config, outcome.residuals, time.perf_counter() - began, outcome.waited)
+        return self.program.join(outcome.ends)
+
+
+class _Node(torch.autograd.Function):
+    """The whole stack as one autograd node. Inputs: the state, the side tensors, the own trainable parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, solve: _Solve, anchor: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.solve = solve
+        return solve.forward(x.detach(), keep_graphs=True)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, lam: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        lam, side_grads, param_grads = ctx.solve.backward(lam)
+        needed = ctx.needs_input_grad
+        return (None, None, lam if needed[2] else None, *side_grads, *param_grads)
+
+
+@lru_cache(maxsize=256)
+def _rank_part(
+    config: LayerParallelConfig,
+    direction: Direction,
+    owner: tuple[int, ...],
+    num_ranks: int,
+    micro_batches: int,
+    buffers: tuple[int, int],
+    rank: int,
+) -> RankPart:
+    plan = build_plan(config, direction, owner, num_ranks=num_ranks, micro_batches=micro_batches, buffers=buffers)
+    return RankPart.of(plan, rank)
+
+
+def exact_config(config: LayerParallelConfig) -> LayerParallelConfig:
+    """The exact solve that goes with `config`: the pipeline, with the same micro-batches."""
+    return LayerParallelConfig(strategy="pipeline", micro_batches=config.micro_batches)

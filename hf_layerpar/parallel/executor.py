@@ -1,0 +1,145 @@
+"""Runs one rank's part of a plan: its tasks in plan order, sends and receives beside them, nothing else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_layerpar.mgrit.plan import EVERYWHERE, Plan, Task
+from hf_layerpar.parallel.communicator import Communicator
+
+
+class Evaluator(Protocol):
+    """What a "step" task does with its tensor: a layer forward, or a vjp."""
+
+    def __call__(self, layer: int, micro_batch: int, x: Tensor, final: bool) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """A plan as one rank sees it, worked out once and run many times."""
+
+    plan: Plan
+    rank: int
+    tasks: tuple[Task, ...]
+    receives: tuple[tuple[int, int], ...]  # (value, source), in order of arrival per source
+    sends: dict[int, tuple[int, ...]]  # value -> targets
+    dead_after: tuple[tuple[int, ...], ...]  # values that tasks[i] is the last to need
+    micro_batch_of: dict[int, int]
+
+    @classmethod
+    def of(cls, plan: Plan, rank: int) -> RankPart:
+        tasks = tuple(t for t in plan.tasks if t.rank == rank)
+        sends: dict[int, tuple[int, ...]] = {}
+        receives = []
+        for message in plan.messages():
+            if message.source == rank:
+                sends[message.value] = (*sends.get(message.value, ()), message.target)
+            if message.target == rank:
+                receives.append((message.value, message.source))
+        last_use: dict[int, int] = {}
+        for i, task in enumerate(tasks):
+            for value in (*task.inputs, *(() if task.output is None else (task.output,))):
+                last_use[value] = i
+        keep = set(plan.ends)
+        dead: list[list[int]] = [[] for _ in tasks]
+        for value, i in last_use.items():
+            if value not in keep:
+                dead[i].append(value)
+        micro_batch_of = dict(zip(plan.starts, range(plan.micro_batches), strict=True))
+        micro_batch_of |= {t.output: t.micro_batch for t in plan.tasks if t.output is not None}
+        return cls(plan, rank, tasks, tuple(receives), sends, tuple(map(tuple, dead)), micro_batch_of)
+
+
+@dataclass
+class Outcome:
+    """Result of one solve on one rank.
+
+    ends: the end state of every micro-batch, shape of its start, on every rank.
+    residuals: sum of squares per iteration over this rank's intervals, `[iterations]` in float32 or wider;
+        None for an exact plan.
+    waited: seconds spent waiting for messages.
+    """
+
+    ends: list[Tensor]
+    residuals: Tensor | None
+    waited: float = 0.0
+
+
+def execute(part: RankPart, starts: Sequence[Tensor], evaluate: Evaluator, communicator: Communicator) -> Outcome:
+    """Works the tasks of `part` from `starts` (one state per micro-batch, alike on all ranks).
+
+    Raises PeerLostError when another rank is gone. Collective over the communicator's ranks.
+    """
+    plan = part.plan
+    values: dict[int, Tensor] = dict(zip(plan.starts, starts, strict=True))
+    arriving: dict[int, tuple[Any, Tensor]] = {}
+    for value, source in part.receives:
+        buffer = torch.empty_like(starts[part.micro_batch_of[value]], memory_format=torch.contiguous_format)
+        arriving[value] = (communicator.receive(buffer, source), buffer)
+    wide = wide_dtype(starts[0].dtype)
+    residuals = starts[0].new_zeros(plan.iterations, dtype=wide) if plan.iterations else None
+    sending: list[tuple[Any, Tensor]] = []
+    waited = 0.0
+    for task, dead in zip(part.tasks, part.dead_after, strict=True):
+        for value in task.inputs:
+            if value not in values:
+                handle, buffer = arriving.pop(value)
+                began = time.perf_counter()
+                communicator.wait(handle)
+                waited += time.perf_counter() - began
+                values[value] = buffer
+        if task.kind == "step":
+            result = evaluate(task.layer, task.micro_batch, values[task.inputs[0]], task.final)
+        elif task.kind == "combine":
+            result = _combine(task.coefficients, [values[v] for v in task.inputs])
+        else:
+            assert residuals is not None
+            a, b = (values[v].to(wide) for v in task.inputs)
+            residuals[task.iteration - 1] += torch.linalg.vector_norm(a - b).square()
+            result = None
+        if task.output is not None and result is not None:
+            if task.output in part.sends:
+                result = result.contiguous()
+                sending += [(communicator.send(result, target), result) for target in part.sends[task.output]]
+            values[task.output] = result
+        for value in dead:
+            del values[value]
+    ends = [_everywhere(part, value, values, starts[m], communicator) for m, value in enumerate(plan.ends)]
+    for handle, _ in sending:
+        communicator.wait(handle)
+    return Outcome(ends, residuals, waited)
+
+
+def _everywhere(
+    part: RankPart, value: int, values: dict[int, Tensor], like: Tensor, communicator: Communicator
+) -> Tensor:
+    """An end value on every rank: the ends of the model are replicated in the lp group."""
+    home = part.plan.producer[value]
+    if home == EVERYWHERE or communicator.size == 1:
+        return values[value]
+    if home == part.rank:
+        tensor = values[value].contiguous()
+    else:
+        tensor = torch.empty_like(like, memory_format=torch.contiguous_format)
+    communicator.broadcast(tensor, home)
+    return tensor
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to sum in: float32 for 16-bit states, whose differences are small, else the state's own."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _combine(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    dtype = tensors[0].dtype
+    wide = wide_dtype(dtype)
+    total = tensors[0].to(wide) * coefficients[0] if coefficients[0] != 1 else tensors[0].to(wide)
+    for coefficient, tensor in zip(coefficients[1:], tensors[1:], strict=True):
+        total = torch.add(total, tensor.to(wide), alpha=coefficient)
+    return total.to(dtype)

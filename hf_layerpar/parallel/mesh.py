@@ -1,0 +1,74 @@
+"""The dp x lp grid of processes: who shares a batch, who shares a layer. Pure torch.distributed.
+
+Ranks are laid out lp fastest: world rank = dp_rank * lp_size + lp_rank, so that the lp ranks of one dp rank, which talk
+most, are neighbours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from hf_layerpar.errors import ConfigurationError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """One process's place on the dp and lp axes; a group is None where its axis has one rank and nothing is sent.
+
+    dp_group: the processes that hold the same layers and see other batches (gradients are averaged over it).
+    lp_group: the processes that see the same batch and hold other layers.
+    """
+
+    dp_size: int = 1
+    lp_size: int = 1
+    dp_rank: int = 0
+    lp_rank: int = 0
+    dp_group: dist.ProcessGroup | None = None
+    lp_group: dist.ProcessGroup | None = None
+
+    @property
+    def world_size(self) -> int:
+        return self.dp_size * self.lp_size
+
+    def barrier(self) -> None:
+        """Waits for every process of the mesh."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def check_lp_size(world_size: int, lp_size: int) -> None:
+    """Raises ConfigurationError, alike on all ranks and without talking to any, where lp_size does not divide the world."""
+    if isinstance(lp_size, bool) or not isinstance(lp_size, int) or lp_size < 1:
+        raise ConfigurationError(f"lp_size={lp_size!r} must be an integer of at least 1")
+    if world_size % lp_size:
+        fitting = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        below = world_size // lp_size * lp_size
+        starts = f"{below} or {below + lp_size}" if below else f"{lp_size}"
+        raise ConfigurationError(
+            f"{world_size} processes can't be split into groups of lp_size={lp_size}; "
+            f"use lp_size in {fitting} or start {starts} processes"
+        )
+
+
+def build_mesh(lp_size: int, device_type: str = "cpu") -> Mesh:
+    """The mesh over the default process group (or one process without one). Collective.
+
+    Raises ConfigurationError where lp_size does not divide the number of processes.
+    """
+    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    check_lp_size(world, lp_size)
+    if world == 1:
+        return Mesh()
+    dp_size = world // lp_size
+    grid = init_device_mesh(device_type, (dp_size, lp_size), mesh_dim_names=("dp", "lp"))
+    return Mesh(
+        dp_size=dp_size,
+        lp_size=lp_size,
+        dp_rank=grid.get_local_rank("dp"),
+        lp_rank=grid.get_local_rank("lp"),
+        dp_group=grid.get_group("dp") if dp_size > 1 else None,
+        lp_group=grid.get_group("lp") if lp_size > 1 else None,
+    )

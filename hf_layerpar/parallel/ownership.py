@@ -1,0 +1,41 @@
+"""Which lp rank owns which layer of a stack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_layerpar.errors import ConfigurationError
+
+
+def contiguous_owner(
+    num_layers: int, num_ranks: int, *, boundaries: Sequence[int] = (), split: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """The owner of every layer for a contiguous split, as even as it goes.
+
+    boundaries: layer indices where a split costs no extra message (the C-points); used when there are enough of them.
+    split: the number of layers of each rank, given by hand.
+    Raises ConfigurationError when a rank would own nothing or `split` doesn't add up.
+    """
+    if split is not None:
+        if len(split) != num_ranks or sum(split) != num_layers or min(split) < 1:
+            raise ConfigurationError(
+                f"split={tuple(split)} doesn't share {num_layers} layers over {num_ranks} lp ranks; give {num_ranks} positive "
+                f"numbers that add up to {num_layers}"
+            )
+        return tuple(rank for rank, count in enumerate(split) for _ in range(count))
+    if num_ranks > num_layers:
+        raise ConfigurationError(
+            f"lp_size={num_ranks} is more than the {num_layers} layers of the stack; use lp_size <= {num_layers} "
+            f"(other devices serve as data-parallel ranks)"
+        )
+    places = sorted(set(boundaries) - {0, num_layers})
+    if len(places) < num_ranks - 1:
+        places = list(range(1, num_layers))
+    cuts = [0]
+    for rank in range(1, num_ranks):
+        after = [p for p in places if p > cuts[-1]]
+        candidates = after[: len(after) - (num_ranks - 1 - rank)]  # leave a cut for every later rank
+        ideal = rank * num_layers / num_ranks
+        cuts.append(min(candidates, key=lambda p: abs(p - ideal)))
+    cuts.append(num_layers)
+    return tuple(rank for rank in range(num_ranks) for _ in range(cuts[rank], cuts[rank + 1]))

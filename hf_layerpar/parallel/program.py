@@ -1,0 +1,213 @@
+"""The layers of one forward as functions of the state: evaluation with its own graph, vjps, dropout seeds, micro-batches.
+
+Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`, a micro-batch holds some rows of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
+
+
+class LayerCall(Protocol):
+    """One layer's recorded call: the layer, and the arguments it was given beside the state."""
+
+    layer: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def step(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """One Euler step from x, with the arguments given here (the recorded ones, or slices of them)."""
+        ...
+
+
+class Program:
+    """A stack's recorded calls, made ready for evaluation in any order and any number of times.
+
+    side: the tensors among the recorded arguments that require grad (encoder states, position biases), each once, in
+        an order that is the same on every rank.
+    params: the trainable parameters that this rank holds, each once.
+    recompute: keep states instead of graphs, and run a layer's forward again in the backward.
+    seed: the stack's draw for this forward, or None when no layer is in training mode. Each layer of each micro-batch
+        has a stream of its own, set before every evaluation: all sweeps, levels and ranks see the same dropout masks.
+    """
+
+    def __init__(
+        self, calls: Sequence[LayerCall], x: Tensor, *, micro_batches: int, seed: int | None, recompute: bool
+    ) -> None:
+        self.calls, self.seed, self.recompute = calls, seed, recompute
+        self.device, self.batch_size = x.device, x.shape[0]
+        self.micro_batches = max(1, min(micro_batches, self.batch_size))
+        bounds = [self.batch_size * m // self.micro_batches for m in range(self.micro_batches + 1)]
+        self.rows = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        kind = x.device.type
+        self._autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+        self.side: list[Tensor] = []
+        side_place: dict[int, int] = {}
+        self._arguments: list[tuple[list[Any], Any, dict[int, int]]] = []  # leaves, tree, leaf -> side
+        for call in calls:
+            leaves, tree = tree_flatten((call.args, call.kwargs))
+            places = {}
+            for j, leaf in enumerate(leaves):
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    places[j] = side_place.setdefault(id(leaf), len(self.side))
+                    if places[j] == len(self.side):
+                        self.side.append(leaf)
+            self._arguments.append((leaves, tree, places))
+        self._layer_params = [[p for p in call.layer.parameters() if p.requires_grad] for call in calls]
+        self.params: list[nn.Parameter] = list(dict.fromkeys(p for ps in self._layer_params for p in ps))
+        self._param_place = {p: i for i, p in enumerate(self.params)}
+
+        self._slices: dict[tuple[int, int], Tensor] = {}
+        # (layer, micro-batch) -> its final step as (state, side leaves, result), or the state alone when the graph is spent
+        self._tape: dict[tuple[int, int], tuple[Tensor, list[Tensor], Tensor] | Tensor] = {}
+        self._keep_graphs = False
+        self.param_grads: list[Tensor | None] = []
+        self.side_grads: list[Tensor] = []
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """A full-batch state as one state per micro-batch."""
+        return [x[rows] for rows in self.rows] if self.micro_batches > 1 else [x]
+
+    def join(self, states: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(states)) if self.micro_batches > 1 else states[0]
+
+    # ---- forward
+    def forward_step(self, layer: int, micro_batch: int, x: Tensor, final: bool) -> Tensor:
+        """One step without graph, or (final, in grad mode) with a graph of its own that is kept for the vjps."""
+        if not (final and self._keep_graphs):
+            with torch.no_grad():
+                return self._evaluate(layer, micro_batch, x, self._sides(layer, micro_batch))
+        if self.recompute:
+            self._tape[layer, micro_batch] = x
+            with torch.no_grad():
+                return self._evaluate(layer, micro_batch, x, self._sides(layer, micro_batch))
+        entry = self._with_graph(layer, micro_batch, x)
+        self._tape[layer, micro_batch] = entry
+        return entry[2].detach()
+
+    @contextmanager
+    def running(self, *, keep_graphs: bool) -> Iterator[None]:
+        """Around a solve: the caller's random stream is put back afterwards, whatever the layers drew."""
+        self._keep_graphs = keep_graphs
+        if self.seed is None:
+            yield
+            return
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with torch.random.fork_rng(devices, device_type=self.device.type if devices else "cuda"):
+            yield
+
+    # ---- backward
+    def begin_backward(self) -> None:
+        self.param_grads = [None] * len(self.params)
+        self.side_grads = [torch.zeros_like(t) for t in self.side]
+
+    def backward_step(self, layer: int, micro_batch: int, lam: Tensor, final: bool) -> Tensor:
+        """The input-vjp of a step at its final state; if final also the gradients of parameters and side tensors."""
+        entry = self._tape[layer, micro_batch]
+        if isinstance(entry, Tensor):
+            entry = self._with_graph(layer, micro_batch, entry)
+        x, sides, y = entry
+        if not final:
+            return torch.autograd.grad(y, x, lam, retain_graph=True)[0]
+        params = self._layer_params[layer]
+        places = list(dict.fromkeys(self._arguments[layer][2].values()))
+        grads = torch.autograd.grad(y, [x, *sides, *params], lam, allow_unused=True)
+        # the graph is spent; a second backward (retain_graph=True) evaluates the layer again from its state
+        self._tape[layer, micro_batch] = x.detach()
+        for place, grad in zip(places, grads[1 : 1 + len(sides)], strict=True):
+            if grad is not None:
+                self._rows_of(self.side_grads[place], micro_batch).add_(grad)
+        for param, grad in zip(params, grads[1 + len(sides) :], strict=True):
+            if grad is not None:
+                place = self._param_place[param]
+                so_far = self.param_grads[place]
+                self.param_grads[place] = grad if so_far is None else so_far + grad
+        assert grads[0] is not None, f"layer {layer} doesn't depend on its state"
+        return grads[0]
+
+    # ---- inside
+    def _with_graph(self, layer: int, micro_batch: int, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            sides = {p: t.detach().requires_grad_() for p, t in self._sides(layer, micro_batch).items()}
+            return x, list(sides.values()), self._evaluate(layer, micro_batch, x, sides)
+
+    def _evaluate(self, layer: int, micro_batch: int, x: Tensor, sides: dict[int, Tensor]) -> Tensor:
+        leaves, tree, places = self._arguments[layer]
+        if places or self.micro_batches > 1:
+            leaves = [
+                sides[places[j]] if j in places else self._slice(leaf, micro_batch) if isinstance(leaf, Tensor) else leaf
+                for j, leaf in enumerate(leaves)
+            ]
+            args, kwargs = tree_unflatten(leaves, tree)
+        else:
+            args, kwargs = self.calls[layer].args, self.calls[layer].kwargs
+        if self.seed is not None:
+            self._seed(_mix(self.seed, layer, micro_batch))
+        # no autocast cache: a weight cast made without graph would lose its gradient in the final relaxation
+        cast = (
+            nullcontext()
+            if self._autocast is None
+            else torch.autocast(self.device.type, dtype=self._autocast, cache_enabled=False)
+        )
+        with cast:
+            y = self.calls[layer].step(x, args, kwargs)
+        if y.shape != x.shape:
+            raise UnsupportedModelError(
+                f"layer {layer} ({type(self.calls[layer].layer).__name__}) maps a state of shape {tuple(x.shape)} to "
+                f"{tuple(y.shape)}; layer-parallel solving needs states of one shape"
+            )
+        return y.to(x.dtype)  # autocast may narrow it; the state keeps the dtype it entered the stack with
+
+    def _sides(self, layer: int, micro_batch: int) -> dict[int, Tensor]:
+        return {p: self._slice(self.side[p], micro_batch) for p in self._arguments[layer][2].values()}
+
+    def _slice(self, tensor: Tensor, micro_batch: int) -> Tensor:
+        """The micro-batch's rows of a recorded argument, or all of it where it has no batch dimension."""
+        if self.micro_batches == 1:
+            return tensor
+        key = (id(tensor), micro_batch)  # the tensors live as long as the calls
+        if key not in self._slices:
+            self._slices[key] = self._rows_of(tensor, micro_batch)
+        return self._slices[key]
+
+    def _rows_of(self, tensor: Tensor, micro_batch: int) -> Tensor:
+        if self.micro_batches == 1 or not self._is_batched(tensor):
+            return tensor
+        return tensor[self.rows[micro_batch]]
+
+    def _is_batched(self, tensor: Tensor) -> bool:
+        """Whether dimension 0 is the batch. Of the `[x, y]` tensors only integers and booleans are (masks, positions);
+        floating-point ones are tables such as DeBERTa's relative embeddings."""
+        if tensor.ndim < 2 or tensor.shape[0] == 1:
+            return False
+        if tensor.ndim == 2 and (tensor.is_floating_point() or tensor.shape[0] != self.batch_size):
+            return False
+        if tensor.shape[0] == self.batch_size:
+            return True
+        raise ConfigurationError(
+            f"micro_batches={self.micro_batches} can't cut a layer argument of shape {tuple(tensor.shape)} whose first "
+            f"dimension is neither 1 nor the batch size {self.batch_size}; use micro_batches=1"
+        )
+
+    def _seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
+
+
+def _mix(seed: int, layer: int, micro_batch: int) -> int:
+    """A well-spread seed for each layer of each micro-batch (the finaliser of splitmix64)."""
+    z = (seed + 0x9E3779B97F4A7C15 * (layer + 1) + 0xD1B54A32D192ED03 * micro_batch) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (z ^ (z >> 31)) & 0x7FFFFFFFFFFFFFFF

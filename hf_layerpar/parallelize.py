@@ -1,0 +1,289 @@
+"""Puts a converted model on the ranks of a layer axis: owned layers only, solved by the engine in every forward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from hf_layerpar.mgrit.strategies import build_plan, inner_grid
+from hf_layerpar.ode.convert import ode_view
+from hf_layerpar.ode.families import shared_modules
+from hf_layerpar.ode.stack import LayerStack
+from hf_layerpar.parallel.communicator import Communicator, GroupCommunicator, LocalCommunicator
+from hf_layerpar.parallel.engine import StackEngine, SweepReport, exact_config
+from hf_layerpar.parallel.ownership import contiguous_owner
+
+_ATTRIBUTE = "_hf_layerpar_parallel"
+
+
+def parallelize(
+    model: nn.Module,
+    config: LayerParallelConfig | None = None,
+    group: dist.ProcessGroup | None = None,
+    *,
+    split: Sequence[int] | None = None,
+) -> LayerParallel:
+    """Spreads the layers of a converted model over the lp ranks, in place; collective over `group`.
+
+    All parameters are first made equal to those of lp rank 0. Then each rank drops the layers it doesn't own (their
+    parameters become None), so build the optimizer afterwards. From then on `model(**batch).loss.backward()` is all a
+    training loop needs; every lp rank must be given the same batch and keep the same random seed.
+
+    Args:
+        model: a model from `convert_to_ode`, on its device.
+        config: how the layers are solved; the exact pipeline by default. `LayerParallel.config` changes it later.
+        group: the lp ranks. None: the default process group if one is initialised, else this process alone.
+        split: number of layers of each lp rank, the same for every stack; as even as possible by default.
+
+    Raises:
+        UnsupportedModelError: the model isn't converted, or is parallelized already.
+        ConfigurationError: the layers can't be split so, or the grid doesn't fit a stack.
+        RankMismatchError: the lp ranks were given different models or settings.
+    """
+    view = ode_view(model)
+    if getattr(model, _ATTRIBUTE, None) is not None:
+        raise UnsupportedModelError("the model is parallelized already; set layer_parallel(model).config to change its solver")
+    config = config or LayerParallelConfig()
+    if group is None and dist.is_initialized():
+        group = dist.group.WORLD
+    communicator: Communicator = LocalCommunicator() if group is None else GroupCommunicator(group)
+    handle = LayerParallel(model, config, view.stacks, communicator, split)
+    object.__setattr__(model, _ATTRIBUTE, handle)
+    return handle
+
+
+def layer_parallel(model: nn.Module) -> LayerParallel:
+    """The handle of a parallelized model, also through wrappers (PEFT, DDP).
+
+    Raises UnsupportedModelError when the model isn't parallelized.
+    """
+    for module in model.modules():
+        handle = module.__dict__.get(_ATTRIBUTE)
+        if handle is not None:
+            return handle
+    raise UnsupportedModelError(f"{type(model).__name__} is not parallelized; call parallelize(model, config, group) first")
+
+
+class LayerParallel:
+    """A model whose layers live on lp ranks.
+
+    config: the settings of the next forward; assign the same value on all lp ranks.
+    owner_of: lp rank of every parameter and buffer that only one rank holds, by its full name; the others (the ends)
+        are replicated in the lp group.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: LayerParallelConfig,
+        stacks: Sequence[LayerStack],
+        communicator: Communicator,
+        split: Sequence[int] | None,
+    ) -> None:
+        self._model, self._config, self._communicator = model, config, communicator
+        self._force_exact = False
+        owners = {stack.path: self._owner(config, stack, communicator.size, split) for stack in stacks}
+        self._stacks = tuple(stacks)
+        for stack in stacks:
+            self._check_plans(config, stack, owners[stack.path])
+        state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+        self._layout = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
+        device = next(model.parameters()).device
+        communicator.agree(
+            {"model": type(model).__name__, "tensors": sorted((k, *map(str, v)) for k, v in self._layout.items()),
+             "settings": config, "split": split},
+            device,
+        )
+        if communicator.size > 1:
+            with torch.no_grad():
+                for tensor in {id(t): t for t in (*state.values(), *model.buffers())}.values():
+                    dense = tensor.data.contiguous()
+                    communicator.broadcast(dense, 0)
+                    tensor.data.copy_(dense)
+        self._names = {id(t): name for name, t in model.state_dict(keep_vars=True).items()}
+        self.owner_of: dict[str, int] = {}
+        for stack in stacks:
+            self._drop_layers(stack, owners[stack.path])
+            stack.solver = StackEngine(communicator, owners[stack.path], stack.settings.buffers, self, stack)
+
+    @property
+    def lp_size(self) -> int:
+        return self._communicator.size
+
+    @property
+    def lp_rank(self) -> int:
+        return self._communicator.rank
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return self._communicator.group if isinstance(self._communicator, GroupCommunicator) else None
+
+    @property
+    def config(self) -> LayerParallelConfig:
+        return self._config
+
+    @config.setter
+    def config(self, config: LayerParallelConfig) -> None:
+        for stack in self._stacks:
+            self._check_plans(config, stack, self._engine(stack).owner)
+        self._config = config
+
+    @property
+    def next_config(self) -> LayerParallelConfig:
+        """The settings of the next forward: `config`, or its exact counterpart inside `exact()`."""
+        return exact_config(self._config) if self._force_exact else self._config
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Forwards inside (and their backwards) run the exact pipeline."""
+        before, self._force_exact = self._force_exact, True
+        try:
+            yield
+        finally:
+            self._force_exact = before
+
+    def report(self) -> dict[str, dict[str, SweepReport]]:
+        """What the last forward and backward of every stack measured: `{stack path: {"forward": ..., "backward": ...}}`.
+
+        Collective over the lp ranks when a sweep was inexact (residuals are summed here, not in every solve).
+        """
+        reports: dict[str, dict[str, SweepReport]] = {}
+        for stack in self._stacks:
+            engine = self._engine(stack)
+            found = {direction: engine.report(direction) for direction in ("forward", "backward")}
+            reports[stack.path] = {d: r for d, r in found.items() if r is not None}
+        return reports
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The full model's state dict on the CPU, on lp rank 0; empty on the others. Collective over the lp ranks.
+
+        Tensors of lp rank 0 that already are on the CPU are the model's own, not copies.
+        """
+        here = {name: t for name, t in self._model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+        on_host: dict[int, Tensor] = {}  # by identity, so that tied tensors stay tied
+        full: dict[str, Tensor] = {}
+        device = next(self._model.parameters()).device
+        for name, (shape, dtype) in self._layout.items():  # one tensor at a time: no second copy of the model
+            owner = self.owner_of.get(name, 0)
+            if owner == 0:
+                if self.lp_rank == 0:
+                    tensor = here[name]
+                    full[name] = on_host.setdefault(id(tensor), tensor.detach().cpu())
+            elif self.lp_rank == owner:
+                self._communicator.wait(self._communicator.send(here[name].detach().contiguous(), 0))
+            elif self.lp_rank == 0:
+                buffer = torch.empty(shape, dtype=dtype, device=device)
+                self._communicator.wait(self._communicator.receive(buffer, owner))
+                full[name] = buffer.cpu()
+        return full
+
+    def load_state_dict(self, full: Mapping[str, Tensor]) -> None:
+        """Copies what this rank holds out of a full state dict.
+
+        Raises CheckpointError when names are missing or unknown or shapes differ, before anything is copied.
+        """
+        tied = self._tied_names()
+        missing = [n for n in self._layout if n not in full and not any(alias in full for alias in tied.get(n, ()))]
+        unknown = [n for n in full if n not in self._layout]
+        wrong = [n for n, (shape, _) in self._layout.items() if n in full and tuple(full[n].shape) != shape]
+        if missing or unknown or wrong:
+            raise CheckpointError(
+                f"the state dict doesn't fit {type(self._model).__name__}: {len(missing)} missing {missing[:4]}, "
+                f"{len(unknown)} unknown {unknown[:4]}, {len(wrong)} of another shape {wrong[:4]}; load a checkpoint of "
+                f"this model (same architecture, depth and head)"
+            )
+        with torch.no_grad():
+            for name, tensor in self._model.state_dict(keep_vars=True).items():
+                if isinstance(tensor, Tensor) and name in full:
+                    tensor.data.copy_(full[name])
+
+    # ---- inside
+    @staticmethod
+    def _owner(
+        config: LayerParallelConfig, stack: LayerStack, num_ranks: int, split: Sequence[int] | None
+    ) -> tuple[int, ...]:
+        num_layers, buffers = len(stack.layers), stack.settings.buffers
+        boundaries: list[int] = []
+        if config.strategy == "mgrit":
+            boundaries = [buffers[0] + p for p in inner_grid(config, num_layers, buffers).levels[1]]
+        return contiguous_owner(num_layers, num_ranks, boundaries=boundaries, split=split)
+
+    @staticmethod
+    def _check_plans(config: LayerParallelConfig, stack: LayerStack, owner: tuple[int, ...]) -> None:
+        """Builds what the first solve will need, so that a grid that doesn't fit is refused here."""
+        try:
+            for direction in ("forward", "backward"):
+                build_plan(config, direction, owner, num_ranks=max(owner) + 1, buffers=stack.settings.buffers)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"stack {stack.path}: {error}") from error
+
+    @staticmethod
+    def _engine(stack: LayerStack) -> StackEngine:
+        assert isinstance(stack.solver, StackEngine)
+        return stack.solver
+
+    def _drop_layers(self, stack: LayerStack, owner: tuple[int, ...]) -> None:
+        for index, layer in enumerate(stack.layers):
+            kept = shared_modules(layer)
+            for path, module in layer.named_modules():
+                if any(path == name or path.startswith(name + ".") for name in kept):
+                    continue
+                for tensors in (module._parameters, module._buffers):
+                    for key, tensor in tensors.items():
+                        name = None if tensor is None else self._names.get(id(tensor))
+                        if name is not None:
+                            self.owner_of[name] = owner[index]
+                        if owner[index] != self.lp_rank:
+                            tensors[key] = None
+        stack.sharded = self.lp_size > 1
+
+    def _tied_names(self) -> dict[str, list[str]]:
+        groups: dict[int, list[str]] = {}
+        for name, tensor in self._model.state_dict(keep_vars=True).items():
+            groups.setdefault(id(tensor), []).append(name)
+        return {name: [n for n in names if n != name] for names in groups.values() for name in names}
+
+
+def gradient_agreement(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:
+    """The current settings' gradient against the exact one, for one batch with the same dropout masks.
+
+    Returns cosine and norm ratio (inexact over exact) of the gradient of all trainable parameters, and both losses.
+    `.grad` is left alone. Collective over the lp ranks.
+    """
+    handle = layer_parallel(model)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    params = [p for p in model.parameters() if p.requires_grad]
+    device = params[0].device
+    devices = [] if device.type == "cpu" else [device]
+
+    def gradient() -> tuple[list[Tensor], float]:
+        with torch.random.fork_rng(devices):  # both gradients see the same masks, the caller's stream doesn't move
+            loss = model(**inputs).loss
+        grads = torch.autograd.grad(loss, params, allow_unused=True)
+        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
+        return filled, float(loss.detach())
+
+    inexact, loss = gradient()
+    with handle.exact():
+        exact, loss_exact = gradient()
+    # ends are replicated: they count once
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    for name, a, b in zip(names, inexact, exact, strict=True):
+        if name in handle.owner_of or handle.lp_rank == 0:
+            a, b = a.double().flatten(), b.double().flatten()
+            sums += torch.stack([a @ b, a @ a, b @ b])
+    handle._communicator.all_reduce(sums)
+    dot, inexact_square, exact_square = sums.tolist()
+    return {
+        "cosine": dot / (inexact_square * exact_square) ** 0.5,
+        "norm_ratio": (inexact_square / exact_square) ** 0.5,
+        "loss": loss,
+        "loss_exact": loss_exact,
+    }
