@@ -109,15 +109,19 @@ class _Scale:
 
 
 def can_fold(model: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether the fold is exact up to one rounding of each weight.
+    """Whether `folded_state_dict` is exact up to one rounding of each weight.
 
-    False for Gemma's norms in half precision: they store weight, but multiply by 1 + weight, and h (1 + weight) - 1
-    lies near -1, where bfloat16 is too coarse (3 % of the branch at h = 1/16).
+    False for quantized and offloaded (meta) weights, and for Gemma's norms in half precision: they store weight but
+    multiply by 1 + weight, and h (1 + weight) - 1 lies near -1, where bfloat16 is too coarse (3 % at h = 1/16).
     """
+    if getattr(model, "hf_quantizer", None) is not None:
+        return False
+    weights = [(state_dict[key], module) for key, module, _ in _scaled_parameters(model) if key in state_dict]
     return all(
-        state_dict[key].dtype in (torch.float32, torch.float64)
-        for key, module, _ in _scaled_parameters(model)
-        if key in state_dict and _is_offset_norm(module)
+        weight.is_floating_point()
+        and not weight.is_meta
+        and (weight.dtype in (torch.float32, torch.float64) or not _is_offset_norm(module))
+        for weight, module in weights
     )
 
 
@@ -126,7 +130,7 @@ def folded_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None 
 
     The given tensors aren't modified; those that need no scaling are handed on as they are. The keys are those of
     `model.state_dict()`, also when the model itself lacks parameters that `state_dict` has.
-    Raises CheckpointError when a scaled weight isn't in `state_dict` or isn't floating point.
+    Raises CheckpointError when a scaled weight isn't in `state_dict`, or holds no floating-point data.
     """
     folded = dict(model.state_dict() if state_dict is None else state_dict)
     for key, module, h in _scaled_parameters(model):
@@ -138,8 +142,11 @@ def folded_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None 
                 f"{key!r} is to be multiplied by the step size {h}, but the state dict has no such key; pass the full "
                 "state dict of the converted model, and merge PEFT adapters before saving"
             )
-        if not weight.is_floating_point():
-            raise CheckpointError(f"{key!r} has dtype {weight.dtype}: the step size {h} can't be folded into it")
+        if weight.is_meta or not weight.is_floating_point():
+            raise CheckpointError(
+                f"the step size {h} can't be folded into {key!r} of dtype {weight.dtype} on device {weight.device}; "
+                "fold before quantizing, on a device that holds the weights"
+            )
         folded[key] = _offset_fold(weight, h) if _is_offset_norm(module) else weight * h
     return folded
 

@@ -1,0 +1,246 @@
+"""Checkpoints of converted models: `save_pretrained` of a converted model, and `from_pretrained`.
+
+What is written depends on what stock transformers can compute:
+
+- every step size 1: an ordinary checkpoint; stock classes give bit-equal outputs.
+- split form: an ordinary checkpoint whose weights contain the step size (`hf_layerpar.ode.fold`); stock classes compute
+  the same function up to rounding. The settings say `folded`, so that converting it again unfolds it.
+- otherwise (euler form; a fold that would be inexact): weights as they are, model type "ode-<type>" and custom code
+  (`hf_layerpar.ode.remote`). Auto classes refuse it without trust_remote_code=True, and with it give a converted model
+  of the stock class. A stock class's own from_pretrained (BertModel.from_pretrained) can't be made to refuse: it logs
+  transformers' warning that a model of type "ode-bert" is used for one of type "bert", and steps with 1.
+
+Adapters of a PEFT model are written as stock writes them; they belong to the converted model.
+
+Nothing is half written. All files are made in a directory ".<name>.saving-<random>" and then moved into place, with
+config.json, without which nothing loads, taken away first and put back last. A killed save can leave that directory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import HfApi
+from torch import Tensor
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import create_and_tag_model_card
+
+from hf_layerpar.config import CONFIG_KEY
+from hf_layerpar.errors import CheckpointError, ConfigurationError
+from hf_layerpar.ode import remote
+from hf_layerpar.ode.convert import ode_view
+from hf_layerpar.ode.fold import can_fold, folded_state_dict
+
+_DOWNLOAD_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
+
+
+def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Load a checkpoint written by a converted model's `save_pretrained`, or any plain one, as a converted model.
+
+    Args:
+        path: a directory or a Hub id. Its config.json names the model class (`architectures`), one of transformers.
+        kwargs: for that class's `from_pretrained`; with `output_loading_info=True` the result is (model, info).
+
+    The model comes back with the settings it was saved with (a plain checkpoint: step size 1). No code is run from the
+    checkpoint.
+
+    Raises:
+        CheckpointError: config.json names no class of transformers.
+    """
+    download = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
+    values, _ = PreTrainedConfig.get_config_dict(path, **download)
+    name = (values.get("architectures") or [None])[0]
+    stock_class = getattr(transformers, name or "", None)
+    if stock_class is None:
+        raise CheckpointError(
+            f"{CONFIG_NAME} of {path} has architectures={values.get('architectures')}, which names no class of "
+            "transformers; load the model with its own class and call convert_to_ode(model)"
+        )
+    model_type = values.get("model_type", "")
+    if model_type.startswith(remote.MODEL_TYPE_PREFIX) and "config" not in kwargs:
+        del values["model_type"], values["auto_map"]
+        dtype = {key: kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs}
+        config_class = CONFIG_MAPPING[model_type.removeprefix(remote.MODEL_TYPE_PREFIX)]
+        # the config swallows a given dtype, which must also reach the class
+        config, unused = config_class.from_dict(values, **kwargs, return_unused_kwargs=True)
+        kwargs = {"config": config} | unused | dtype  # pyright: ignore[reportOperatorIssue]
+    return remote.converted(stock_class.from_pretrained(path, **kwargs))
+
+
+def attach_saving(model: PreTrainedModel) -> None:
+    """Make `model.save_pretrained` write what this module's docstring says. Called by `convert_to_ode`."""
+    model.save_pretrained = SavePretrained(model)
+
+
+@dataclasses.dataclass(eq=False)
+class SavePretrained:
+    """The `save_pretrained` of a converted model. Plain data, so that deepcopy and pickle follow it to the copy."""
+
+    model: PreTrainedModel
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        variant: str | None = None,
+        token: str | bool | None = None,
+        save_peft_format: bool = True,
+        save_original_format: bool = True,
+        distributed_checkpoint: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """As `PreTrainedModel.save_pretrained`, with the same arguments.
+
+        With `is_main_process=False` nothing is written, and neither is with an empty `state_dict` on a rank that lacks
+        layers: `layer_parallel(model).state_dict()` gives the tensors on lp rank 0 only.
+
+        Raises:
+            CheckpointError: this rank lacks layers and no `state_dict` was given; or `save_directory` is a file.
+            ConfigurationError: `distributed_checkpoint=True`.
+        """
+        sharded = [stack.path for stack in ode_view(self.model).stacks if stack.sharded]
+        if sharded and state_dict is None:
+            raise CheckpointError(
+                f"this rank holds only a part of the layers of {', '.join(sharded)}; call save_pretrained(path, "
+                "state_dict=layer_parallel(model).state_dict()) on all lp ranks"
+            )
+        if distributed_checkpoint:
+            raise ConfigurationError(
+                "distributed_checkpoint=True saves FSDP and TP shards, and a converted model has none; leave it out"
+            )
+        if not is_main_process or (sharded and not state_dict):
+            return
+        target = Path(os.path.realpath(save_directory))
+        if target.is_file():
+            raise CheckpointError(f"{save_directory} is a file; give save_pretrained a directory")
+        upload = _Upload(self.model, save_directory, token, kwargs) if push_to_hub else None
+        # beside a new directory, but inside an existing one, which may be a mount point
+        temporary = (target if target.is_dir() else target.parent) / f".{target.name}.saving-{uuid.uuid4().hex[:8]}"
+        temporary.mkdir(parents=True)
+        try:
+            self._write(
+                temporary,
+                state_dict,
+                max_shard_size=max_shard_size,
+                variant=variant,
+                save_peft_format=save_peft_format,
+                save_original_format=save_original_format,
+            )
+            names = os.listdir(temporary)
+            for name in names:
+                _sync(temporary / name)
+            _publish(temporary, target, variant)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)  # it is gone already where it became the target
+        if upload is not None:
+            upload(target, names)
+
+    def _write(self, directory: Path, given: dict[str, Tensor] | None, **kwargs: Any) -> None:
+        model = self.model
+        settings = ode_view(model).settings
+        save = type(model).save_pretrained
+        if getattr(model, "_hf_peft_config_loaded", False):  # writes the adapters only, and no config.json
+            save(model, directory, state_dict=given, **kwargs)
+            return
+        state_dict = dict(model.state_dict() if given is None else given)
+        # stock drops tied weights by their shared storage, which a gathered state dict doesn't have
+        for tied, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+            if tied in state_dict and source in state_dict:
+                state_dict[tied] = state_dict[source]
+        plain = all(step_size == 1 for stack in ode_view(model).stacks for step_size in stack.step_sizes)
+        fold = not plain and settings.form == "split" and can_fold(model, state_dict)
+        source = None if plain or fold else remote.modeling_source(model)
+        save(model, directory, state_dict=folded_state_dict(model, state_dict) if fold else state_dict, **kwargs)
+        config_file = directory / CONFIG_NAME
+        config = json.loads(config_file.read_text("utf-8"))
+        config[CONFIG_KEY] = dataclasses.replace(settings, folded=fold).to_dict()
+        if source is not None:
+            config["model_type"] = remote.MODEL_TYPE_PREFIX + config["model_type"]
+            config["auto_map"] = remote.auto_map(model)
+            (directory / f"{remote.MODULE_NAME}.py").write_text(source, "utf-8")
+        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def _publish(temporary: Path, target: Path, variant: str | None) -> None:
+    """Move the files of a complete checkpoint into place; at no time does `target` hold a mixture that loads."""
+    if not target.exists():
+        try:
+            temporary.rename(target)
+        except OSError:
+            if not target.is_dir():  # otherwise another process has just made it
+                raise
+        else:
+            _sync(target.parent)
+            return
+    new = set(os.listdir(temporary))
+    if CONFIG_NAME in new:  # not for adapters, which lie beside their base model
+        (target / CONFIG_NAME).unlink(missing_ok=True)
+        for name in os.listdir(target):
+            if name not in new and _is_of_a_checkpoint(name, variant):
+                (target / name).unlink(missing_ok=True)
+    for name in sorted(new, key=lambda name: name == CONFIG_NAME):
+        os.replace(temporary / name, target / name)
+    _sync(target)
+
+
+def _is_of_a_checkpoint(name: str, variant: str | None) -> bool:
+    """Whether a file would be read, or left over, beside new weights of this variant."""
+    dotted = re.escape(f".{variant}") if variant else ""
+    shard = r"(-\d{5}-of-\d{5})?"
+    weights = rf"(model|pytorch_model){dotted}{shard}\.(safetensors|bin)"
+    index = rf"(model\.safetensors|pytorch_model\.bin)\.index{dotted}\.json"
+    return re.fullmatch(rf"{weights}|{index}|{remote.MODULE_NAME}\.py", name) is not None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Upload:
+    """The Hub half of stock's `save_pretrained`: a repository made before the weights are written, one commit after."""
+
+    def __init__(
+        self, model: PreTrainedModel, directory: Any, token: str | bool | None, options: dict[str, Any]
+    ) -> None:
+        self.tags = model.model_tags
+        self.token = token
+        self.commit_message = options.pop("commit_message", None) or "Upload model"
+        self.create_pr = options.pop("create_pr", False)
+        self.api = HfApi(token=token)
+        repo_id = options.pop("repo_id", os.path.basename(os.path.abspath(directory)))
+        self.repo_id = self.api.create_repo(repo_id, exist_ok=True, **options).repo_id
+
+    def __call__(self, directory: Path, names: list[str]) -> None:
+        card = create_and_tag_model_card(self.repo_id, self.tags, token=self.token)  # pyright: ignore[reportArgumentType]
+        card.save(directory / "README.md")
+        self.api.upload_folder(
+            repo_id=self.repo_id,
+            folder_path=directory,
+            allow_patterns=[*names, "README.md"],
+            commit_message=self.commit_message,
+            create_pr=self.create_pr,
+        )
