@@ -22,22 +22,27 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """keys: columns of the one or two sentences. num_labels: 1 for regression. tests: GLUE splits that have labels."""
+    """keys: columns of the one or two sentences. num_labels: 1 for regression. tests: our test splits, each with the
+    name of the GLUE split that serves as it."""
 
     keys: tuple[str, str | None]
     num_labels: int = 2
-    tests: tuple[str, ...] = ("validation",)
+    tests: tuple[tuple[str, str], ...] = (("test", "validation"),)
 
 
 OFFLINE = "offline"
 TASKS = {
-    OFFLINE: Task(("text", None), tests=("test",)),
+    OFFLINE: Task(("text", None), tests=()),
     "cola": Task(("sentence", None)),
     "sst2": Task(("sentence", None)),
     "mrpc": Task(("sentence1", "sentence2")),
     "qqp": Task(("question1", "question2")),
     "stsb": Task(("sentence1", "sentence2"), num_labels=1),
-    "mnli": Task(("premise", "hypothesis"), num_labels=3, tests=("validation_matched", "validation_mismatched")),
+    "mnli": Task(
+        ("premise", "hypothesis"),
+        num_labels=3,
+        tests=(("test_matched", "validation_matched"), ("test_mismatched", "validation_mismatched")),
+    ),
     "qnli": Task(("question", "sentence")),
     "rte": Task(("sentence1", "sentence2")),
     "wnli": Task(("sentence1", "sentence2")),
@@ -46,11 +51,10 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Splits:
-    """tests: name -> rows; one entry, but for mnli's matched and mismatched sets."""
+    """held_out: "validation" and "test", for mnli "test_matched" and "test_mismatched"; each name -> rows."""
 
     train: list[Row]
-    validation: list[Row]
-    tests: dict[str, list[Row]]
+    held_out: dict[str, list[Row]]
 
 
 def get_task(name: str) -> Task:
@@ -59,36 +63,41 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-def load_splits(name: str, seed: int, source: str = "movies", limits: tuple[int | None, ...] = (None,) * 3) -> Splits:
+def load_splits(
+    name: str, seed: int, source: str = "movies", max_train: int | None = None, max_held_out: int | None = None
+) -> Splits:
     """The task's rows, shuffled and split by `seed` alone: 80/10/10 offline; GLUE hides its test labels, so there a
-    tenth of train becomes the validation split (at most 2,000 rows) and the official validation set the test.
+    tenth of train (at most 2,000 rows) becomes the validation split and the official validation set the test.
 
-    source: of the offline sentences. limits: most rows of train, validation and each test.
+    source: of the offline sentences. max_train, max_held_out: use only that many rows of train and of each other split.
     """
     task = get_task(name)
     if name == OFFLINE:
         rows = [{"text": s.text, "pair": None, "label": s.label} for s in sentiment(source)]
-        random.Random(seed).shuffle(rows)
-        held_out = len(rows) // 10
-        tests = {"test": rows[:held_out]}
-        validation, train = rows[held_out : 2 * held_out], rows[2 * held_out :]
+        tests: dict[str, list[Row]] = {}
     else:
-        from datasets import load_dataset  # an optional dependency, and slow to import
-
-        try:
-            data = load_dataset("nyu-mll/glue", name)
-        except OSError as error:
-            raise DownloadError(
-                f"GLUE task {name!r} could not be loaded: {error}. It needs the Hugging Face Hub, or a data set cached "
-                f"from it; --task {OFFLINE} needs neither."
-            ) from error
-        tests = {split: _glue_rows(data[split], task) for split in task.tests}
+        data = _load_glue(name)
         rows = _glue_rows(data["train"], task)
-        random.Random(seed).shuffle(rows)
-        held_out = min(len(rows) // 10, 2000)
-        validation, train = rows[:held_out], rows[held_out:]
-    n_train, n_validation, n_test = limits
-    return Splits(train[:n_train], validation[:n_validation], {k: v[:n_test] for k, v in tests.items()})
+        tests = {test: _glue_rows(data[split], task) for test, split in task.tests}
+    random.Random(seed).shuffle(rows)
+    tenth = min(len(rows) // 10, 2000)
+    held_out = {"validation": rows[:tenth]}
+    train = rows[tenth:]
+    if name == OFFLINE:
+        tests, train = {"test": train[:tenth]}, train[tenth:]
+    return Splits(train[:max_train], {k: v[:max_held_out] for k, v in (held_out | tests).items()})
+
+
+def _load_glue(name: str) -> Any:
+    from datasets import load_dataset  # an optional dependency, and slow to import
+
+    try:
+        return load_dataset("nyu-mll/glue", name)
+    except OSError as error:
+        raise DownloadError(
+            f"GLUE task {name!r} could not be loaded: {error}. It needs the Hugging Face Hub, or a data set cached "
+            f"from it; --task {OFFLINE} needs neither."
+        ) from error
 
 
 def _glue_rows(split: Any, task: Task) -> list[Row]:
@@ -122,13 +131,13 @@ def local_metrics(name: str, predictions: np.ndarray, labels: np.ndarray) -> dic
         from scipy.stats import pearsonr, spearmanr
 
         pearson, spearman = pearsonr(predictions, labels), spearmanr(predictions, labels)
-        return {"pearson": float(pearson.statistic), "spearmanr": float(spearman.statistic)}
+        return {"pearson": float(pearson[0]), "spearmanr": float(spearman[0])}
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     average = "binary" if get_task(name).num_labels == 2 else "macro"
     found = {
         "accuracy": float(accuracy_score(labels, predictions)),
-        "f1": float(f1_score(labels, predictions, average=average, zero_division=0)),
+        "f1": float(f1_score(labels, predictions, average=average)),
     }
     if name == "cola":
         found["matthews_correlation"] = float(matthews_corrcoef(labels, predictions))

@@ -1,0 +1,29 @@
+"""Starts a script of this repository on 1, 2 or 4 CPU processes, the way a user would, one thread a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "recipes" / "configs"
+RESULTS = ROOT / "recipes" / "benchmarks" / "results"
+
+
+def launch(processes: int, script: Path, arguments: Sequence[str], timeout: float = 1800.0) -> str:
+    """Output of `accelerate launch --config_file recipes/configs/cpu_<processes>.yaml script arguments`.
+
+    Raises RuntimeError with the end of the output when it fails, subprocess.TimeoutExpired after `timeout` seconds.
+    """
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(CONFIGS / f"cpu_{processes}.yaml"), str(script), *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-6000:]}")
+    return done.stdout

@@ -1,0 +1,298 @@
+"""Sentence classification with a BERT-family model, its layers split over all processes.
+
+    accelerate launch --config_file recipes/configs/cpu_2.yaml recipes/glue_bert.py
+
+trains a pretrained MiniLM to tell good from bad movie snippets (both come from PyPI packages, no hub is needed) with
+the exact layer pipeline over two processes. `--task sst2` (or any other GLUE task) and `--model_name
+bert-base-uncased` take the real ones from the hub. A YAML file of settings may come first, options after it override
+it; the refined network, 24 steps of size 1/4 trained with MGRIT, is
+
+    accelerate launch --config_file recipes/configs/cpu_2.yaml recipes/glue_bert.py recipes/glue_bert_refined.yaml
+
+`python recipes/glue_bert.py --stock` trains the same thing with the Trainer of transformers alone, in one process.
+Every run ends with a table, <output_dir>/result.json and the model in <output_dir>/model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout runs without being installed
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+
+from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.ode.convert import convert_to_ode, ode_view
+from hf_layerpar.parallelize import gradient_agreement, layer_parallel
+from hf_layerpar.training.arguments import LayerParallelTrainingArguments
+from hf_layerpar.training.trainer import LayerParallelTrainer
+from recipes.glue_tasks import OFFLINE, Splits, encode, get_task, load_splits, majority_share, metrics_for
+from recipes.offline import minilm
+from recipes.results import print_table, versions, write_json
+
+MINILM_NAME = "minilm"
+TRAINING_SETTINGS = (
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "gradient_checkpointing"),
+)
+"""The training arguments that result.json records."""
+
+
+@dataclass
+class RecipeArguments:
+    """Which model, which data, and how the model is read as an ODE."""
+
+    task: str = field(default=OFFLINE, metadata={"help": "'offline', or a GLUE task by name (needs the hub)."})
+    source: str = field(default="movies", metadata={"help": "Offline sentences: movies, products, tweets or news."})
+    model_name: str = field(default=MINILM_NAME, metadata={"help": "'minilm' (from PyPI), a hub name, or a folder."})
+    max_length: int = field(default=64, metadata={"help": "Tokens a sentence (pair) is cut to."})
+    dropout: float | None = field(default=None, metadata={"help": "Every dropout rate of the model; default: its own."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use that many training rows only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use that many rows of each other split."})
+    stock: bool = field(default=False, metadata={"help": "Train with transformers' own Trainer, in one process."})
+    step_size: float = field(default=1.0, metadata={"help": "h; 0.25 refines every layer into 4 steps."})
+    num_steps: int | None = field(default=None, metadata={"help": "Inner steps; default: layers / step_size."})
+    form: str = field(default="auto", metadata={"help": "'euler', 'split' or 'auto'."})
+    interpolation: str = field(default="constant", metadata={"help": "Weights of refined steps: constant, linear."})
+    buffers: list[int] = field(default_factory=lambda: [0, 0], metadata={"help": "Open and close layers kept exact."})
+    agreement_batches: int = field(
+        default=2, metadata={"help": "Batches on which an MGRIT gradient is compared with the exact one."}
+    )
+
+
+def default_settings() -> dict[str, Any]:
+    """What this recipe sets differently from the training arguments' own defaults."""
+    return {
+        "output_dir": "runs/glue_bert",
+        "lp_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "micro_batches": 4,
+        "max_steps": 200,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+        "learning_rate": 1e-4,
+        "warmup_steps": 0.1,
+        "logging_steps": 1,  # result.json has the loss of every step
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        # The launcher says so in the environment, but TrainingArguments forms the process group only when told itself.
+        "use_cpu": os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.cuda.is_available(),
+    }
+
+
+def parse(argv: Sequence[str]) -> tuple[RecipeArguments, LayerParallelTrainingArguments]:
+    """Settings from an optional YAML file (first) and options (after it)."""
+    parser = HfArgumentParser((RecipeArguments, LayerParallelTrainingArguments))  # type: ignore[arg-type]
+    known = {action.dest for action in parser._actions}
+    settings = default_settings()
+    argv = list(argv)
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        path = argv.pop(0)
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        unknown = sorted(set(loaded) - known)
+        if unknown:
+            raise ConfigurationError(f"{path} sets {unknown}, which no option is called; see --help for the options")
+        settings |= loaded
+    parser.set_defaults(**settings)
+    recipe, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if recipe.stock and (args.world_size > 1 or recipe.step_size != 1 or recipe.num_steps is not None):
+        raise ConfigurationError(
+            f"--stock with {args.world_size} processes, step_size={recipe.step_size} and num_steps={recipe.num_steps}: "
+            "it trains the model as it is in one process; start it with `python` and leave the ODE options out"
+        )
+    return recipe, args
+
+
+def build_model(recipe: RecipeArguments, seed: int) -> tuple[nn.Module, Any]:
+    """(model, tokenizer), the same on every rank; converted to its ODE form unless it is to be trained stock."""
+    name = str(minilm()) if recipe.model_name == MINILM_NAME else recipe.model_name
+    labels = get_task(recipe.task).num_labels
+    config = AutoConfig.from_pretrained(name, num_labels=labels)
+    if labels == 1:
+        config.problem_type = "regression"
+    if recipe.dropout is not None:
+        for key in list(config.to_dict()):
+            if re.search(r"(dropout(_prob)?|_pdrop)$", key):
+                setattr(config, key, recipe.dropout)
+    set_seed(seed)  # the classifier's new weights
+    model = AutoModelForSequenceClassification.from_pretrained(name, config=config)
+    # BERT heads take num_items_in_batch through **kwargs and ignore it: with it the Trainer would not divide the loss
+    # by the accumulation steps.
+    model.accepts_loss_kwargs = False
+    if not recipe.stock:
+        model = convert_to_ode(
+            model,
+            step_size=recipe.step_size,
+            num_steps=recipe.num_steps,
+            form=recipe.form,  # type: ignore[arg-type]
+            interpolation=recipe.interpolation,  # type: ignore[arg-type]
+            buffers=(recipe.buffers[0], recipe.buffers[-1]),
+        )
+        model.accepts_loss_kwargs = False  # a refined model is a new object
+    return model, AutoTokenizer.from_pretrained(name)
+
+
+class ProgressLine(TrainerCallback):
+    """One short line every `every` steps, on the main process."""
+
+    def __init__(self, every: int = 20) -> None:
+        self.every = every
+        self.start = time.monotonic()
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.start = time.monotonic()
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if state.is_world_process_zero and "loss" in (logs or {}) and state.global_step % self.every == 0:
+            pace = (time.monotonic() - self.start) / state.global_step
+            print(
+                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  {pace:.2f} s a step", flush=True
+            )
+
+
+def agreement(trainer: Trainer, rows: list[dict], batches: int) -> list[dict[str, float]]:
+    """Cosine and norm ratio of the MGRIT gradient with the exact one, for each of the first training batches."""
+    size = trainer.args.per_device_train_batch_size
+    found = []
+    for start in range(0, min(batches * size, len(rows)), size):
+        inputs = trainer._prepare_inputs(trainer.data_collator(rows[start : start + size]))
+        found.append(gradient_agreement(trainer.model, inputs))
+    return found
+
+
+def rank_settings(trainer: Trainer, recipe: RecipeArguments) -> list[dict[str, Any]]:
+    """One entry a rank: its place, its device and threads, and the layers and parameters it holds."""
+    model = trainer.model
+    entry = {
+        "rank": trainer.args.process_index,
+        "device": str(trainer.args.device),
+        "threads": torch.get_num_threads(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    if not recipe.stock:
+        parallel = layer_parallel(model)
+        held = {n for n, _ in model.named_parameters()}
+        stacks = {
+            stack.path: [i for i in range(len(stack.layers)) if any(n.startswith(f"{stack.path}.{i}.") for n in held)]
+            for stack in ode_view(model).stacks
+        }
+        entry |= {"lp_rank": parallel.lp_rank, "lp_size": parallel.lp_size, "layers": stacks}
+    if trainer.args.world_size == 1:
+        return [entry]
+    entries: list[Any] = [None] * trainer.args.world_size
+    dist.all_gather_object(entries, entry)
+    return entries
+
+
+def evaluate(trainer: Trainer, splits: Splits, features: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
+    """Split -> loss, the task's metrics and, for classes, the accuracy of always answering the most frequent label."""
+    found = {}
+    for name, rows in splits.held_out.items():
+        values = trainer.evaluate(features[name], metric_key_prefix=name)  # type: ignore[arg-type]
+        prefix = name + "_"
+        timing = {prefix + k for k in ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")}
+        found[name] = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix) and k not in timing}
+        if isinstance(rows[0]["label"], int):
+            found[name]["majority"] = majority_share(rows)
+    return found
+
+
+def report(result: dict[str, Any]) -> None:
+    """The result table."""
+    settings = result["settings"]
+    rows = [("task", settings["recipe"]["task"]), ("processes", len(result["ranks"]))]
+    rows += [("strategy", (settings["layer_parallel"] or {"strategy": "stock"})["strategy"])]
+    rows += [("steps", len(result["steps"])), ("training seconds", f"{result['seconds']['training']:.1f}")]
+    for split, values in result["metrics"].items():
+        rows += [(f"{split} {name}", f"{value:.4f}") for name, value in values.items()]
+    for when, found in result["gradient_agreement"].items():
+        rows += [(f"gradient cosine {when}", ", ".join(f"{v['cosine']:.4f}" for v in found))]
+    print_table(rows)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Train, evaluate, save; returns what result.json holds (on every rank)."""
+    begin = time.monotonic()
+    recipe, args = parse(sys.argv[1:] if argv is None else argv)
+    model, tokenizer = build_model(recipe, args.seed)
+    splits = load_splits(recipe.task, args.seed, recipe.source, recipe.max_train_samples, recipe.max_eval_samples)
+    regression = get_task(recipe.task).num_labels == 1
+    features = {
+        name: encode(rows, tokenizer, recipe.max_length, regression)
+        for name, rows in {"train": splits.train, **splits.held_out}.items()
+    }
+    compute_metrics, metric_origin = metrics_for(recipe.task)
+    trainer = (Trainer if recipe.stock else LayerParallelTrainer)(
+        model=model,
+        args=args,
+        train_dataset=features["train"],  # type: ignore[arg-type]
+        eval_dataset=features["validation"],  # type: ignore[arg-type]
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+        callbacks=[ProgressLine()],
+    )
+    trainer.remove_callback(PrinterCallback)  # ProgressLine says enough
+
+    parallel = None if recipe.stock else layer_parallel(trainer.model)
+    measure = parallel is not None and parallel.config.strategy == "mgrit" and recipe.agreement_batches > 0
+    cosines = {}
+    if measure:
+        cosines["before"] = agreement(trainer, features["train"], recipe.agreement_batches)
+        set_seed(args.seed)  # measuring drew random numbers; training starts as it would without
+    train_begin = time.monotonic()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    train_end = time.monotonic()
+    if measure:
+        cosines["after"] = agreement(trainer, features["train"], recipe.agreement_batches)
+    metrics = evaluate(trainer, splits, features)
+    trainer.save_model(str(Path(args.output_dir) / "model"))
+
+    result = {
+        "settings": {
+            "recipe": dataclasses.asdict(recipe),
+            "ode": None if recipe.stock else ode_view(trainer.model).settings.to_dict(),
+            "layer_parallel": None if parallel is None else parallel.config.to_dict(),
+            "training": {k: v for k, v in args.to_sanitized_dict().items() if k in TRAINING_SETTINGS},
+        },
+        "rows": {name: len(rows) for name, rows in features.items()},
+        "metrics": metrics,
+        "metric_origin": metric_origin,
+        "gradient_agreement": cosines,
+        "steps": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "seconds": {"training": train_end - train_begin, "all": time.monotonic() - begin},
+        "ranks": rank_settings(trainer, recipe),
+        "versions": versions(),
+    }
+    if trainer.is_world_process_zero():
+        write_json(Path(args.output_dir) / "result.json", result)
+        report(result)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return result
+
+
+if __name__ == "__main__":
+    main()
