@@ -97,8 +97,7 @@ def default_settings() -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
-        # The launcher says so in the environment, but TrainingArguments forms the process group only when told itself.
-        "use_cpu": os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),  # without it, processes on the CPU would not find each other
     }
 
 

@@ -1,0 +1,154 @@
+"""Every GLUE task: columns, labels, splits and metrics, on data shaped like the hub's; and the offline task."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+from transformers import AutoTokenizer, EvalPrediction
+
+from hf_layerpar.errors import ConfigurationError
+from recipes import glue_tasks
+from recipes.glue_tasks import TASKS, encode, get_task, load_splits, local_metrics, majority_share, metrics_for
+from recipes.offline import DownloadError, Sentence, minilm
+
+# Column names of nyu-mll/glue, as its data set card lists them.
+COLUMNS = {
+    "cola": ["sentence"],
+    "sst2": ["sentence"],
+    "mrpc": ["sentence1", "sentence2"],
+    "qqp": ["question1", "question2"],
+    "stsb": ["sentence1", "sentence2"],
+    "mnli": ["premise", "hypothesis"],
+    "qnli": ["question", "sentence"],
+    "rte": ["sentence1", "sentence2"],
+    "wnli": ["sentence1", "sentence2"],
+}
+CLASSES = {"stsb": 1, "mnli": 3}
+
+
+def fake_glue(name: str, rows: int = 40) -> dict[str, datasets.Dataset]:
+    def split(tag: str, hidden: bool = False) -> datasets.Dataset:
+        columns = {c: [f"{tag} {c} {i}" for i in range(rows)] for c in COLUMNS[name]}
+        label = (
+            [0.25 * (i % 20) for i in range(rows)]
+            if name == "stsb"
+            else [i % CLASSES.get(name, 2) for i in range(rows)]
+        )
+        return datasets.Dataset.from_dict(
+            columns | {"label": [-1] * rows if hidden else label, "idx": list(range(rows))}
+        )
+
+    held_out = ["validation_matched", "validation_mismatched"] if name == "mnli" else ["validation"]
+    tests = [v.replace("validation", "test") for v in held_out]
+    return {"train": split("train")} | {v: split(v) for v in held_out} | {t: split(t, hidden=True) for t in tests}
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """`datasets.load_dataset` with the hub's GLUE replaced; anything but the nine configurations is unknown there."""
+
+    def load_dataset(path, name):
+        assert path == "nyu-mll/glue"
+        return fake_glue(name)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def test_every_glue_task_is_known():
+    assert set(TASKS) == set(COLUMNS) | {glue_tasks.OFFLINE}
+    with pytest.raises(ConfigurationError, match=r"'squad'.*sst2"):
+        get_task("squad")
+
+
+@pytest.mark.parametrize("name", sorted(COLUMNS))
+def test_splits_and_features_of_a_glue_task(name, hub):
+    splits = load_splits(name, seed=3)
+    tests = {"test_matched", "test_mismatched"} if name == "mnli" else {"test"}
+    assert set(splits.held_out) == {"validation"} | tests
+    assert (len(splits.train), len(splits.held_out["validation"])) == (36, 4)
+    texts = {r["text"] for r in splits.train}
+    assert not texts & {r["text"] for r in splits.held_out["validation"]}
+    columns = COLUMNS[name]
+    for row in splits.train:
+        i = row["text"].split()[-1]
+        assert row["text"] == f"train {columns[0]} {i}"
+        assert row["pair"] == (f"train {columns[1]} {i}" if len(columns) == 2 else None)
+    for test in tests:
+        assert all(r["text"].startswith(test.replace("test", "validation") + " ") for r in splits.held_out[test])
+        assert all(r["label"] >= 0 for r in splits.held_out[test]), "hidden labels in a test split"
+    regression = name == "stsb"
+    features = encode(splits.train, AutoTokenizer.from_pretrained(minilm()), max_length=12, regression=regression)
+    assert all(type(f["labels"]) is (float if regression else int) for f in features)
+    assert all(len(f["input_ids"]) <= 12 for f in features)
+    assert any(1 in f["token_type_ids"] for f in features) == (len(columns) == 2)
+    assert get_task(name).num_labels == CLASSES.get(name, 2)
+
+
+def test_splits_depend_on_the_seed_only(hub):
+    assert load_splits("rte", seed=1) == load_splits("rte", seed=1)
+    assert load_splits("rte", seed=1).train != load_splits("rte", seed=2).train
+    limited = load_splits("rte", seed=1, max_train=5, max_held_out=2)
+    assert limited.train == load_splits("rte", seed=1).train[:5]
+    assert {len(rows) for rows in limited.held_out.values()} == {2}
+
+
+def test_offline_splits_share_no_row(monkeypatch):
+    rows = [Sentence(f"sentence {i}", 1.0 if i % 3 else -1.0, int(i % 3 > 0)) for i in range(50)]
+    monkeypatch.setattr(glue_tasks, "sentiment", lambda source: rows)
+    splits = load_splits("offline", seed=0)
+    parts = [splits.train, splits.held_out["validation"], splits.held_out["test"]]
+    assert [len(p) for p in parts] == [40, 5, 5]
+    assert {r["text"] for p in parts for r in p} == {s.text for s in rows}
+    assert majority_share([r for p in parts for r in p]) == pytest.approx(33 / 50)
+
+
+def test_unreachable_hub_names_the_remedy(monkeypatch):
+    def unreachable(path, name):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(DownloadError, match="--task offline"):
+        load_splits("sst2", seed=0)
+
+
+def test_metrics_by_hand():
+    predictions, labels = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1])
+    assert local_metrics("sst2", predictions, labels) == pytest.approx({"accuracy": 3 / 5, "f1": 2 / 3})
+    # tp 2, fp 1, fn 1, tn 1: (2*1 - 1*1) / sqrt(3*3*2*2)
+    assert local_metrics("cola", predictions, labels)["matthews_correlation"] == pytest.approx(1 / 6)
+    mnli = local_metrics("mnli", np.array([0, 1, 2, 2]), np.array([0, 1, 2, 1]))
+    assert mnli == pytest.approx({"accuracy": 3 / 4, "f1": (1 + 2 / 3 + 2 / 3) / 3})
+    line = np.array([0.0, 1.0, 2.0, 4.0])
+    assert local_metrics("stsb", 2 * line + 1, line) == pytest.approx({"pearson": 1.0, "spearmanr": 1.0})
+
+
+@pytest.mark.parametrize("name", ["offline", "mrpc", "stsb"])
+def test_metrics_without_the_hub_are_the_local_ones_and_say_so(name, monkeypatch):
+    import evaluate
+
+    def unreachable(path, config):
+        assert (path, config) == ("glue", name)
+        raise FileNotFoundError("no hub")
+
+    monkeypatch.setattr(evaluate, "load", unreachable)
+    compute, origin = metrics_for(name)
+    assert origin == ("scikit-learn" if name == "offline" else "scikit-learn (evaluate.load failed: FileNotFoundError)")
+    logits = np.array([[2.0, 0.0], [0.5, 1.0], [1.0, 3.0]]) if name != "stsb" else np.array([[1.0], [2.0], [2.5]])
+    labels = np.array([0, 1, 0]) if name != "stsb" else np.array([1.0, 2.0, 2.5])
+    expected = {"accuracy": 2 / 3, "f1": 2 / 3} if name != "stsb" else {"pearson": 1.0, "spearmanr": 1.0}
+    assert compute(EvalPrediction(predictions=logits, label_ids=labels)) == pytest.approx(expected)
+
+
+def test_official_metric_is_used_where_the_hub_answers(monkeypatch):
+    import evaluate
+
+    class Official:
+        def compute(self, predictions, references):
+            return {"accuracy": float((predictions == references).mean()), "official": 1.0}
+
+    monkeypatch.setattr(evaluate, "load", lambda path, config: Official())
+    compute, origin = metrics_for("mrpc")
+    assert origin == "evaluate"
+    found = compute(EvalPrediction(predictions=np.array([[2.0, 0.0], [0.0, 1.0]]), label_ids=np.array([0, 1])))
+    assert found == pytest.approx({"accuracy": 1.0, "f1": 1.0, "official": 1.0})
