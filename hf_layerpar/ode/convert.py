@@ -117,6 +117,8 @@ def convert_to_ode(
 
 
 def _attach(model: Model, base: PreTrainedModel, settings: OdeSettings) -> Model:
+    from hf_layerpar.ode.checkpoint import attach_saving  # imported here: checkpoint.py converts what it loads
+
     unfolded = dataclasses.replace(settings, folded=False)
     stacks = tuple(LayerStack(path, layers, unfolded) for path, layers in find_stacks(base).items())
     if settings.form == "split":
@@ -128,6 +130,7 @@ def _attach(model: Model, base: PreTrainedModel, settings: OdeSettings) -> Model
     intercept(base, stacks)
     setattr(base, _VIEW, OdeView(unfolded, stacks))
     setattr(base.config, CONFIG_KEY, unfolded.to_dict())
+    attach_saving(base)
     return model
 
 
