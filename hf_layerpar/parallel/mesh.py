@@ -16,7 +16,7 @@ from hf_layerpar.errors import ConfigurationError
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """One process's place on the dp and lp axes; a group is None where its axis has one rank and nothing is sent.
+    """One process's place on the dp and lp axes. The groups are None in a run of one process.
 
     dp_group: the processes that hold the same layers and see other batches (gradients are averaged over it).
     lp_group: the processes that see the same batch and hold other layers.
@@ -69,6 +69,6 @@ def build_mesh(lp_size: int, device_type: str = "cpu") -> Mesh:
         lp_size=lp_size,
         dp_rank=grid.get_local_rank("dp"),
         lp_rank=grid.get_local_rank("lp"),
-        dp_group=grid.get_group("dp") if dp_size > 1 else None,
-        lp_group=grid.get_group("lp") if lp_size > 1 else None,
+        dp_group=grid.get_group("dp"),
+        lp_group=grid.get_group("lp"),
     )

@@ -36,6 +36,6 @@ def contiguous_owner(
         after = [p for p in places if p > cuts[-1]]
         candidates = after[: len(after) - (num_ranks - 1 - rank)]  # leave a cut for every later rank
         ideal = rank * num_layers / num_ranks
-        cuts.append(min(candidates, key=lambda p: abs(p - ideal)))
+        cuts.append(min(candidates, key=lambda p: (abs(p - ideal), -p)))
     cuts.append(num_layers)
     return tuple(rank for rank in range(num_ranks) for _ in range(cuts[rank], cuts[rank + 1]))
