@@ -1,0 +1,157 @@
+"""The GLUE recipe run the way a user runs it, a few steps on a few sentences.
+
+Two exact processes must train like the stock Trainer in one; the refined network must train with MGRIT; what is saved
+must load with stock transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_layerpar.errors import ConfigurationError
+from recipes import glue_bert
+from recipes.benchmarks.launch import ROOT, launch
+from recipes.offline import minilm
+
+SCRIPT = ROOT / "recipes" / "glue_bert.py"
+REFINED = ROOT / "recipes" / "glue_bert_refined.yaml"
+SMALL = ["--max_train_samples", "96", "--max_eval_samples", "30", "--max_length", "24", "--max_steps", "6"]
+SMALL += ["--per_device_train_batch_size", "10", "--per_device_eval_batch_size", "16"]  # neither divides its rows
+
+
+@dataclass
+class Run:
+    result: dict[str, Any]
+    folder: Path
+    output: str
+
+    @property
+    def losses(self) -> list[float]:
+        return [step["loss"] for step in self.result["steps"]]
+
+
+def run(folder: Path, processes: int, *options: str) -> Run:
+    output = launch(processes, SCRIPT, [*options, *SMALL, "--output_dir", str(folder)], timeout=300)
+    return Run(json.loads((folder / "result.json").read_text()), folder, output)
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory) -> Run:
+    return run(tmp_path_factory.mktemp("stock"), 1, "--stock", "--dropout", "0.0")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Run:
+    return run(tmp_path_factory.mktemp("pipeline"), 2, "--dropout", "0.0", "--micro_batches", "3")
+
+
+@pytest.fixture(scope="module")
+def refined(tmp_path_factory) -> Run:
+    return run(tmp_path_factory.mktemp("refined"), 2, str(REFINED))
+
+
+def test_two_processes_train_like_stock_in_one(stock, pipeline):
+    assert [s["step"] for s in stock.result["steps"]] == list(range(1, 7))
+    assert pipeline.losses == pytest.approx(stock.losses, abs=1e-5)
+    assert max(stock.losses) - min(stock.losses) > 1e-2, "the losses don't move, so they compare nothing"
+    norms = [[s["grad_norm"] for s in r.result["steps"]] for r in (stock, pipeline)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+    for split in ("validation", "test"):
+        ours, theirs = pipeline.result["metrics"][split], stock.result["metrics"][split]
+        assert ours.keys() == theirs.keys() == {"loss", "accuracy", "f1", "majority"} | (ours.keys() & {"epoch"})
+        assert ours["accuracy"] == theirs["accuracy"]
+        assert ours["f1"] == theirs["f1"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+
+
+def test_saved_model_loads_with_stock_transformers(stock, pipeline):
+    weights = [load_file(r.folder / "model" / "model.safetensors") for r in (stock, pipeline)]
+    assert weights[0].keys() == weights[1].keys()
+    start = load_file(minilm() / "model.safetensors")
+    moved = max(float((weights[0][f"bert.{k}"] - v).abs().max()) for k, v in start.items() if f"bert.{k}" in weights[0])
+    apart = max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0])
+    assert apart < 0.02 * moved
+
+    folder = pipeline.folder / "model"
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(model).__module__.startswith("transformers.")
+    reference = AutoModelForSequenceClassification.from_pretrained(stock.folder / "model")
+    batch = tokenizer(["a fine film", "dull and far too long"], padding=True, return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, reference(**batch).logits, atol=1e-3, rtol=1e-3)
+
+
+def test_result_records_settings_ranks_and_versions(pipeline):
+    result = pipeline.result
+    assert result["settings"]["layer_parallel"]["strategy"] == "pipeline"
+    assert result["settings"]["layer_parallel"]["micro_batches"] == 3
+    assert result["settings"]["recipe"]["dropout"] == 0.0
+    assert [r["layers"]["bert.encoder.layer"] for r in result["ranks"]] == [[0, 1, 2], [3, 4, 5]]
+    assert [(r["lp_rank"], r["lp_size"], r["threads"], r["device"][:3]) for r in result["ranks"]] == [
+        (0, 2, 1, "cpu"),
+        (1, 2, 1, "cpu"),
+    ]
+    assert result["rows"] == {"train": 96, "validation": 30, "test": 30}
+    assert result["seconds"]["all"] > result["seconds"]["training"] > 0
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["gradient_agreement"] == {}
+    assert not list(pipeline.folder.glob("*.part"))
+    assert "test accuracy" in pipeline.output
+    assert "pipeline" in pipeline.output
+
+
+def test_refined_network_trains_with_mgrit(refined):
+    result = refined.result
+    assert result["settings"]["ode"]["step_size"] == 0.25
+    settings = result["settings"]["layer_parallel"]
+    assert (settings["strategy"], settings["coarse_operator"], settings["coarsening"]) == ("mgrit", "aggregate", 4)
+    layers = [r["layers"]["bert.encoder.layer"] for r in result["ranks"]]
+    assert layers[0] + layers[1] == list(range(24))
+    assert all(len(held) == 12 for held in layers)
+    assert len(refined.losses) == 6
+    for when in ("before", "after"):
+        values = result["gradient_agreement"][when]
+        assert len(values) == 2
+        assert all(0.5 < v["cosine"] < 1 for v in values), values  # inexact, but a gradient
+    assert json.loads((refined.folder / "model" / "config.json").read_text())["num_hidden_layers"] == 24
+
+
+def test_options_override_the_settings_file(tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("output_dir: here\nlearning_rate: 1e-3\nmax_steps: 7\nbuffers: [1, 2]\nseed: 5\n")
+    recipe, args = glue_bert.parse([str(settings), "--max_steps", "9", "--task", "sst2"])
+    assert (args.output_dir, args.learning_rate, args.max_steps, args.seed) == ("here", 1e-3, 9, 5)
+    assert (recipe.buffers, recipe.task, recipe.step_size) == ([1, 2], "sst2", 1.0)
+    assert args.lp_size == 1
+
+
+def test_wrong_settings_are_named(tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("max_step: 7\n")
+    with pytest.raises(ConfigurationError, match=r"settings\.yaml sets \['max_step'\]"):
+        glue_bert.parse([str(settings)])
+    with pytest.raises(ConfigurationError, match=r"step_size=0\.5"):
+        glue_bert.parse(["--stock", "--step_size", "0.5"])
+
+
+def test_dropout_option_reaches_every_rate():
+    recipe, args = glue_bert.parse(["--stock", "--dropout", "0.0"])
+    model, _ = glue_bert.build_model(recipe, args.seed)
+    rates = {name: m.p for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert len(rates) > 12
+    assert set(rates.values()) == {0.0}
+
+
+def test_regression_task_gets_a_regression_head():
+    recipe, args = glue_bert.parse(["--stock", "--task", "stsb"])
+    model, _ = glue_bert.build_model(recipe, args.seed)
+    assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
+    assert model.classifier.out_features == 1
