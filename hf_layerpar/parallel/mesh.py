@@ -40,7 +40,7 @@ class Mesh:
 
 
 def check_lp_size(world_size: int, lp_size: int) -> None:
-    """Raises ConfigurationError, alike on all ranks and without talking to any, where lp_size does not divide the world."""
+    """Raises ConfigurationError where lp_size does not divide the world; alike on all ranks, without talking to any."""
     if isinstance(lp_size, bool) or not isinstance(lp_size, int) or lp_size < 1:
         raise ConfigurationError(f"lp_size={lp_size!r} must be an integer of at least 1")
     if world_size % lp_size:

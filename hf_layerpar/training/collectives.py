@@ -1,0 +1,157 @@
+"""What a training step says over the mesh besides the solve: batches, gradients, predictions, failures."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+
+BUCKET_BYTES = 8 << 20
+"""Gradients travel in flat buckets of about this size: large enough to fill a link, small enough to overlap."""
+
+
+def share(value: Any, group: dist.ProcessGroup, device: torch.device) -> Any:
+    """`value` of the group's first rank, on every rank of the group. Collective.
+
+    Tensors inside (in any picklable structure) keep their dtype, travel without a copy through the host, and arrive on
+    `device`; the first rank gets its own object back.
+    """
+    source, first = dist.get_global_rank(group, 0), dist.get_rank(group) == 0
+    if first:
+        stream = io.BytesIO()
+        pickler = _TensorsApart(stream, protocol=pickle.HIGHEST_PROTOCOL)
+        pickler.dump(value)
+        payload = torch.frombuffer(bytearray(stream.getvalue()), dtype=torch.uint8).to(device)
+        size = torch.tensor([payload.numel()], device=device)
+    else:
+        pickler, payload, size = None, None, torch.empty(1, dtype=torch.int64, device=device)
+    dist.broadcast(size, source, group=group)
+    if payload is None:
+        payload = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(payload, source, group=group)
+    if pickler is not None:
+        for tensor in pickler.tensors:
+            dist.broadcast(tensor.detach().to(device).contiguous(), source, group=group)
+        return value
+    unpickler = _TensorsApartAgain(io.BytesIO(payload.cpu().numpy().tobytes()))
+    unpickler.device = device
+    value = unpickler.load()
+    for tensor in unpickler.tensors:
+        dist.broadcast(tensor, source, group=group)
+    return value
+
+
+class _TensorsApart(pickle.Pickler):
+    """Replaces every tensor by its place in `tensors`, dtype and shape."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tensors: list[Tensor] = []
+        self._places: dict[int, int] = {}
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, Tensor):
+            return None
+        place = self._places.setdefault(id(obj), len(self.tensors))
+        if place == len(self.tensors):
+            self.tensors.append(obj)
+        return place, obj.dtype, tuple(obj.shape)
+
+
+class _TensorsApartAgain(pickle.Unpickler):
+    """Puts an empty tensor in each such place; `tensors` has them in the sender's order."""
+
+    device: torch.device
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.tensors: list[Tensor] = []
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        place, dtype, shape = pid
+        if place == len(self.tensors):
+            self.tensors.append(torch.empty(shape, dtype=dtype, device=self.device))
+        return self.tensors[place]
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Replaces every `.grad` by its mean over the group, in flat buckets. Collective.
+
+    A parameter without a gradient on some ranks (an unused branch) counts as zero there; without one on all ranks it
+    stays without. `parameters` must be the same list on all ranks.
+    """
+    size = dist.get_world_size(group)
+    if size == 1 or not parameters:
+        return
+    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
+    dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
+    grads: list[Tensor] = []
+    for parameter, is_used in zip(parameters, used.tolist(), strict=True):
+        if is_used:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            grads.append(parameter.grad)
+    with torch.no_grad():
+        sent = []
+        for bucket in _buckets(grads):
+            flat = torch.cat([grad.reshape(-1) for grad in bucket])
+            sent.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
+        for bucket, flat, work in sent:
+            work.wait()
+            flat.div_(size)
+            pieces = flat.split([grad.numel() for grad in bucket])
+            torch._foreach_copy_(bucket, [piece.view_as(grad) for piece, grad in zip(pieces, bucket, strict=True)])
+
+
+def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors of one dtype and device together, cut at about `BUCKET_BYTES`."""
+    buckets: list[list[Tensor]] = []
+    open_bucket: dict[Any, tuple[list[Tensor], int]] = {}
+    for tensor in tensors:
+        kind = (tensor.dtype, tensor.device)
+        bucket, filled = open_bucket.get(kind, ([], 0))
+        if not bucket:
+            buckets.append(bucket)
+        bucket.append(tensor)
+        filled += tensor.numel() * tensor.element_size()
+        open_bucket[kind] = (bucket, filled) if filled < BUCKET_BYTES else ([], 0)
+    return buckets
+
+
+@torch.no_grad()
+def broadcast_model(model: nn.Module, group: dist.ProcessGroup) -> None:
+    """Gives every rank of the group the parameters and buffers of its first rank. Collective."""
+    if dist.get_world_size(group) == 1:
+        return
+    source, first = dist.get_global_rank(group, 0), dist.get_rank(group) == 0
+    tensors = [t.data for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values()]
+    for bucket in _buckets(tensors):
+        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+        dist.broadcast(flat, source, group=group)
+        if not first:
+            for tensor, piece in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                tensor.copy_(piece.view_as(tensor))
+
+
+def gather_rows(data: Any, group: dist.ProcessGroup) -> Any:
+    """Every tensor in nested `data` concatenated along dim 0 over the group's ranks, in their order. Collective.
+
+    Scalars count as one row. Shapes must agree over the ranks.
+    """
+    size = dist.get_world_size(group)
+
+    def gather(tensor: Tensor) -> Tensor:
+        rows = (tensor[None] if tensor.ndim == 0 else tensor).contiguous()
+        if size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(size)]
+        dist.all_gather(parts, rows, group=group)
+        return torch.cat(parts)
+
+    return recursively_apply(gather, data, error_on_other_type=True)

@@ -1,0 +1,118 @@
+"""The Trainer's saving, resuming and best-model loading, for a model sharded over lp ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.utils import logging
+
+from hf_layerpar.errors import CheckpointError
+from hf_layerpar.parallel.mesh import Mesh
+from hf_layerpar.parallelize import LayerParallel
+from hf_layerpar.training import checkpoints
+
+logger = logging.get_logger(__name__)
+
+
+class ShardedSaving(Trainer):
+    """The part of `LayerParallelTrainer` that writes and reads; see `checkpoints` for what is in a directory."""
+
+    mesh: Mesh
+    layer_parallel: LayerParallel
+
+    # ---- writing
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Writes what stock `from_pretrained` loads. Collective over all ranks."""
+        state_dict = self.layer_parallel.state_dict() if self.mesh.dp_rank == 0 else {}
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state_dict)
+            if _internal_call and output_dir is not None:  # a checkpoint to resume from
+                checkpoints.save_exact_weights(self.model, state_dict, Path(output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.hp_search_backend is None and trial is None:
+            self.store_flos()
+        run_dir = Path(self._get_output_dir(trial=trial))
+        final = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.save_strategy != SaveStrategy.NO and self.state.best_global_step:
+            best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if best == final or best.exists():
+                self.state.best_model_checkpoint = str(best)
+        writer = self.args.should_save
+        with checkpoints.whole_directory(final, self.mesh, writer=writer) as partial:
+            self.save_model(str(partial), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(partial))
+                self._save_rng_state(str(partial))
+            if writer:
+                self._collect_callback_states()
+                self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if writer:
+            checkpoints.rotate(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _collect_callback_states(self) -> None:
+        for callback in [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]:
+            name, stored = type(callback).__name__, self.state.stateful_callbacks
+            if isinstance(stored[name], list):
+                stored[name].append(callback.state())
+            else:
+                stored[name] = callback.state()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.mesh.dp_rank == 0:
+            checkpoints.save_optimizer(self.optimizer, self.model, self.mesh, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.mesh.lp_rank == 0:
+            checkpoints.save_streams(self.mesh, self.args.device, Path(output_dir))
+
+    # ---- reading
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        if resume_from_checkpoint is True:
+            if self.args.should_save:
+                checkpoints.restore_replaced(Path(self.args.output_dir))
+            self.mesh.barrier()
+        elif resume_from_checkpoint and not (Path(resume_from_checkpoint) / TRAINER_STATE_NAME).is_file():
+            raise CheckpointError(
+                f"{resume_from_checkpoint} has no {TRAINER_STATE_NAME}, so it is no whole checkpoint to resume from; "
+                "give a checkpoint-N directory, or resume_from_checkpoint=True for the last whole one of output_dir"
+            )
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoints.load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        logger.info(f"Loading best model from {best} (score: {self.state.best_metric}).")
+        checkpoints.load_weights(self.model, Path(str(best)))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        schedule = Path(checkpoint) / SCHEDULER_NAME
+        if not checkpoints.load_optimizer(self.optimizer, self.model, Path(checkpoint)) or not schedule.is_file():
+            logger.warning(f"{checkpoint} has no optimizer or scheduler state (save_only_model?); they start anew.")
+            return
+        self.lr_scheduler.load_state_dict(torch.load(schedule, map_location="cpu", weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not checkpoints.load_streams(self.mesh, self.args.device, Path(checkpoint)):
+            logger.warning(
+                f"{checkpoint} has no random streams of dp rank {self.mesh.dp_rank}; the resumed run draws other masks."
+            )

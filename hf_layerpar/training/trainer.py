@@ -1,0 +1,320 @@
+"""`LayerParallelTrainer`: the HuggingFace Trainer on a dp x lp mesh."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import recursively_apply
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import unwrap_peft_model
+
+from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
+from hf_layerpar.ode.convert import convert_to_ode, ode_view
+from hf_layerpar.parallel.mesh import Mesh, build_mesh
+from hf_layerpar.parallelize import LayerParallel, layer_parallel, parallelize
+from hf_layerpar.training.arguments import LayerParallelTrainingArguments
+from hf_layerpar.training.callbacks import solver_log
+from hf_layerpar.training.collectives import average_gradients, broadcast_model, gather_rows, share
+from hf_layerpar.training.losses import depends_on_item_count
+from hf_layerpar.training.saving import ShardedSaving
+from hf_layerpar.training.streams import SeededCollator, kept_streams, main_streams, set_main_streams
+from hf_layerpar.training.support import refuse_unsupported
+
+
+class LayerParallelTrainer(ShardedSaving, Trainer):
+    """`transformers.Trainer` whose model's layers live on `args.lp_size` processes; the others are data parallel.
+
+    Everything is used as in the stock Trainer. The differences:
+
+    - `args` must be `LayerParallelTrainingArguments`. A model that is not converted is converted at step size 1.
+    - The lp ranks of one dp rank share one batch (that of lp rank 0), so batch sizes, token counts, the loss average
+      and gathered predictions count dp ranks.
+    - A model whose loss ignores `num_items_in_batch` is recognised by computing the loss of its first batch twice
+      (stock trusts the signature of `forward` and scales such gradients wrongly).
+    - Checkpoints are written whole or not at all, and a run resumes bit-identically at another lp size.
+    - Training logs have the solver's residuals, convergence factors and times (`lp_*`).
+
+    Raises ConfigurationError at construction for what can't work, and those of `convert_to_ode` and `parallelize`.
+    """
+
+    args: LayerParallelTrainingArguments
+    mesh: Mesh
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: LayerParallelTrainingArguments | None = None,
+        *positional: Any,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, LayerParallelTrainingArguments):
+            raise ConfigurationError(
+                f"args is a {type(args).__name__}; LayerParallelTrainer needs LayerParallelTrainingArguments, which "
+                "take the same arguments and lp_size"
+            )
+        refuse_unsupported(args, model)
+        self.mesh = build_mesh(args.lp_size, args.device.type)
+        self._collator: SeededCollator | None = None
+        self._epoch_iterator: Iterator[Any] | None = None
+        self._sharding_args = args  # call_model_init runs inside super().__init__
+        if model is not None:
+            model = self._shard(model)
+        super().__init__(model, args, *positional, **kwargs)  # type: ignore[arg-type]
+        if self.mesh.lp_size > 1 and self.optimizer is not None:
+            raise ConfigurationError(
+                "optimizers=(optimizer, ...) holds parameters of layers that other processes own; pass "
+                "optimizer_cls_and_kwargs=(class, kwargs), or override create_optimizer"
+            )
+        # accelerate must neither wrap the model in DDP nor shard it: gradients are averaged here
+        self.is_distributed_loading_by_transformers = True
+        declared = getattr(unwrap_peft_model(self.model), "accepts_loss_kwargs", None)
+        self._item_count_unknown = declared is None and self.model_accepts_loss_kwargs
+
+    # ---- the model on the mesh
+    @property
+    def layer_parallel(self) -> LayerParallel:
+        """The handle of the current model."""
+        return layer_parallel(self.model)
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        return self._shard(super().call_model_init(trial))
+
+    def _shard(self, model: nn.Module) -> nn.Module:
+        args, mesh = self._sharding_args, self.mesh
+        try:
+            handle = layer_parallel(model)  # a second trainer for the same model
+        except UnsupportedModelError:
+            handle = None
+        if handle is not None:
+            if handle.lp_size != mesh.lp_size:
+                raise ConfigurationError(
+                    f"the model is spread over {handle.lp_size} lp ranks already, but lp_size={mesh.lp_size}; give a "
+                    "model that isn't parallelized"
+                )
+            handle.config = args.layer_parallel_config
+            return model
+        try:
+            ode_view(model)
+        except UnsupportedModelError:
+            model = convert_to_ode(model)
+        if args.place_model_on_device is not False:
+            model.to(args.device)
+        parallelize(model, args.layer_parallel_config, mesh.lp_group)
+        if mesh.dp_group is not None:
+            broadcast_model(model, mesh.dp_group)
+        return model
+
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        """Stock averages over the whole world here; `_shard` and `training_step` do it by axis."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.mesh.world_size > 1:
+            self.accelerator.gather_for_metrics = self._gather_for_metrics
+            self.gather_function = functools.partial(
+                self._gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
+            )
+        loading = self.accelerator.dataloader_config
+        if loading.data_seed is None:  # stock takes the main stream's current seed, which a resumed run may not have
+            loading.data_seed = self.args.seed
+        if self.mesh.world_size > 1 and loading.dispatch_batches is None:
+            loading.dispatch_batches = False  # process 0 would deal iterable datasets out by world rank
+        self.accelerator.state.device_mesh = _BatchSharing(self.mesh) if self.mesh.lp_size > 1 else None
+
+    def get_tp_size(self) -> int:
+        """The processes that share a batch: stock divides batch sizes, item counts and the loss scale by it."""
+        return self.mesh.lp_size
+
+    # ---- batches
+    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        if is_training:
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            base = getattr(loader, "base_dataloader", loader)
+            self._collator = SeededCollator(base.collate_fn, seed, self.mesh.dp_rank)
+            base.collate_fn = self._collator
+            base.worker_init_fn = self._collator.start_worker
+        return loader
+
+    def _run_epoch(self, *args: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
+        """Ties the order of the samples to the epoch, also when resuming inside one."""
+        sampler = _innermost_sampler(train_dataloader)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler.generator = torch.Generator().manual_seed(seed + epoch)
+        elif hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | int | None]:
+        with kept_streams():
+            if self._collator is not None:
+                if epoch_iterator is not self._epoch_iterator:
+                    self._epoch_iterator = epoch_iterator
+                    self._collator.index = self.state.global_step * self.args.gradient_accumulation_steps
+                self._collator.reseed()
+            batches = list(itertools.islice(epoch_iterator, num_batches))
+        batches = self._share(batches)
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def _share(self, data: Any) -> Any:
+        """lp rank 0's data on all its lp ranks, and its random streams too: nothing a collator does can part them."""
+        if self.mesh.lp_size == 1:
+            return data
+        assert self.mesh.lp_group is not None
+        data, streams = share((data, main_streams()), self.mesh.lp_group, self.args.device)
+        set_main_streams(streams)
+        return data
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        if self._item_count_unknown and self.compute_loss_func is None and batch_samples:
+            self._find_out_about_item_count(batch_samples[0])
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        if count is not None and not self.args.average_tokens_across_devices:
+            count = count * self.mesh.lp_size  # stock divides by get_tp_size() here too, though it hasn't summed
+        return count
+
+    def _find_out_about_item_count(self, batch: Any) -> None:
+        inputs = self._prepare_inputs(batch)
+        if "labels" not in inputs:
+            return
+
+        def loss(count: Tensor) -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(self.model, dict(inputs), num_items_in_batch=count)  # type: ignore[return-value]
+
+        depends = depends_on_item_count(self.model, loss, self.args.device)
+        # all ranks decide alike: a batch that shows the dependence on any of them settles it
+        verdict = torch.tensor({None: 0, False: 1, True: 2}[depends], device=self.args.device)
+        if self.mesh.world_size > 1:
+            dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
+        if int(verdict) == 0:
+            return
+        self._item_count_unknown = False
+        if int(verdict) == 1:
+            self.model_accepts_loss_kwargs = False
+            if self.label_smoother is None:  # the smoother, not the head, may be what depends on it
+                unwrap_peft_model(self.model).accepts_loss_kwargs = False  # type: ignore[assignment]
+
+    # ---- steps
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        mesh = self.mesh
+        if self.accelerator.sync_gradients and mesh.world_size > 1:
+            assert mesh.dp_group is not None
+            assert mesh.lp_group is not None
+            trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            average_gradients(list(trainable.values()), mesh.dp_group)
+            if self.args.device.type != "cpu":  # kernels may differ in the last bit there, and the replicas would part
+                owner_of = self.layer_parallel.owner_of
+                average_gradients([p for name, p in trainable.items() if name not in owner_of], mesh.lp_group)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm = self._global_grad_norm(model)
+        scale = self.args.max_grad_norm / (float(norm) + 1e-6)
+        if not scale >= 1:  # also where the norm is not a number, as stock
+            torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], scale)
+        return norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self._global_grad_norm(model) if grad_norm is None else grad_norm
+
+    def _global_grad_norm(self, model: nn.Module) -> Tensor:
+        """The 2-norm over all layers of all lp ranks and the ends once, the same bits at every lp size."""
+        owner_of = self.layer_parallel.owner_of
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        norms = dict(zip(grads, torch._foreach_norm(list(grads.values())), strict=True)) if grads else {}
+        ends = [norm for name, norm in norms.items() if name not in owner_of]
+        place = {name: i for i, name in enumerate(owner_of)}
+        squares = torch.zeros(len(place), dtype=torch.float64, device=self.args.device)
+        if layers := {place[name]: norm for name, norm in norms.items() if name in place}:
+            squares[list(layers)] = torch.stack([norm.double() for norm in layers.values()]).square()
+        if self.mesh.lp_size > 1:
+            dist.all_reduce(squares, group=self.mesh.lp_group)  # exact: each entry comes from one rank
+        everything = squares.tolist()
+        if ends:
+            everything += torch.stack([norm.double() for norm in ends]).square().tolist()
+        return torch.tensor(math.sqrt(math.fsum(everything)), device=self.args.device)  # fsum knows no order
+
+    # ---- evaluation
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        return super().prediction_step(model, self._share(inputs), prediction_loss_only, ignore_keys)
+
+    def _gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
+        """As accelerate's, over the dp ranks; the lp ranks of each have the same predictions."""
+        group = self.mesh.dp_group
+        assert group is not None
+        loading = self.accelerator.gradient_state
+        # the last batch was filled up with samples of the first
+        kept = loading.remainder if loading.end_of_dataloader and loading.remainder > 0 else None
+        if use_gather_object or not _all_tensors(input_data):
+            parts: list[Any] = [None] * self.mesh.dp_size
+            dist.all_gather_object(parts, input_data, group=group)
+            return [item for part in parts for item in part][:kept]
+        return recursively_apply(lambda rows: rows[:kept], gather_rows(input_data, group))
+
+    # ---- counting and logging
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        before = self.state.num_input_tokens_seen
+        super()._track_num_input_tokens(inputs)
+        seen = self.state.num_input_tokens_seen - before
+        self.state.num_input_tokens_seen = before + seen // self.mesh.lp_size
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """This rank's share, which stock sums over all processes: its own layers; lp rank 0 adds the ends."""
+        here = super().floating_point_ops(inputs)
+        if self.mesh.lp_rank == 0 or not here:
+            return here
+        owner_of = self.layer_parallel.owner_of
+        owned = sum(p.numel() for name, p in self.model.named_parameters() if name in owner_of)
+        return here * owned // self.model.num_parameters(exclude_embeddings=True)  # type: ignore[operator]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        modes: dict[str, str] = {}
+        if "loss" in logs:
+            numbers, modes = solver_log(self.layer_parallel.report())
+            logs |= numbers
+        super().log(logs, start_time)
+        self.state.log_history[-1].update(modes)
+
+
+class _BatchSharing:
+    """What accelerate reads of a device mesh to shard a dataloader: ranks along "tp" are given the same batches."""
+
+    mesh_dim_names = ("dp_replicate", "tp")
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._sizes = {"dp_replicate": mesh.dp_size, "tp": mesh.lp_size}
+
+    def __getitem__(self, name: str) -> SimpleNamespace:
+        return SimpleNamespace(size=lambda: self._sizes[name])
+
+
+def _innermost_sampler(loader: Any) -> Any:
+    sampler = getattr(loader, "batch_sampler", None)
+    while (inner := getattr(sampler, "batch_sampler", None)) is not None:
+        sampler = inner
+    return getattr(sampler, "sampler", None)
+
+
+def _all_tensors(data: Any) -> bool:
+    try:
+        recursively_apply(lambda tensor: tensor, data, error_on_other_type=True)
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,110 @@
+"""Training runs on tiny models, executed on every rank of a pool; all results are plain data."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+from torch.utils.data import Dataset
+
+from hf_layerpar.training.arguments import LayerParallelTrainingArguments
+from hf_layerpar.training.trainer import LayerParallelTrainer
+from tests import zoo
+
+hf.logging.set_verbosity_error()
+hf.utils.logging.disable_progress_bar()
+
+
+class Samples(Dataset):
+    """`length` samples of a family, each made from its own index."""
+
+    def __init__(self, family: str, length: int, first: int = 0) -> None:
+        self.family, self.length, self.first = family, length, first
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        i = index + self.first
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        if self.family in ("vit", "deit"):
+            return {"pixel_values": torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(i)), "labels": i % 2}
+        ids = zoo.tokens(1, 12, seed=i)[0]
+        if self.family == "bert_classifier":
+            return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": i % 2}
+        labels = ids.clone()
+        labels[: i % 5] = -100  # another number of labels in every sample
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
+
+def build(family: str, dropout: float | None = None) -> hf.PreTrainedModel:
+    if family == "bert_classifier":
+        torch.manual_seed(0)
+        model = hf.BertForSequenceClassification(zoo.build("bert")[0].config)
+    else:
+        model = zoo.build(family)[0]
+    if dropout is not None:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = dropout
+            for name, value in vars(module).items():
+                if "dropout" in name and isinstance(value, float):
+                    setattr(module, name, dropout)
+    return model
+
+
+def arguments(output_dir: str, **settings: Any) -> LayerParallelTrainingArguments:
+    defaults = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 3,
+        "learning_rate": 1e-3,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return LayerParallelTrainingArguments(output_dir=output_dir, **(defaults | settings))
+
+
+def trainer(output_dir: str, family: str, settings: dict[str, Any], **more: Any) -> LayerParallelTrainer:
+    model = more.pop("model", None) or build(family, more.pop("dropout", None))
+    more = {"train_dataset": Samples(family, 64)} | more
+    return LayerParallelTrainer(model, arguments(output_dir, **settings), **more)
+
+
+def digest(state_dict: dict[str, torch.Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(state_dict):
+        total.update(name.encode() + state_dict[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def outcome(run: LayerParallelTrainer) -> dict[str, Any]:
+    """What a run left: logs, the hash of the full weights (lp rank 0) and counts."""
+    full = run.layer_parallel.state_dict()
+    logs = [entry for entry in run.state.log_history if "loss" in entry]
+    return {
+        "losses": [entry["loss"] for entry in logs],
+        "norms": [entry["grad_norm"] for entry in logs],
+        "weights": digest(full) if full else None,
+        "largest": {name: t.double().abs().max().item() for name, t in full.items()},
+        "tokens": run.state.num_input_tokens_seen,
+        "flops": run.state.total_flos,
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "logs": logs,
+    }
+
+
+def train(output_dir: str, family: str, settings: dict[str, Any], resume: Any = None, **more: Any) -> dict[str, Any]:
+    run = trainer(output_dir, family, settings, **more)
+    run.train(resume_from_checkpoint=resume)
+    return outcome(run)
