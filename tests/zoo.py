@@ -163,7 +163,7 @@ _TABLE: dict[str, tuple[Any, Any, dict[str, Any], tuple[str, ...], Callable[[], 
 NAMES = tuple(_TABLE)
 DECODERS = ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "opt")
 ENCODER_DECODERS = ("bart", "marian", "t5", "whisper")
-EAGER_ONLY = ("deberta", "deberta_v2")
+EAGER_ONLY = ("gemma2", "deberta", "deberta_v2")
 """Families whose stock models refuse sdpa."""
 SPLIT = ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "vit", "deit", "t5", "opt")
 SPLIT += ("modernbert", "whisper")
@@ -175,11 +175,16 @@ def config(name: str, layers: int = 4, **changes: Any) -> Any:
     return config_class(**(values | dict.fromkeys(depths, layers) | changes))
 
 
-def build(name: str, layers: int = 4, seed: int = 0, **changes: Any) -> tuple[Any, Inputs]:
-    """(model, inputs with labels) of a family with `layers` layers per stack; `changes` go to its config."""
+def build(
+    name: str, layers: int = 4, seed: int = 0, attention: str | None = None, **changes: Any
+) -> tuple[Any, Inputs]:
+    """(model, inputs with labels) of a family with `layers` layers per stack; `changes` go to its config.
+
+    attention: "eager" or "sdpa"; default: what stock chooses. Stock raises ValueError for one that it refuses.
+    """
     torch.manual_seed(seed)
     model_class, *_, inputs = _TABLE[name]
-    return model_class(config(name, layers, **changes)), inputs()
+    return model_class._from_config(config(name, layers, **changes), attn_implementation=attention), inputs()
 
 
 def without_labels(inputs: Inputs) -> Inputs:
