@@ -36,37 +36,70 @@ def _rank_main(fn: Callable[..., Any], rank: int, world: int, port: int, args: t
         raise
 
 
+class _Ranks:
+    """The processes of one run and what they have reported so far."""
+
+    def __init__(self, fn: Callable[..., Any], world: int, args: tuple, timeout: float) -> None:
+        ctx = mp.get_context("spawn")
+        self.world, self.timeout, self._out = world, timeout, ctx.Queue()
+        port = free_port()
+        self.processes = [
+            ctx.Process(target=_rank_main, args=(fn, r, world, port, args, self._out), daemon=True) for r in range(world)
+        ]
+        self.reports: dict[int, tuple[bool, Any]] = {}  # rank -> (succeeded, result or traceback)
+
+    def __enter__(self) -> _Ranks:
+        for p in self.processes:
+            p.start()
+        self._deadline = time.monotonic() + self.timeout
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for p in self.processes:
+            if p.is_alive():
+                p.kill()
+
+    def poll(self) -> None:
+        """Takes in one report, if there is one within half a second."""
+        try:
+            rank, ok, value = self._out.get(timeout=0.5)
+            self.reports[rank] = (ok, value)
+        except queue.Empty:
+            if time.monotonic() > self._deadline:
+                late = sorted(set(range(self.world)) - set(self.reports))
+                raise TimeoutError(f"ranks {late} of {self.world} still run after {self.timeout} s") from None
+
+    def dead(self) -> dict[int, int]:
+        """Exit codes of ranks that ended badly without a report."""
+        codes = {r: p.exitcode for r, p in enumerate(self.processes) if p.exitcode and r not in self.reports}
+        if codes:
+            self.poll()  # a report may still have been under way
+        return {r: code for r, code in codes.items() if r not in self.reports}
+
+
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 180.0) -> list[Any]:
     """`[fn(*args) on rank 0, on rank 1, ...]`; raises with the first failing rank's traceback, or after `timeout` seconds.
 
-    fn and args must be picklable; results should be plain data (tensors are passed by value as numpy where possible).
+    fn and args must be picklable; results should be plain data or numpy arrays.
     """
-    ctx = mp.get_context("spawn")
-    out = ctx.Queue()
-    port = free_port()
-    procs = [ctx.Process(target=_rank_main, args=(fn, r, world, port, args, out), daemon=True) for r in range(world)]
-    for p in procs:
-        p.start()
-    results: dict[int, Any] = {}
-    deadline = time.monotonic() + timeout
-    try:
-        while len(results) < world:
-            try:
-                rank, ok, value = out.get(timeout=0.5)
-            except queue.Empty:
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"ranks {sorted(set(range(world)) - set(results))} of {world} still run after {timeout} s") from None
-                dead = [p.exitcode for p in procs if p.exitcode not in (None, 0)]
-                if dead and out.empty():
-                    raise RuntimeError(f"a rank ended with exit codes {dead} and left no result") from None
-                continue
-            if not ok:
-                raise RuntimeError(f"rank {rank} of {world} failed:\n{value}")
-            results[rank] = value
-        for p in procs:
+    with _Ranks(fn, world, args, timeout) as ranks:
+        while len(ranks.reports) < world:
+            ranks.poll()
+            for rank, (ok, value) in ranks.reports.items():
+                if not ok:
+                    raise RuntimeError(f"rank {rank} of {world} failed:\n{value}")
+            if dead := ranks.dead():
+                raise RuntimeError(f"ranks ended without a result; exit codes {dead}")
+        for p in ranks.processes:
             p.join(timeout=30)
-    finally:
-        for p in procs:
-            if p.is_alive():
-                p.kill()
-    return [results[r] for r in range(world)]
+        return [ranks.reports[r][1] for r in range(world)]
+
+
+def outcomes_of_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 180.0) -> list[str]:
+    """How each rank ended, also where others failed: its traceback, "exit code N", or the repr of its result."""
+    with _Ranks(fn, world, args, timeout) as ranks:
+        while len(ranks.reports) + len(dead := ranks.dead()) < world:
+            ranks.poll()
+        ended = {r: repr(value) if ok else value for r, (ok, value) in ranks.reports.items()}
+        ended |= {r: f"exit code {code}" for r, code in dead.items()}
+        return [ended[r] for r in range(world)]
