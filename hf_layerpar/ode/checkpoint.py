@@ -12,8 +12,10 @@ What is written depends on what stock transformers can compute:
 
 Adapters of a PEFT model are written as stock writes them; they belong to the converted model.
 
-Nothing is half written. All files are made in a directory ".<name>.saving-<random>" and then moved into place, with
-config.json, without which nothing loads, taken away first and put back last. A killed save can leave that directory.
+Nothing is half written. All files are made in a directory ".<name>.saving-<random>" and then moved into place. Where
+more changes than one weight file, the old weights are taken away first and the new ones put in place last: in between
+nothing loads. (Without config.json a stock class would still load the weights, with its default config.) A killed save
+can leave that directory behind.
 """
 
 from __future__ import annotations
@@ -62,10 +64,12 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     checkpoint.
 
     Raises:
-        CheckpointError: config.json names no class of transformers.
+        CheckpointError: there is no config.json, or it names no class of transformers.
     """
     download = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
     values, _ = PreTrainedConfig.get_config_dict(path, **download)
+    if not values:
+        raise CheckpointError(f"there is no {CONFIG_NAME} in {path}, so no checkpoint; was its save cut short?")
     name = (values.get("architectures") or [None])[0]
     stock_class = getattr(transformers, name or "", None)
     if stock_class is None:
@@ -192,15 +196,26 @@ def _publish(temporary: Path, target: Path, variant: str | None) -> None:
         else:
             _sync(target.parent)
             return
-    new = set(os.listdir(temporary))
+    new = os.listdir(temporary)
+    new.sort(key=_makes_loadable)
+    stale = []
     if CONFIG_NAME in new:  # not for adapters, which lie beside their base model
-        (target / CONFIG_NAME).unlink(missing_ok=True)
-        for name in os.listdir(target):
-            if name not in new and _is_of_a_checkpoint(name, variant):
-                (target / name).unlink(missing_ok=True)
-    for name in sorted(new, key=lambda name: name == CONFIG_NAME):
+        stale = [name for name in os.listdir(target) if name not in new and _is_of_a_checkpoint(name, variant)]
+    changed = [name for name in new[:-1] if name.endswith(".safetensors") or not _same(temporary / name, target / name)]
+    if changed or stale:
+        for name in sorted([*stale, new[-1]], key=_makes_loadable, reverse=True):
+            (target / name).unlink(missing_ok=True)
+    for name in [*changed, new[-1]]:
         os.replace(temporary / name, target / name)
     _sync(target)
+
+
+def _makes_loadable(name: str) -> bool:
+    """Whether weights load as soon as this file is there: the only weight file, or the index of several."""
+    return (
+        re.search(r"-\d{5}-of-\d{5}\.", name) is None
+        and re.search(r"\.(safetensors|bin)(\.index.*)?$", name) is not None
+    )
 
 
 def _is_of_a_checkpoint(name: str, variant: str | None) -> bool:
@@ -210,6 +225,10 @@ def _is_of_a_checkpoint(name: str, variant: str | None) -> bool:
     weights = rf"(model|pytorch_model){dotted}{shard}\.(safetensors|bin)"
     index = rf"(model\.safetensors|pytorch_model\.bin)\.index{dotted}\.json"
     return re.fullmatch(rf"{weights}|{index}|{remote.MODULE_NAME}\.py", name) is not None
+
+
+def _same(a: Path, b: Path) -> bool:
+    return b.is_file() and a.read_bytes() == b.read_bytes()
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,617 @@
+"""What a converted model's save_pretrained leaves behind: for stock transformers, for us, and when it is killed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor
+from transformers import BertTokenizer
+
+from hf_layerpar.config import OdeSettings
+from hf_layerpar.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from hf_layerpar.ode import checkpoint, remote
+from hf_layerpar.ode.checkpoint import from_pretrained
+from hf_layerpar.ode.convert import convert_to_ode, ode_view
+from tests import zoo
+
+torch.set_num_threads(1)
+
+POST_NORM = tuple(name for name in zoo.NAMES if name not in zoo.SPLIT)
+GEMMA = ("gemma2", "gemma3")
+ROOT = Path(__file__).parents[2]
+
+
+def build(name: str, **changes: Any) -> tuple[Any, zoo.Inputs]:
+    """A model with no weight at its initial zero or one, in eval mode, and inputs without labels."""
+    model, inputs = zoo.build(name, layers=3, **changes)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # Marian's sinusoids aren't saved
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval(), inputs
+
+
+def converted(name: str, **settings: Any) -> tuple[Any, zoo.Inputs]:
+    """A converted model that keeps its depth of 3 at any step size."""
+    model, inputs = build(name)
+    buffers = settings.get("buffers", (0, 0))
+    return convert_to_ode(model, num_steps=3 - sum(buffers), **settings), inputs
+
+
+@torch.no_grad()
+def logits(model: Any, inputs: zoo.Inputs) -> Tensor:
+    return model.eval()(**inputs).logits
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+def saved_config(path: Path) -> dict[str, Any]:
+    return json.loads((path / "config.json").read_text())
+
+
+def files(path: Path) -> set[str]:
+    return set(os.listdir(path))
+
+
+@pytest.fixture
+def warnings_of_transformers() -> Iterator[list[str]]:
+    """What transformers logs as a warning during the test, whatever its verbosity is set to elsewhere."""
+    seen: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            seen.append(record.getMessage())
+
+    handler, logger, level = (
+        Keep(logging.WARNING),
+        logging.getLogger("transformers"),
+        transformers.logging.get_verbosity(),
+    )
+    logger.addHandler(handler)
+    transformers.logging.set_verbosity_warning()
+    yield seen
+    transformers.logging.set_verbosity(level)
+    logger.removeHandler(handler)
+
+
+# Step size 1
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_at_step_size_one_the_stock_class_loads_the_same_model(name: str, tmp_path: Path) -> None:
+    model, inputs = build(name)
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path / "stock")
+    convert_to_ode(model, buffers=(1, 1)).save_pretrained(tmp_path / "ours")
+    loaded, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert torch.equal(logits(loaded, inputs), expected)
+    assert not any(info.values())
+    assert files(tmp_path / "ours") == files(tmp_path / "stock")
+    config = saved_config(tmp_path / "ours")
+    assert OdeSettings.from_dict(config.pop("hf_layerpar")) == ode_view(model).settings
+    assert config == saved_config(tmp_path / "stock")
+
+
+def test_at_step_size_one_the_auto_classes_need_no_trust(tmp_path: Path, warnings_of_transformers: list[str]) -> None:
+    model, inputs = converted("bert", buffers=(1, 0))
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+    again = convert_to_ode(loaded)
+    assert ode_view(again).settings == ode_view(model).settings
+    assert warnings_of_transformers == []
+
+
+# Split form: folded
+
+
+@pytest.mark.parametrize("step_size", [0.5, 1 / 3])
+@pytest.mark.parametrize("name", zoo.SPLIT)
+def test_split_form_is_saved_folded(name: str, step_size: float, tmp_path: Path) -> None:
+    model, inputs = converted(name, step_size=step_size, form="split", buffers=(1, 0))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not ode_view(model).settings.folded
+    assert not model.config.hf_layerpar["folded"]
+    assert saved_config(tmp_path)["hf_layerpar"]["folded"]
+
+    stock = type(model).from_pretrained(tmp_path)
+    assert distance(logits(stock, inputs), expected) < 1e-5
+
+    ours = from_pretrained(tmp_path)
+    assert type(ours) is type(model)
+    assert ode_view(ours).settings == ode_view(model).settings
+    assert distance(logits(ours, inputs), expected) < 1e-5
+    exact = step_size == 0.5 and name not in GEMMA
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0 if exact else 1e-6, atol=0 if exact else 1e-6)
+    again = convert_to_ode(stock)
+    assert all(torch.equal(value, ours.state_dict()[key]) for key, value in again.state_dict().items())
+
+
+def test_a_second_round_trip_changes_nothing(tmp_path: Path) -> None:
+    model, _ = converted("gpt2", step_size=0.25, form="split")
+    model.save_pretrained(tmp_path / "a")
+    from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    for name in files(tmp_path / "a"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_gemma_in_half_precision_is_not_folded(tmp_path: Path) -> None:
+    stock, inputs = build("gemma2")
+    stock.bfloat16().save_pretrained(tmp_path / "stock")
+    model = convert_to_ode(type(stock).from_pretrained(tmp_path / "stock"), step_size=1 / 16, num_steps=3)
+    assert ode_view(model).settings.form == "split"
+    model.save_pretrained(tmp_path / "ours")
+    assert saved_config(tmp_path / "ours")["model_type"] == "ode-gemma2"
+    assert not saved_config(tmp_path / "ours")["hf_layerpar"]["folded"]
+    loaded = from_pretrained(tmp_path / "ours")
+    assert loaded.dtype is torch.bfloat16
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))
+
+
+# Euler form: custom code
+
+
+@pytest.fixture(scope="module")
+def euler_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("euler")
+    for name in zoo.NAMES:
+        model, inputs = converted(name, step_size=0.5, form="euler")
+        model.save_pretrained(root / name)
+        torch.save((inputs, logits(model, inputs)), root / f"{name}.pt")
+    vocab = {token: index for index, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b"])}
+    BertTokenizer(vocab=vocab).save_pretrained(root / "bert")
+    return root
+
+
+@pytest.fixture(scope="module")
+def remote_report(euler_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules")),
+        "HF_HUB_OFFLINE": "1",
+    }
+    script = Path(__file__).with_name("load_remote.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(euler_checkpoints)],
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.rpartition("REPORT")[2])
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_euler_form_loads_with_trust_remote_code_in_a_fresh_interpreter(name: str, remote_report: dict) -> None:
+    assert not remote_report["imported_before"]
+    model, _ = zoo.build(name, layers=3)
+    got = remote_report["models"][name]
+    assert got["refused"] is not None
+    assert "trust_remote_code=True" in got["refused"]
+    assert got["class"] == [type(model).__module__, type(model).__name__]
+    assert got["config"] == [type(model.config).__module__, type(model.config).__name__, False]
+    assert got["same"]
+    assert got["settings"] == OdeSettings(step_size=0.5, form="euler").to_dict()
+    assert got["base"] == transformers.AutoModel.from_config(model.config).__class__.__name__
+    assert got["auto_config"] == "OdeConfig"
+    # what a plain config gives is still the plain model
+    assert got["of_stock_config"] == [type(model).__module__, False]
+
+
+def test_tokenizers_beside_custom_code_load_with_and_without_trust(remote_report: dict) -> None:
+    assert remote_report["tokenizers"] == [["BertTokenizer", [2, 5, 6, 3]]] * 2
+
+
+@pytest.mark.parametrize("name", ["bert", "vit", "bart", "gpt2"])
+def test_our_from_pretrained_needs_no_trust(name: str, euler_checkpoints: Path) -> None:
+    inputs, expected = torch.load(euler_checkpoints / f"{name}.pt")
+    model = from_pretrained(euler_checkpoints / name)
+    assert torch.equal(logits(model, inputs), expected)
+    assert ode_view(model).settings == OdeSettings(step_size=0.5, form="euler")
+    assert type(model.config).__module__.startswith("transformers.")
+    assert not hasattr(model.config, "auto_map")
+
+
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_saving_a_loaded_model_writes_the_same_files(name: str, euler_checkpoints: Path, tmp_path: Path) -> None:
+    from_pretrained(euler_checkpoints / name).save_pretrained(tmp_path)
+    assert remote.MODULE_NAME + ".py" in files(tmp_path)
+    for file in files(tmp_path):
+        assert (tmp_path / file).read_bytes() == (euler_checkpoints / name / file).read_bytes(), file
+
+
+def test_a_stock_class_warns_about_the_model_type(euler_checkpoints: Path, warnings_of_transformers: list[str]) -> None:
+    inputs, expected = torch.load(euler_checkpoints / "bert.pt")
+    stock = transformers.BertForMaskedLM.from_pretrained(euler_checkpoints / "bert")
+    assert any("`ode-bert`" in line and "`bert`" in line for line in warnings_of_transformers)
+    assert distance(logits(stock, inputs), expected) > 1e-2  # which is what the warning is about
+
+
+def test_another_head_can_be_put_on_custom_code(
+    euler_checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    auto = transformers.AutoModelForSequenceClassification
+    model, info = auto.from_pretrained(
+        euler_checkpoints / "bert", trust_remote_code=True, num_labels=5, output_loading_info=True
+    )
+    assert type(model) is transformers.BertForSequenceClassification
+    assert model.config.num_labels == 5
+    assert "classifier.weight" in info["missing_keys"]
+    assert ode_view(model).settings.step_size == 0.5
+
+
+def test_a_config_of_custom_code_can_not_be_saved_in_euler_form(tmp_path: Path) -> None:
+    class MyConfig(transformers.BertConfig):
+        pass
+
+    model = transformers.BertForMaskedLM(MyConfig(**zoo.config("bert").to_dict()))
+    convert_to_ode(model, step_size=0.5, num_steps=4)
+    with pytest.raises(UnsupportedModelError, match=r"MyConfig isn't a config class.*step_size=1"):
+        model.save_pretrained(tmp_path / "x")
+    assert files(tmp_path) == set()
+
+
+# Refined models
+
+
+@pytest.mark.parametrize(("name", "form"), [("gpt2", "split"), ("bert", "euler"), ("bart", "euler")])
+def test_a_refined_model_comes_back_refined(name: str, form: Any, tmp_path: Path) -> None:
+    original, inputs = build(name)
+    model = convert_to_ode(original, step_size=0.5, form=form, buffers=(1, 0))
+    model.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert [len(stack.layers) for stack in ode_view(loaded).stacks] == [5] * len(ode_view(model).stacks)
+    assert distance(logits(loaded, inputs), logits(model, inputs)) < 1e-6
+    if form == "split":
+        assert distance(logits(type(model).from_pretrained(tmp_path), inputs), logits(model, inputs)) < 1e-5
+
+
+# from_pretrained
+
+
+def test_from_pretrained_of_a_plain_checkpoint(tmp_path: Path) -> None:
+    stock, inputs = build("vit")
+    stock.save_pretrained(tmp_path)
+    model = from_pretrained(str(tmp_path))
+    assert ode_view(model).settings == OdeSettings(form="split")
+    assert torch.equal(logits(model, inputs), logits(stock, inputs))
+
+
+@pytest.mark.parametrize(("name", "form"), [("gpt2", "split"), ("gpt2", "euler")])
+def test_arguments_reach_the_stock_class(name: str, form: Any, tmp_path: Path) -> None:
+    model, _ = converted(name, step_size=0.5, form=form)
+    model.save_pretrained(tmp_path / "sub")
+    loaded, info = from_pretrained(
+        tmp_path,
+        subfolder="sub",
+        dtype=torch.bfloat16,
+        attn_implementation="eager",
+        resid_pdrop=0.7,
+        output_loading_info=True,
+    )
+    assert loaded.dtype is torch.bfloat16
+    assert loaded.config._attn_implementation == "eager"
+    assert loaded.transformer.h[0].mlp.dropout.p == 0.7
+    assert not info["missing_keys"]
+    assert ode_view(loaded).settings == ode_view(model).settings
+
+
+def test_a_class_that_transformers_does_not_have_is_refused(tmp_path: Path) -> None:
+    model, _ = build("bert")
+    model.save_pretrained(tmp_path)
+    for names in (["MyBert"], None):
+        config = saved_config(tmp_path) | {"architectures": names}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=r"architectures=.*names no class.*convert_to_ode"):
+            from_pretrained(tmp_path)
+
+
+# Copies
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_saves_its_own_weights(copied: Callable[[Any], Any], tmp_path: Path) -> None:
+    model, inputs = converted("gpt2", step_size=0.5, form="split")
+    other = copied(model)
+    with torch.no_grad():
+        other.transformer.h[1].mlp.c_proj.weight.zero_()
+    other.save_pretrained(tmp_path / "other")
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(logits(from_pretrained(tmp_path / "other"), inputs), logits(other, inputs))
+    assert torch.equal(logits(from_pretrained(tmp_path / "model"), inputs), logits(model, inputs))
+
+
+# Arguments of stock save_pretrained
+
+
+def test_only_the_main_process_writes(tmp_path: Path) -> None:
+    model, _ = converted("bert")
+    model.save_pretrained(tmp_path / "x", is_main_process=False)
+    assert files(tmp_path) == set()
+
+
+def test_a_given_state_dict_is_saved(tmp_path: Path) -> None:
+    model, inputs = converted("gpt2", step_size=0.5, form="split")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.9)
+    model.save_pretrained(tmp_path, state_dict=other.state_dict())
+    assert torch.equal(logits(from_pretrained(tmp_path), inputs), logits(other, inputs))
+
+
+def test_a_variant_lies_beside_the_plain_weights(tmp_path: Path) -> None:
+    model, inputs = converted("gpt2", step_size=0.5, form="split")
+    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, variant="copy", max_shard_size="20KB")
+    model.save_pretrained(tmp_path, variant="copy")
+    weights = {"model.safetensors", "model.copy.safetensors"}
+    assert files(tmp_path) == weights | {"config.json", "generation_config.json"}
+    assert torch.equal(logits(from_pretrained(tmp_path, variant="copy"), inputs), logits(model, inputs))
+
+
+def test_a_file_or_a_distributed_checkpoint_is_refused(tmp_path: Path) -> None:
+    model, _ = converted("bert")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        model.save_pretrained(tmp_path / "file")
+    with pytest.raises(ConfigurationError, match="distributed_checkpoint=True"):
+        model.save_pretrained(tmp_path / "x", distributed_checkpoint=True)
+    assert files(tmp_path) == {"file"}
+
+
+def test_adapters_are_written_as_stock_writes_them(tmp_path: Path) -> None:
+    model, inputs = converted("gpt2", step_size=0.5, form="split")
+    model.save_pretrained(tmp_path)
+    base = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
+    model.add_adapter(peft.LoraConfig(target_modules=["c_proj"], init_lora_weights=False, fan_in_fan_out=True))
+    model.save_pretrained(tmp_path)
+    assert files(tmp_path) >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert all((tmp_path / name).read_bytes() == content for name, content in base.items())
+    plain = tmp_path / "base"
+    plain.mkdir()
+    for name in base:
+        shutil.copy(tmp_path / name, plain)
+    loaded = from_pretrained(plain)
+    loaded.load_adapter(str(tmp_path))
+    assert distance(logits(loaded, inputs), logits(model, inputs)) < 1e-6
+
+
+class Hub:
+    """Stands in for HfApi: one repository, kept as a directory."""
+
+    calls: list[tuple[str, dict[str, Any]]]
+    root: Path
+
+    def __init__(self, token: Any = None) -> None:
+        self.token = token
+
+    def create_repo(self, repo_id: str, **options: Any) -> Any:
+        self.calls.append(("create_repo", {"repo_id": repo_id, "token": self.token} | options))
+        return type("Url", (), {"repo_id": f"me/{repo_id}"})
+
+    def upload_folder(self, folder_path: Path, allow_patterns: list[str], **options: Any) -> None:
+        self.calls.append(("upload_folder", options))
+        for name in allow_patterns:
+            shutil.copy(folder_path / name, self.root)
+
+
+def test_push_to_hub_uploads_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub.calls, Hub.root = [], tmp_path / "hub"
+    Hub.root.mkdir()
+    monkeypatch.setattr(checkpoint, "HfApi", Hub)
+    card = type("Card", (), {"save": lambda self, path: path.write_text("card")})
+    monkeypatch.setattr(checkpoint, "create_and_tag_model_card", lambda *args, **kwargs: card())
+    model, inputs = converted("gpt2", step_size=0.5, form="split")
+    target = tmp_path / "mine"
+    target.mkdir()
+    (target / "optimizer.pt").write_text("stays here")
+    model.save_pretrained(target, push_to_hub=True, token="t", private=True, commit_message="m", create_pr=True)
+    assert Hub.calls == [
+        ("create_repo", {"repo_id": "mine", "token": "t", "exist_ok": True, "private": True}),
+        ("upload_folder", {"repo_id": "me/mine", "commit_message": "m", "create_pr": True}),
+    ]
+    assert files(Hub.root) == {"config.json", "generation_config.json", "model.safetensors", "README.md"}
+    stock = type(model).from_pretrained(Hub.root)
+    assert distance(logits(stock, inputs), logits(model, inputs)) < 1e-5
+
+
+# Layers held by other ranks
+
+
+def drop_layers(model: Any, keep: int) -> dict[str, Tensor]:
+    """Leave the first `keep` layers of every stack; returns the full state dict as gathered, no storage shared."""
+    full = {key: value.clone() for key, value in model.state_dict().items()}
+    for stack in ode_view(model).stacks:
+        stack.sharded = True
+        for layer in stack.layers[keep:]:
+            for module in layer.modules():
+                for name in module._parameters:
+                    module._parameters[name] = None
+    return full
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("vit", {}),
+        ("gpt2", {"step_size": 0.5, "form": "split"}),
+        ("gemma3", {"step_size": 0.5, "form": "split"}),
+        ("bart", {"step_size": 0.5, "form": "euler"}),
+    ],
+)
+@pytest.mark.parametrize("max_shard_size", ["50GB", "20KB"])
+def test_a_model_that_lacks_layers_saves_a_given_state_dict(
+    name: str, settings: dict, max_shard_size: str, tmp_path: Path
+) -> None:
+    model, _ = converted(name, **settings)
+    model.save_pretrained(tmp_path / "whole", max_shard_size=max_shard_size)
+    full = drop_layers(model, keep=1)
+    with pytest.raises(CheckpointError, match=r"state_dict=layer_parallel\(model\)\.state_dict\(\).*all lp ranks"):
+        model.save_pretrained(tmp_path / "x")
+    model.save_pretrained(tmp_path / "x", state_dict={})  # what the ranks other than lp rank 0 have
+    assert not (tmp_path / "x").exists()
+    model.save_pretrained(tmp_path / "x", state_dict=full, max_shard_size=max_shard_size)
+    assert files(tmp_path / "x") == files(tmp_path / "whole")
+    for file in files(tmp_path / "x"):
+        if not file.endswith("index.json"):  # which counts the parameters that this rank has
+            assert (tmp_path / "x" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+# Atomicity
+
+
+def test_files_of_an_earlier_save_do_not_survive(tmp_path: Path) -> None:
+    model, inputs = converted("gpt2", step_size=0.5, form="euler")
+    (tmp_path / "optimizer.pt").write_text("not ours")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(files(tmp_path)) > 6
+    assert torch.equal(logits(from_pretrained(tmp_path), inputs), logits(model, inputs))
+    model, inputs = converted("gpt2", step_size=0.5, form="split")
+    model.save_pretrained(tmp_path)
+    ours = {"config.json", "generation_config.json", "model.safetensors"}
+    assert files(tmp_path) == ours | {"optimizer.pt"}
+    assert torch.equal(logits(from_pretrained(tmp_path), inputs), logits(model, inputs))
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert "model.safetensors" not in files(tmp_path)
+    assert torch.equal(logits(from_pretrained(tmp_path), inputs), logits(model, inputs))
+
+
+def test_a_save_that_raises_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = converted("gpt2")
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path / "x")
+
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", full_disk)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_proj.weight.zero_()
+    for target in ("x", "y"):
+        with pytest.raises(OSError, match="no space left"):
+            model.save_pretrained(tmp_path / target)
+    assert files(tmp_path) == {"x"}
+    assert torch.equal(logits(from_pretrained(tmp_path / "x"), inputs), expected)
+
+
+def test_a_symbolic_link_to_a_directory_is_followed(tmp_path: Path) -> None:
+    model, inputs = converted("gpt2")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    model.save_pretrained(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert files(tmp_path / "disk") == {"config.json", "generation_config.json", "model.safetensors"}
+    assert torch.equal(logits(from_pretrained(tmp_path / "link"), inputs), logits(model, inputs))
+
+
+def killed_after(events: int, save: Callable[[], None]) -> bool:
+    """Run `save` in a forked child that is killed at its `events`-th change to the file system; False if it finished.
+
+    Half of the weights are on disk where the kill falls on the writing of a weight file.
+    """
+    child = os.fork()
+    if child == 0:
+        left = events
+
+        def count() -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def audit(event: str, args: tuple) -> None:
+            writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+            if writes or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir"):
+                count()
+
+        def halves(tensors: dict[str, Tensor], file: str, metadata: Any = None) -> None:
+            whole = safetensors.torch.save(tensors, metadata)
+            Path(file).write_bytes(whole[: len(whole) // 2])
+            count()
+            Path(file).write_bytes(whole)
+
+        transformers.modeling_utils.safe_save_file = halves
+        sys.addaudithook(audit)
+        save()
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFSIGNALED(status):
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        return True
+    assert os.WEXITSTATUS(status) == 0
+    return False
+
+
+@pytest.mark.parametrize(
+    ("old_form", "old_shard", "new_shard"),
+    [
+        ("euler", None, "50GB"),
+        ("euler", "50GB", "50GB"),
+        ("split", "50GB", "50GB"),
+        ("euler", "50GB", "60KB"),
+        ("euler", "60KB", "50GB"),
+    ],
+    ids=["fresh", "file over file", "training goes on", "shards over file", "file over shards"],
+)
+def test_a_kill_at_any_moment_leaves_no_mixture(
+    old_form: Any, old_shard: str | None, new_shard: str, tmp_path: Path
+) -> None:
+    """After it there is the whole old checkpoint, the whole new one, or none; and the next save works."""
+    old, inputs = converted("gpt2", step_size=0.5, form=old_form)
+    new, _ = converted("gpt2", step_size=0.5, form="split")
+    with torch.no_grad():
+        for parameter in new.parameters():
+            parameter.mul_(0.9)
+    wanted = {"old": logits(old, inputs), "new": logits(new, inputs)}
+    outcomes = []
+    for events in range(200):
+        target = tmp_path / f"{events}"
+        if old_shard is not None:
+            old.save_pretrained(target, max_shard_size=old_shard)
+        killed = killed_after(events, lambda target=target: new.save_pretrained(target, max_shard_size=new_shard))
+        try:
+            found = logits(from_pretrained(target), inputs)
+        except (OSError, CheckpointError):
+            outcomes.append("none")
+        else:
+            outcomes.append(next((name for name, value in wanted.items() if torch.equal(value, found)), "mixture"))
+        if not killed:
+            break
+        new.save_pretrained(target, max_shard_size=new_shard)
+        assert torch.equal(logits(from_pretrained(target), inputs), wanted["new"])
+    assert "mixture" not in outcomes
+    assert outcomes[0] == ("none" if old_shard is None else "old")
+    assert outcomes[-1] == "new"
+    assert len(outcomes) > 6
+    if old_form == "split":  # only the weight file differs: it is replaced in one go
+        assert "none" not in outcomes
