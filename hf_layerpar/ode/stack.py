@@ -84,6 +84,19 @@ class ModelForward:
         return self.original or type(self.model).forward.__get__(self.model)
 
     @property
+    def __func__(self) -> Callable[..., Any]:
+        """What accelerate takes from a bound method, wraps (mixed precision) and binds to the model again.
+
+        It finds the model's own `ModelForward`, so the bound method follows a deepcopy of the model.
+        """
+
+        def forward(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+            return vars(model)[_MODEL_FORWARD](*args, **kwargs)
+
+        forward.__signature__ = inspect.signature(type(self.model).forward)  # pyright: ignore[reportFunctionMemberAccess]
+        return forward
+
+    @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.stock)
 
@@ -116,6 +129,7 @@ class ModelForward:
         return bool(getattr(self.model.config, name, False)) if value is None else value is not False
 
 
+_MODEL_FORWARD = "_hf_layerpar_forward"
 _PER_LAYER_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 
@@ -281,4 +295,6 @@ def intercept(model: nn.Module, stacks: tuple[LayerStack, ...]) -> None:
             inside = set(module.modules())
             held = tuple(stack for stack in stacks if stack.layers[0] in inside)
             if held:
-                module.forward = ModelForward(module, held, vars(module).get("forward"))
+                forward = ModelForward(module, held, vars(module).get("forward"))
+                setattr(module, _MODEL_FORWARD, forward)
+                module.forward = forward
