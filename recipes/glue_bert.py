@@ -45,7 +45,7 @@ from transformers import (
 
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
-from hf_layerpar.parallelize import gradient_agreement, layer_parallel
+from hf_layerpar.sharding import gradient_agreement, layer_parallel
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
 from recipes.glue_tasks import OFFLINE, Splits, encode, get_task, load_splits, majority_share, metrics_for
@@ -88,7 +88,7 @@ def default_settings() -> dict[str, Any]:
         "output_dir": "runs/glue_bert",
         "lp_size": int(os.environ.get("WORLD_SIZE", "1")),
         "micro_batches": 4,
-        "max_steps": 200,
+        "max_steps": 150,
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 64,
         "learning_rate": 1e-4,

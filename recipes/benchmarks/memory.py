@@ -28,7 +28,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.ode.convert import convert_to_ode
-from hf_layerpar.parallelize import parallelize
+from hf_layerpar.sharding import parallelize
 from recipes.benchmarks.launch import RESULTS, launch
 from recipes.results import print_table, versions, write_json
 
