@@ -26,6 +26,8 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,15 +121,13 @@ class SavePretrained:
         layers: `layer_parallel(model).state_dict()` gives the tensors on lp rank 0 only.
 
         Raises:
-            CheckpointError: this rank lacks layers and no `state_dict` was given; or `save_directory` is a file.
+            CheckpointError: this rank lacks layers, and no `state_dict` was given or that lacks them too; or
+                `save_directory` is a file.
             ConfigurationError: `distributed_checkpoint=True`.
         """
-        sharded = [stack.path for stack in ode_view(self.model).stacks if stack.sharded]
-        if sharded and state_dict is None:
-            raise CheckpointError(
-                f"this rank holds only a part of the layers of {', '.join(sharded)}; call save_pretrained(path, "
-                "state_dict=layer_parallel(model).state_dict()) on all lp ranks"
-            )
+        sharded = any(stack.sharded for stack in ode_view(self.model).stacks)
+        if sharded and (state_dict is None or state_dict):
+            self._check_complete(state_dict or self.model.state_dict())
         if distributed_checkpoint:
             raise ConfigurationError(
                 "distributed_checkpoint=True saves FSDP and TP shards, and a converted model has none; leave it out"
@@ -159,6 +159,16 @@ class SavePretrained:
         if upload is not None:
             upload(target, names)
 
+    def _check_complete(self, state_dict: dict[str, Tensor]) -> None:
+        for stack in ode_view(self.model).stacks:
+            for index in range(len(stack.layers)):
+                if not any(key.startswith(f"{stack.path}.{index}.") for key in state_dict):
+                    raise CheckpointError(
+                        f"this rank holds only a part of the layers, and {stack.path}.{index} is not among the tensors "
+                        "to save; call save_pretrained(path, state_dict=layer_parallel(model).state_dict()) on all lp "
+                        "ranks"
+                    )
+
     def _write(self, directory: Path, given: dict[str, Tensor] | None, **kwargs: Any) -> None:
         model = self.model
         settings = ode_view(model).settings
@@ -168,21 +178,33 @@ class SavePretrained:
             return
         state_dict = dict(model.state_dict() if given is None else given)
         # stock drops tied weights by their shared storage, which a gathered state dict doesn't have
-        for tied, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
-            if tied in state_dict and source in state_dict:
-                state_dict[tied] = state_dict[source]
+        tied = getattr(model, "all_tied_weights_keys", None) or {}
+        for key, kept in tied.items():
+            if key in state_dict and kept in state_dict:
+                state_dict[key] = state_dict[kept]
+        counted = state_dict.keys() - {name for name, _ in model.named_buffers()} - tied.keys()
+        parameters = sum(state_dict[key].numel() for key in counted)
         plain = all(step_size == 1 for stack in ode_view(model).stacks for step_size in stack.step_sizes)
         fold = not plain and settings.form == "split" and can_fold(model, state_dict)
         source = None if plain or fold else remote.modeling_source(model)
         save(model, directory, state_dict=folded_state_dict(model, state_dict) if fold else state_dict, **kwargs)
-        config_file = directory / CONFIG_NAME
-        config = json.loads(config_file.read_text("utf-8"))
-        config[CONFIG_KEY] = dataclasses.replace(settings, folded=fold).to_dict()
-        if source is not None:
-            config["model_type"] = remote.MODEL_TYPE_PREFIX + config["model_type"]
-            config["auto_map"] = remote.auto_map(model)
-            (directory / f"{remote.MODULE_NAME}.py").write_text(source, "utf-8")
-        config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        with _edited(directory / CONFIG_NAME) as config:
+            config[CONFIG_KEY] = dataclasses.replace(settings, folded=fold).to_dict()
+            if source is not None:
+                config["model_type"] = remote.MODEL_TYPE_PREFIX + config["model_type"]
+                config["auto_map"] = remote.auto_map(model)
+                (directory / f"{remote.MODULE_NAME}.py").write_text(source, "utf-8")
+        for file in directory.glob("*.index*.json"):
+            with _edited(file) as index:  # stock counts the parameters in memory, which may be a part of the model
+                index["metadata"]["total_parameters"] = parameters
+
+
+@contextmanager
+def _edited(file: Path) -> Iterator[dict[str, Any]]:
+    """The content of a JSON file, written back in stock's layout."""
+    content = json.loads(file.read_text("utf-8"))
+    yield content
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def _publish(temporary: Path, target: Path, variant: str | None) -> None:
