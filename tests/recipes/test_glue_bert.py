@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_layerpar.errors import ConfigurationError
 from recipes import glue_bert
@@ -155,3 +155,30 @@ def test_regression_task_gets_a_regression_head():
     model, _ = glue_bert.build_model(recipe, args.seed)
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
     assert model.classifier.out_features == 1
+
+
+@pytest.mark.parametrize(("name", "family"), [("stsb", "bert"), ("mnli", "distilbert"), ("sst2", "roberta")])
+def test_glue_tasks_train_other_models(name, family, hub, tmp_path):
+    """One process; a regression, a pair task with two test sets, and a single-sentence one."""
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=30522,
+        max_position_embeddings=80,
+        **dict.fromkeys(("hidden_size", "dim"), 32),
+        **dict.fromkeys(("num_hidden_layers", "n_layers"), 3),
+        **dict.fromkeys(("num_attention_heads", "n_heads"), 2),
+        **dict.fromkeys(("intermediate_size", "hidden_dim"), 64),
+    )
+    folder = tmp_path / "model"
+    AutoModel.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(minilm()).save_pretrained(folder)
+    options = ["--task", name, "--model_name", str(folder), "--output_dir", str(tmp_path / "out")]
+    result = glue_bert.main([*options, "--max_steps", "3", "--per_device_train_batch_size", "8", "--max_length", "16"])
+    tests = {"test_matched", "test_mismatched"} if name == "mnli" else {"test"}
+    assert set(result["metrics"]) == {"validation"} | tests
+    wanted = {"pearson", "spearmanr"} if name == "stsb" else {"accuracy", "f1", "majority"}
+    assert all(wanted < set(values) for values in result["metrics"].values())
+    assert [s["step"] for s in result["steps"]] == [1, 2, 3]
+    assert all(s["grad_norm"] > 0 for s in result["steps"])
+    written = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert written["metrics"] == result["metrics"]

@@ -11,48 +11,7 @@ from hf_layerpar.errors import ConfigurationError
 from recipes import glue_tasks
 from recipes.glue_tasks import TASKS, encode, get_task, load_splits, local_metrics, majority_share, metrics_for
 from recipes.offline import DownloadError, Sentence, minilm
-
-# Column names of nyu-mll/glue, as its data set card lists them.
-COLUMNS = {
-    "cola": ["sentence"],
-    "sst2": ["sentence"],
-    "mrpc": ["sentence1", "sentence2"],
-    "qqp": ["question1", "question2"],
-    "stsb": ["sentence1", "sentence2"],
-    "mnli": ["premise", "hypothesis"],
-    "qnli": ["question", "sentence"],
-    "rte": ["sentence1", "sentence2"],
-    "wnli": ["sentence1", "sentence2"],
-}
-CLASSES = {"stsb": 1, "mnli": 3}
-
-
-def fake_glue(name: str, rows: int = 40) -> dict[str, datasets.Dataset]:
-    def split(tag: str, hidden: bool = False) -> datasets.Dataset:
-        columns = {c: [f"{tag} {c} {i}" for i in range(rows)] for c in COLUMNS[name]}
-        label = (
-            [0.25 * (i % 20) for i in range(rows)]
-            if name == "stsb"
-            else [i % CLASSES.get(name, 2) for i in range(rows)]
-        )
-        return datasets.Dataset.from_dict(
-            columns | {"label": [-1] * rows if hidden else label, "idx": list(range(rows))}
-        )
-
-    held_out = ["validation_matched", "validation_mismatched"] if name == "mnli" else ["validation"]
-    tests = [v.replace("validation", "test") for v in held_out]
-    return {"train": split("train")} | {v: split(v) for v in held_out} | {t: split(t, hidden=True) for t in tests}
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """`datasets.load_dataset` with the hub's GLUE replaced; anything but the nine configurations is unknown there."""
-
-    def load_dataset(path, name):
-        assert path == "nyu-mll/glue"
-        return fake_glue(name)
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+from tests.recipes.fake_glue import CLASSES, COLUMNS
 
 
 def test_every_glue_task_is_known():
