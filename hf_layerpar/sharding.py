@@ -89,8 +89,8 @@ class LayerParallel:
     ) -> None:
         self._model, self._config, self._communicator = model, config, communicator
         self._force_exact = False
-        owners = {stack.path: self._owner(config, stack, communicator.size, split) for stack in stacks}
         self._stacks = tuple(stacks)
+        owners = {stack.path: self._owner(config, stack, communicator.size, split) for stack in stacks}
         for stack in stacks:
             self._check_plans(config, stack, owners[stack.path])
         state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
@@ -211,18 +211,17 @@ class LayerParallel:
     ) -> tuple[int, ...]:
         num_layers, buffers = len(stack.layers), stack.settings.buffers
         boundaries: list[int] = []
-        if config.strategy == "mgrit":
-            boundaries = [buffers[0] + p for p in inner_grid(config, num_layers, buffers).levels[1]]
-        return contiguous_owner(num_layers, num_ranks, boundaries=boundaries, split=split)
+        with _naming(stack):
+            if config.strategy == "mgrit":
+                boundaries = [buffers[0] + p for p in inner_grid(config, num_layers, buffers).levels[1]]
+            return contiguous_owner(num_layers, num_ranks, boundaries=boundaries, split=split)
 
     @staticmethod
     def _check_plans(config: LayerParallelConfig, stack: LayerStack, owner: tuple[int, ...]) -> None:
         """Builds what the first solve will need, so that a grid that doesn't fit is refused here."""
-        try:
+        with _naming(stack):
             for direction in ("forward", "backward"):
                 build_plan(config, direction, owner, num_ranks=max(owner) + 1, buffers=stack.settings.buffers)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"stack {stack.path}: {error}") from error
 
     @staticmethod
     def _engine(stack: LayerStack) -> StackEngine:
@@ -249,6 +248,15 @@ class LayerParallel:
         for name, tensor in self._model.state_dict(keep_vars=True).items():
             groups.setdefault(id(tensor), []).append(name)
         return {name: [n for n in names if n != name] for names in groups.values() for name in names}
+
+
+@contextmanager
+def _naming(stack: LayerStack) -> Iterator[None]:
+    """A model may have several stacks: settings that don't fit say which."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"stack {stack.path}: {error}") from error
 
 
 def gradient_agreement(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:

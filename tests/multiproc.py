@@ -1,19 +1,26 @@
-"""Runs a module-level function on several gloo ranks (one process and one thread each) and returns what each returned."""
+"""Runs module-level functions on several gloo ranks (one process and one thread each).
+
+The ranks of a pool stay alive between runs, and all are forked from one server that has imported torch and transformers,
+so that many short runs pay for starting once.
+"""
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing as mp
 import os
-import queue
 import socket
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+_PRELOAD = ["tests.problems", "tests.zoo", "hf_layerpar.sharding", "hf_layerpar.training.trainer"]
 
 
 def free_port() -> int:
@@ -22,84 +29,107 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _rank_main(fn: Callable[..., Any], rank: int, world: int, port: int, args: tuple, out: Any) -> None:
+def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate sets it by the number of processes, and sums round differently
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "TOKENIZERS_PARALLELISM": "false"}
-    try:
+    if world > 1:
         dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
-        out.put((rank, True, fn(*args)))
-        dist.barrier()  # nobody leaves while another still sends to it
-        dist.destroy_process_group()
-    except BaseException:
-        out.put((rank, False, traceback.format_exc()))
-        raise
-
-
-class _Ranks:
-    """The processes of one run and what they have reported so far."""
-
-    def __init__(self, fn: Callable[..., Any], world: int, args: tuple, timeout: float) -> None:
-        ctx = mp.get_context("spawn")
-        self.world, self.timeout, self._out = world, timeout, ctx.Queue()
-        port = free_port()
-        self.processes = [
-            ctx.Process(target=_rank_main, args=(fn, r, world, port, args, self._out), daemon=True) for r in range(world)
-        ]
-        self.reports: dict[int, tuple[bool, Any]] = {}  # rank -> (succeeded, result or traceback)
-
-    def __enter__(self) -> _Ranks:
-        for p in self.processes:
-            p.start()
-        self._deadline = time.monotonic() + self.timeout
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for p in self.processes:
-            if p.is_alive():
-                p.kill()
-
-    def poll(self) -> None:
-        """Takes in one report, if there is one within half a second."""
+    while True:
         try:
-            rank, ok, value = self._out.get(timeout=0.5)
-            self.reports[rank] = (ok, value)
-        except queue.Empty:
-            if time.monotonic() > self._deadline:
-                late = sorted(set(range(self.world)) - set(self.reports))
-                raise TimeoutError(f"ranks {late} of {self.world} still run after {self.timeout} s") from None
+            fn, args = pipe.recv()
+        except EOFError:  # the tests ended
+            return
+        try:
+            pipe.send((True, fn(*args)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
 
-    def dead(self) -> dict[int, int]:
-        """Exit codes of ranks that ended badly without a report."""
-        codes = {r: p.exitcode for r, p in enumerate(self.processes) if p.exitcode and r not in self.reports}
-        if codes:
-            self.poll()  # a report may still have been under way
-        return {r: code for r, code in codes.items() if r not in self.reports}
+
+class RankPool:
+    """`world` ranks that live until `close`, or until one of them fails."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self._ranks: list[tuple[Any, Any]] = []  # (process, pipe)
+
+    def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 180.0) -> list[Any]:
+        """`[fn(*args) on rank 0, on rank 1, ...]`; raises with the first failing rank's traceback."""
+        results: dict[int, Any] = {}
+        for rank, (ok, value) in self._reports(fn, args, timeout):
+            if not ok:
+                self.close()  # the others may be stuck in a collective
+                raise RuntimeError(f"rank {rank} of {self.world} failed:\n{value}")
+            results[rank] = value
+        return [results[rank] for rank in range(self.world)]
+
+    def outcomes(self, fn: Callable[..., Any], *args: Any, timeout: float = 180.0) -> list[str]:
+        """How each rank ended, also where others failed: its traceback, "exit code N", or the repr of its result."""
+        ended = {rank: repr(v) if ok else v for rank, (ok, v) in self._reports(fn, args, timeout)}
+        self.close()
+        return [ended[rank] for rank in range(self.world)]
+
+    def close(self) -> None:
+        for process, pipe in self._ranks:
+            process.kill()
+            process.join()
+            pipe.close()
+        self._ranks = []
+
+    def _reports(self, fn: Callable[..., Any], args: tuple, timeout: float) -> Any:
+        """(rank, (succeeded, result or why not)) as the ranks come to an end, in whatever order."""
+        if not self._ranks:
+            self._start()
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._ranks)}
+        for pipe in waiting:
+            pipe.send((fn, args))
+        deadline = time.monotonic() + timeout
+        while waiting:
+            ready = connection.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                late = sorted(waiting.values())
+                self.close()
+                raise TimeoutError(f"ranks {late} of {self.world} gave no result within {timeout} s")
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                try:
+                    report = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    process = self._ranks[rank][0]
+                    process.join()
+                    report = (False, f"exit code {process.exitcode}")
+                yield rank, report
+
+    def _start(self) -> None:
+        context, port = mp.get_context("forkserver"), free_port()
+        context.set_forkserver_preload(_PRELOAD)
+        for rank in range(self.world):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world, port, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._ranks.append((process, mine))
+
+
+_POOLS: dict[int, RankPool] = {}
+
+
+@atexit.register
+def _close_pools() -> None:
+    for pool in _POOLS.values():
+        pool.close()
 
 
 def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 180.0) -> list[Any]:
-    """`[fn(*args) on rank 0, on rank 1, ...]`; raises with the first failing rank's traceback, or after `timeout` seconds.
+    """`[fn(*args) on rank 0, on rank 1, ...]`, on ranks that are kept for the next call.
 
-    fn and args must be picklable; results should be plain data or numpy arrays.
+    fn and args must be picklable; results should be plain data or numpy arrays. Raises RuntimeError with the first
+    failing rank's traceback, TimeoutError after `timeout` seconds.
     """
-    with _Ranks(fn, world, args, timeout) as ranks:
-        while len(ranks.reports) < world:
-            ranks.poll()
-            for rank, (ok, value) in ranks.reports.items():
-                if not ok:
-                    raise RuntimeError(f"rank {rank} of {world} failed:\n{value}")
-            if dead := ranks.dead():
-                raise RuntimeError(f"ranks ended without a result; exit codes {dead}")
-        for p in ranks.processes:
-            p.join(timeout=30)
-        return [ranks.reports[r][1] for r in range(world)]
+    return _POOLS.setdefault(world, RankPool(world)).run(fn, *args, timeout=timeout)
 
 
 def outcomes_of_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 180.0) -> list[str]:
-    """How each rank ended, also where others failed: its traceback, "exit code N", or the repr of its result."""
-    with _Ranks(fn, world, args, timeout) as ranks:
-        while len(ranks.reports) + len(dead := ranks.dead()) < world:
-            ranks.poll()
-        ended = {r: repr(value) if ok else value for r, (ok, value) in ranks.reports.items()}
-        ended |= {r: f"exit code {code}" for r, code in dead.items()}
-        return [ended[r] for r in range(world)]
+    """How each of `world` fresh ranks ended, also where others failed (see `RankPool.outcomes`)."""
+    return RankPool(world).outcomes(fn, *args, timeout=timeout)

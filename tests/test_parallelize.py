@@ -1,0 +1,209 @@
+"""HuggingFace models of several anatomies on lp ranks, each against a deep-copied stock model."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.multiproc import run_ranks
+from tests.zoo import build
+
+from hf_layerpar import LayerParallelConfig, convert_to_ode, gradient_agreement, layer_parallel, parallelize
+from hf_layerpar.errors import CheckpointError, ConfigurationError, RankMismatchError, UnsupportedModelError
+
+EXACT = LayerParallelConfig()
+CASES = {  # one family of each anatomy: post-LN, pre-LN with cache and rotary, shared biases, two stacks, tables
+    "bert": EXACT,
+    "llama": LayerParallelConfig(micro_batches=2),
+    "t5": EXACT,
+    "bart": LayerParallelConfig(strategy="mgrit", coarsening=2, forward_iterations=2, backward_iterations=2),
+    "deberta_v2": LayerParallelConfig(micro_batches=2),
+    "vit": LayerParallelConfig(strategy="mgrit", coarsening=2, forward_iterations=2, backward_iterations=2),
+    "gemma3": EXACT,
+}
+
+
+def double(name):
+    model, inputs = build(name)
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    return model.double(), inputs
+
+
+def against_stock(name, config, split=None):
+    """The largest relative gradient error against stock, the parameter names this rank has, and a full state dict's."""
+    model, inputs = double(name)
+    stock = copy.deepcopy(model).eval()
+    ours = convert_to_ode(model).eval()
+    handle = parallelize(ours, config, split=split)
+    scale = math.sqrt(sum(float(p.double().pow(2).sum()) for p in stock.parameters()))
+    loss = ours(**inputs).loss
+    loss.backward()
+    expected = stock(**inputs).loss
+    expected.backward()
+    grads = dict(stock.named_parameters())
+    norm = math.sqrt(sum(float(p.grad.pow(2).sum()) for p in grads.values() if p.grad is not None))
+    error = max(
+        float((p.grad - grads[n].grad).norm()) / norm for n, p in ours.named_parameters() if p.grad is not None
+    )
+    full = handle.state_dict()
+    if handle.lp_rank == 0:
+        assert list(full) == list(stock.state_dict())
+        assert all(torch.equal(full[n], t) for n, t in stock.state_dict().items())
+        handle_state = {n: t * 2 for n, t in full.items()}
+    else:
+        assert full == {}
+        handle_state = {n: t * 2 for n, t in stock.state_dict().items()}
+    handle.load_state_dict(handle_state)
+    doubled = math.sqrt(sum(float(p.double().pow(2).sum()) for p in stock.parameters())) / scale
+    assert doubled == 1.0  # the stock model is another object
+    for n, p in ours.named_parameters():
+        assert torch.equal(p, 2 * grads[n])
+    loss_error = abs(float((loss - expected).detach())) / abs(float(expected.detach()))
+    return loss_error, error, sorted(n for n, _ in ours.named_parameters()), handle.owner_of
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact_gradients_on_two_ranks(name):
+    results = run_ranks(against_stock, 2, name, CASES[name])
+    owner_of = results[0][3]
+    everything = {n for _, _, names, _ in results for n in names}
+    assert everything == {n for n, _ in build(name)[0].named_parameters()}
+    for rank, (loss_error, error, names, owners) in enumerate(results):
+        assert loss_error < 1e-12
+        assert error < 1e-12
+        assert owners == owner_of
+        assert all(owner_of.get(n, rank) == rank for n in names)  # own layers and the ends, nothing else
+        assert any(n in owner_of for n in names)
+
+
+def test_uneven_splits_and_more_ranks_than_divide_the_layers():
+    for world, split in ((2, (1, 3)), (3, None)):
+        for loss_error, error, _, _ in run_ranks(against_stock, world, "bert", EXACT, split):
+            assert loss_error < 1e-12
+            assert error < 1e-12
+
+
+def features_on_two_ranks():
+    """One model, several things a loop does with it."""
+    rank = dist.get_rank()
+    model, inputs = double("bert")
+    with torch.no_grad():  # ranks that start from different weights end up with those of rank 0
+        for p in model.parameters():
+            p.mul_(1 + rank)
+    model = convert_to_ode(model)
+    handle = parallelize(model, LayerParallelConfig(strategy="mgrit", coarsening=2, coarse_operator="identity"))
+    found = {}
+    params = [p for p in model.parameters() if p.requires_grad]
+
+    def gradient():
+        torch.manual_seed(5)
+        loss = model.train()(**inputs).loss
+        return [float(loss.detach()), *(g.numpy() for g in torch.autograd.grad(loss, params))]
+
+    inexact = gradient()
+    found["mgrit report"] = handle.report()
+    with handle.exact():
+        exact = gradient()
+        found["exact report"] = handle.report()
+        found["agreement inside exact"] = gradient_agreement(model, inputs)["cosine"]
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    found["agreement"] = gradient_agreement(model, inputs)
+    found["stream kept"] = torch.equal(before, torch.get_rng_state())
+    found["loss"] = (inexact[0], exact[0])
+    model.gradient_checkpointing_enable()
+    recomputed = gradient()
+    model.gradient_checkpointing_disable()
+    found["recomputed equal"] = all((a == b).all() for a, b in zip(inexact[1:], recomputed[1:], strict=True))
+    handle.config = EXACT
+    found["switched equal"] = all((a == b).all() for a, b in zip(exact[1:], gradient()[1:], strict=True))
+    found["same weights"] = sorted(float(p.detach().sum()) for n, p in model.named_parameters() if n not in handle.owner_of)
+    found["errors"] = []
+    for wrong in (
+        lambda: model.eval()(**inputs, output_hidden_states=True),
+        lambda: handle.load_state_dict({}),
+        lambda: setattr(handle, "config", LayerParallelConfig(strategy="mgrit", levels=4, coarsening=2)),
+        lambda: parallelize(model, EXACT),
+    ):
+        try:
+            wrong()
+        except (UnsupportedModelError, CheckpointError, ConfigurationError) as error:
+            found["errors"].append(f"{type(error).__name__}: {error}")
+    found["after errors"] = float(model(**inputs).loss.detach())
+    return found
+
+
+def test_features_on_two_ranks():
+    first, second = run_ranks(features_on_two_ranks, 2)
+    for name in ("agreement", "loss", "same weights", "after errors"):
+        assert first[name] == second[name], name
+    for found in (first, second):
+        report = next(iter(found["mgrit report"].values()))
+        assert report["forward"].mode == report["backward"].mode == "mgrit"
+        assert report["forward"].residuals[0] > 0
+        exact = next(iter(found["exact report"].values()))
+        assert exact["forward"].mode == exact["backward"].mode == "exact"
+        assert exact["forward"].residuals == ()
+        assert 0 < found["agreement"]["cosine"] < 1 - 1e-6
+        assert found["agreement inside exact"] == pytest.approx(1, abs=1e-12)
+        assert found["agreement"]["loss"] == found["loss"][0] != found["loss"][1] == found["agreement"]["loss_exact"]
+        assert found["stream kept"]
+        assert found["recomputed equal"]
+        assert found["switched equal"]
+        hidden, missing, too_deep, twice = found["errors"]
+        assert "output_hidden_states" in hidden
+        assert "missing" in missing
+        assert "levels=4" in too_deep
+        assert "parallelized already" in twice
+    assert first["mgrit report"]["bert.encoder.layer"]["forward"].residuals == pytest.approx(
+        second["mgrit report"]["bert.encoder.layer"]["forward"].residuals
+    )
+
+
+def different_settings():
+    try:
+        parallelize(convert_to_ode(build("bert")[0]), LayerParallelConfig(micro_batches=1 + dist.get_rank()))
+    except RankMismatchError as error:
+        return str(error)
+    return None
+
+
+def test_different_settings_are_refused_on_all_ranks():
+    for message in run_ranks(different_settings, 2):
+        assert message is not None
+        assert "'settings'" in message
+
+
+def test_one_process_draws_masks_of_its_own_and_matches_plain_training_without_dropout():
+    model, inputs = double("gpt2")
+    stock = copy.deepcopy(model).eval()
+    ours = convert_to_ode(model).eval()
+    parallelize(ours)
+    ours(**inputs).loss.backward()
+    stock(**inputs, use_cache=False).loss.backward()
+    for (name, p), q in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+def test_deepcopy_of_a_parallelized_model_is_independent():
+    model, inputs = build("llama")
+    model = convert_to_ode(model).eval()
+    handle = parallelize(model, LayerParallelConfig(strategy="mgrit", coarsening=2))
+    twin = copy.deepcopy(model)
+    layer_parallel(twin).config = EXACT
+    assert handle.config.strategy == "mgrit"
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert float(model(**inputs).loss.detach()) != float(twin(**inputs).loss.detach())
+
+
+def test_not_converted_and_not_parallelized():
+    model = build("bert")[0]
+    with pytest.raises(UnsupportedModelError, match="convert_to_ode"):
+        parallelize(model)
+    with pytest.raises(UnsupportedModelError, match="call parallelize"):
+        layer_parallel(convert_to_ode(model))
+    with pytest.raises(ConfigurationError, match="encoder.layer: levels=4"):
+        parallelize(model, LayerParallelConfig(strategy="mgrit", levels=4, coarsening=2))
