@@ -45,6 +45,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
             pipe.send((True, fn(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
+            return  # as a program would: ranks that wait for this one see its connections close
 
 
 class RankPool:
