@@ -35,7 +35,7 @@ from hf_layerpar.ode.checkpoint import from_pretrained
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
 from hf_layerpar.ode.fold import can_fold, folded_state_dict
 from hf_layerpar.parallel.mesh import Mesh
-from hf_layerpar.parallelize import layer_parallel
+from hf_layerpar.sharding import layer_parallel
 from hf_layerpar.training.streams import kept_streams, main_streams, set_main_streams
 
 EXACT_WEIGHTS = "exact_weights.safetensors"

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hf_layerpar.errors import CheckpointError
 from hf_layerpar.parallel.mesh import Mesh
-from hf_layerpar.parallelize import LayerParallel
+from hf_layerpar.sharding import LayerParallel
 from hf_layerpar.training import checkpoints
 
 logger = logging.get_logger(__name__)

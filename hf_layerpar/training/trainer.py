@@ -15,13 +15,12 @@ from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import unwrap_peft_model
 
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
 from hf_layerpar.parallel.mesh import Mesh, build_mesh
-from hf_layerpar.parallelize import LayerParallel, layer_parallel, parallelize
+from hf_layerpar.sharding import LayerParallel, layer_parallel, parallelize
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.callbacks import solver_log
 from hf_layerpar.training.collectives import average_gradients, broadcast_model, gather_rows, share
@@ -66,6 +65,7 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
         self.mesh = build_mesh(args.lp_size, args.device.type)
         self._collator: SeededCollator | None = None
         self._epoch_iterator: Iterator[Any] | None = None
+        self._order: torch.Generator | None = None
         self._sharding_args = args  # call_model_init runs inside super().__init__
         if model is not None:
             model = self._shard(model)
@@ -126,7 +126,7 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
             )
         loading = self.accelerator.dataloader_config
         if loading.data_seed is None:  # stock takes the main stream's current seed, which a resumed run may not have
-            loading.data_seed = self.args.seed
+            loading.data_seed = self._data_seed
         if self.mesh.world_size > 1 and loading.dispatch_batches is None:
             loading.dispatch_batches = False  # process 0 would deal iterable datasets out by world rank
         self.accelerator.state.device_mesh = _BatchSharing(self.mesh) if self.mesh.lp_size > 1 else None
@@ -136,24 +136,27 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
         return self.mesh.lp_size
 
     # ---- batches
+    @property
+    def _data_seed(self) -> int:
+        return self.args.seed if self.args.data_seed is None else self.args.data_seed
+
     def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
         loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
         if is_training:
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             base = getattr(loader, "base_dataloader", loader)
-            self._collator = SeededCollator(base.collate_fn, seed, self.mesh.dp_rank)
+            self._collator = SeededCollator(base.collate_fn, self._data_seed, self.mesh.dp_rank)
             base.collate_fn = self._collator
             base.worker_init_fn = self._collator.start_worker
+            base.generator = torch.Generator()  # a new iterator draws from the main stream otherwise
         return loader
 
     def _run_epoch(self, *args: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
         """Ties the order of the samples to the epoch, also when resuming inside one."""
         sampler = _innermost_sampler(train_dataloader)
-        if isinstance(sampler, LengthGroupedSampler):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler.generator = torch.Generator().manual_seed(seed + epoch)
-        elif hasattr(sampler, "set_epoch"):
+        if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
+        elif getattr(sampler, "generator", self) in (None, self._order):  # it would draw from the main stream
+            sampler.generator = self._order = torch.Generator().manual_seed(self._data_seed + epoch)
         super()._run_epoch(*args, epoch=epoch, train_dataloader=train_dataloader, **kwargs)
 
     def get_batch_samples(

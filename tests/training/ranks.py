@@ -17,21 +17,20 @@ from tests.multiproc import free_port
 
 def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate sets it by the number of processes, and sums round differently
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "TOKENIZERS_PARALLELISM": "false"}
     if world > 1:
         dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
     while True:
-        call = pipe.recv()
-        if call is None:
-            break
-        fn, args = call
+        try:
+            fn, args = pipe.recv()
+        except EOFError:  # the tests ended
+            return
         try:
             pipe.send((True, fn(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
-    if world > 1:
-        dist.destroy_process_group()
 
 
 class RankPool:
@@ -62,17 +61,18 @@ class RankPool:
         return results
 
     def _start(self) -> None:
-        context, port = mp.get_context("spawn"), free_port()
+        context, port = mp.get_context("forkserver"), free_port()
+        context.set_forkserver_preload(["tests.training.runs"])  # imports once for all pools
         for rank in range(self.world):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.world, port, theirs))
             process.start()
             theirs.close()
             self._ranks.append((process, mine))
 
     def close(self) -> None:
         for process, pipe in self._ranks:
-            pipe.close()
             process.kill()
             process.join()
+            pipe.close()
         self._ranks = []

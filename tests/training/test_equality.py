@@ -1,0 +1,128 @@
+"""The same training at every lp size: losses, gradient norms and final weights."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_layerpar.parallel.engine import SweepReport
+from hf_layerpar.training.callbacks import solver_log
+from tests.training import runs
+from tests.training.ranks import RankPool
+
+FAMILIES = ("bert_classifier", "llama")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fifty_steps_are_the_same_at_every_lp_size(
+    family: str, ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, tmp_path
+) -> None:
+    settings = {"max_steps": 50, "max_grad_norm": 0.5, "include_num_input_tokens_seen": "all"}
+    one = ranks1.run(runs.train, str(tmp_path), family, settings)[0]
+    for pool in (ranks2, ranks3):
+        many = pool.run(runs.train, str(tmp_path), family, settings | {"lp_size": pool.world})
+        assert many[0]["losses"] == pytest.approx(one["losses"], abs=1e-5)
+        assert many[0]["norms"] == pytest.approx(one["norms"], abs=1e-5)
+        assert many[0]["weights"] == one["weights"]
+        assert many[0]["tokens"] == one["tokens"] == 50 * 4 * 12
+        assert many[0]["flops"] == one["flops"]
+        assert max(r["parameters"] for r in many) < one["parameters"]
+    assert len(set(one["losses"])) > 40, "the run doesn't train"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_data_parallel_times_layer_parallel(family: str, ranks2: RankPool, ranks4: RankPool, tmp_path) -> None:
+    settings = {"max_steps": 50, "gradient_accumulation_steps": 2, "max_grad_norm": 0.3}
+    flat = ranks2.run(runs.train, str(tmp_path), family, settings)[0]
+    grid = ranks4.run(runs.train, str(tmp_path), family, settings | {"lp_size": 2})[0]
+    assert grid["losses"] == pytest.approx(flat["losses"], abs=1e-5)
+    assert grid["norms"] == pytest.approx(flat["norms"], abs=1e-5)
+    assert grid["weights"] == flat["weights"]
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_encoder_decoder(family: str, ranks1: RankPool, ranks2: RankPool, tmp_path) -> None:
+    # the gradient of the encoder states is a sum over lp ranks, so the last bits may differ
+    settings = {"max_steps": 10}
+    one = ranks1.run(runs.train, str(tmp_path), family, settings)[0]
+    two = ranks2.run(runs.train, str(tmp_path), family, settings | {"lp_size": 2})[0]
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert two["largest"] == pytest.approx(one["largest"], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"bf16": True, "gradient_accumulation_steps": 2}, id="bf16"),
+        pytest.param({"activation_checkpointing": True}, id="activation checkpointing"),
+        pytest.param({"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2}, id="label smoothing"),
+        pytest.param({"strategy": "mgrit", "coarsening": [2], "forward_iterations": 2}, id="mgrit"),
+        pytest.param({"micro_batches": 2, "optim": "sgd", "optim_args": "momentum=0.9"}, id="micro-batches, sgd"),
+    ],
+)
+def test_settings_keep_the_lp_sizes_equal(settings: dict, ranks1: RankPool, ranks2: RankPool, tmp_path) -> None:
+    settings = settings | {"max_steps": 6}
+    one = ranks1.run(runs.train, str(tmp_path), "llama", settings)[0]
+    two = ranks2.run(runs.train, str(tmp_path), "llama", settings | {"lp_size": 2})[0]
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    assert two["weights"] == one["weights"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing_factor": 0.1}], ids=["plain", "label smoothing"])
+def test_as_the_stock_trainer(family: str, settings: dict, ranks1: RankPool, ranks2: RankPool, tmp_path) -> None:
+    settings = settings | {"max_steps": 10, "max_grad_norm": 0.5}
+    stock = ranks1.run(runs.train_stock, str(tmp_path), family, settings)[0]
+    ours = ranks2.run(runs.train, str(tmp_path), family, settings | {"lp_size": 2, "dropout": 0.0})[0]
+    assert ours["losses"] == pytest.approx(stock["losses"], abs=1e-5)
+    assert ours["norms"] == pytest.approx(stock["norms"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "t5"])
+def test_accumulation_is_one_big_batch(
+    family: str, ranks1: RankPool, ranks2: RankPool, ranks4: RankPool, tmp_path
+) -> None:
+    """8 samples a step: in one batch; in two at lp=2; in two on each of two dp ranks at lp=2."""
+    base = {"max_steps": 3, "dropout": 0.0, "learning_rate": 1e-2, "max_grad_norm": 0.1}
+    big = ranks1.run(runs.train, str(tmp_path), family, base | {"per_device_train_batch_size": 8})[0]
+    split = base | {"gradient_accumulation_steps": 2, "lp_size": 2}
+    two = ranks2.run(runs.train, str(tmp_path), family, split | {"per_device_train_batch_size": 4})[0]
+    four = ranks4.run(runs.train, str(tmp_path), family, split | {"per_device_train_batch_size": 2})[0]
+    for parts in (two, four):
+        assert parts["losses"] == pytest.approx(big["losses"], abs=1e-5)
+        assert parts["norms"] == pytest.approx(big["norms"], rel=1e-4)
+
+
+def test_local_item_counts(ranks2: RankPool, ranks4: RankPool, tmp_path) -> None:
+    settings = {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2}
+    flat = ranks2.run(runs.train, str(tmp_path), "llama", settings)[0]
+    grid = ranks4.run(runs.train, str(tmp_path), "llama", settings | {"lp_size": 2})[0]
+    assert grid["losses"] == pytest.approx(flat["losses"], abs=1e-5)
+    assert grid["weights"] == flat["weights"]
+
+
+def test_logs_tell_what_the_solver_did(ranks2: RankPool, tmp_path) -> None:
+    settings = {"lp_size": 2, "strategy": "mgrit", "coarsening": 2, "forward_iterations": 0, "backward_iterations": 1}
+    for entry in ranks2.run(runs.train, str(tmp_path), "llama", settings)[0]["logs"]:
+        assert entry["lp_forward_mode"] == "exact"
+        assert entry["lp_backward_mode"] == "mgrit"
+        assert entry["lp_backward_residual"] > 0
+        assert entry["lp_forward_seconds"] > entry["lp_forward_waited"] >= 0
+        assert "lp_forward_residual" not in entry
+
+
+def test_the_worst_stack_is_logged() -> None:
+    def swept(*residuals: float) -> SweepReport:
+        return SweepReport("mgrit" if residuals else "exact", len(residuals), residuals, 0.5, 0.25)
+
+    encoder = {"forward": swept(), "backward": swept(8.0, 4.0, 1.0)}
+    numbers, modes = solver_log({"encoder": encoder, "decoder": {"forward": swept(6.0)}})
+    assert modes == {"lp_forward_mode": "mgrit", "lp_backward_mode": "mgrit"}
+    assert numbers == {
+        "lp_forward_seconds": 1.0,
+        "lp_forward_waited": 0.5,
+        "lp_forward_residual": 6.0,
+        "lp_backward_seconds": 0.5,
+        "lp_backward_waited": 0.25,
+        "lp_backward_residual": 1.0,
+        "lp_backward_factor": 0.5,
+    }

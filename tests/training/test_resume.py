@@ -1,0 +1,109 @@
+"""A resumed run ends with the bits of an uninterrupted one, at any lp size."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.training import runs
+from tests.training.ranks import RankPool
+
+SAVING = {"save_strategy": "steps", "max_steps": 6, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
+
+
+@pytest.mark.parametrize("family", ["bert_classifier", "llama"])
+def test_resume_at_another_lp_size(
+    family: str, ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, tmp_path: Path
+) -> None:
+    whole = ranks1.run(runs.train, str(tmp_path / "whole"), family, SAVING | {"save_strategy": "no"})[0]
+    two = ranks2.run(runs.train, str(tmp_path), family, SAVING | {"lp_size": 2, "save_steps": 3})[0]
+    assert two["weights"] == whole["weights"]
+    middle = str(tmp_path / "checkpoint-3")
+    assert {"optimizer-00000-of-00002.pt", "optimizer-00001-of-00002.pt", "rng_state_0.pth"} <= set(os.listdir(middle))
+    for pool in (ranks1, ranks2, ranks3):
+        settings = SAVING | {"lp_size": pool.world, "save_strategy": "no"}
+        again = pool.run(runs.train, str(tmp_path / f"lp{pool.world}"), family, settings, middle)[0]
+        assert again["weights"] == whole["weights"], f"lp_size {pool.world}"
+        assert again["losses"] == pytest.approx(whole["losses"], abs=1e-7)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_resume_inside_a_later_epoch_with_random_data(
+    workers: int, strategy: str, ranks2: RankPool, ranks4: RankPool, tmp_path: Path
+) -> None:
+    """20 samples, 8 a step on two dp ranks: epochs of 3 steps; stopped after step 5, in the middle of the second."""
+    settings = {"max_steps": 8, "dataloader_num_workers": workers, "train_sampling_strategy": strategy}
+    saving = settings | {"save_strategy": "steps", "save_steps": 5}
+    whole = ranks2.run(runs.train_noisy, str(tmp_path), saving, None, 20)
+    again = ranks4.run(
+        runs.train_noisy, str(tmp_path / "b"), settings | {"lp_size": 2}, str(tmp_path / "checkpoint-5"), 20
+    )
+    assert again[0]["losses"] == pytest.approx(whole[0]["losses"], abs=1e-6)
+    assert again[0]["weights"] == whole[0]["weights"]
+
+
+def test_resume_at_the_end_of_an_epoch(ranks1: RankPool, ranks2: RankPool, tmp_path: Path) -> None:
+    settings = {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch"}
+    whole = ranks1.run(runs.train_noisy, str(tmp_path), settings, None, 10)[0]
+    again = ranks2.run(
+        runs.train_noisy, str(tmp_path / "b"), settings | {"lp_size": 2}, str(tmp_path / "checkpoint-3"), 10
+    )[0]
+    assert again["weights"] == whole["weights"]
+
+
+@pytest.mark.parametrize("conversion", [{}, {"step_size": 1 / 3, "num_steps": 6}, {"step_size": 0.5, "num_steps": 6}])
+def test_key_conversion_and_folding_lose_nothing(
+    conversion: dict, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
+) -> None:
+    """ViT is saved under other names than it has in memory (stock's resume restores 8 of 104 tensors)."""
+    for family in ("vit", "gemma2"):
+        directory = tmp_path / family
+        settings = SAVING | {"save_steps": 3, "save_strategy": "steps", "lp_size": 2}
+        whole = ranks2.run(runs.train_converted, str(directory), family, settings, conversion)[0]
+        again = ranks1.run(
+            runs.train_converted, str(directory / "b"), family, SAVING, conversion, str(directory / "checkpoint-3")
+        )[0]
+        assert again["weights"] == whole["weights"]
+
+
+def test_weights_that_are_not_in_the_checkpoint_are_an_error(ranks2: RankPool, tmp_path: Path) -> None:
+    ranks2.run(runs.train, str(tmp_path), "vit", SAVING | {"lp_size": 2, "save_steps": 3})
+    message = ranks2.run(runs.resume_with_a_tensor_lost, str(tmp_path / "checkpoint-3"), {"lp_size": 2})
+    assert all("missing_keys" in text and "layernorm" in text for text in message)
+
+
+def test_best_model_is_loaded(ranks2: RankPool, tmp_path: Path) -> None:
+    settings = {
+        "lp_size": 2,
+        "max_steps": 6,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": 1,
+        "load_best_model_at_end": True,
+        "learning_rate": 3e-2,  # random tokens: the more is learnt, the worse the evaluation
+    }
+    result = ranks2.run(runs.train_for_the_best, str(tmp_path), settings)[0]
+    assert result["best"].endswith("checkpoint-2")
+    assert result["eval_loss_after"] == pytest.approx(result["best_metric"], abs=1e-6)
+    assert result["eval_losses"][-1] > result["eval_losses"][0] + 0.01
+    assert result["weights"] == result["weights_at_2"]
+    # the best is kept beside the newest while training, and alone at the end
+    assert [name for name in os.listdir(tmp_path) if name.startswith("checkpoint")] == ["checkpoint-2"]
+
+
+def test_rotation_keeps_the_newest(ranks1: RankPool, tmp_path: Path) -> None:
+    ranks1.run(runs.train, str(tmp_path), "llama", {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2})
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", "checkpoint-4"]
+    assert json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_model_init_and_a_second_call(ranks2: RankPool, tmp_path: Path) -> None:
+    plain = ranks2.run(runs.train, str(tmp_path), "llama", {"lp_size": 2, "dropout": 0.0})[0]
+    again = ranks2.run(runs.train_from_model_init, str(tmp_path), {"lp_size": 2})[0]
+    assert again["weights"] == again["weights_of_second_call"] == plain["weights"]
