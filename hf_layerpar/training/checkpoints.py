@@ -196,9 +196,7 @@ def save_optimizer(optimizer: Any, model: nn.Module, mesh: Mesh, directory: Path
     owner_of = layer_parallel(model).owner_of
     flat = [name for group in names for name in group]
     mine = {
-        flat[index]: state
-        for index, state in packed["state"].items()
-        if flat[index] in owner_of or mesh.lp_rank == 0
+        flat[index]: state for index, state in packed["state"].items() if flat[index] in owner_of or mesh.lp_rank == 0
     }
     options = [{k: v for k, v in group.items() if k != "params"} for group in packed["param_groups"]]
     groups = [{"options": o, "names": n} for o, n in zip(options, names, strict=True)]

@@ -17,7 +17,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch.utils.data import Dataset
 
-from hf_layerpar.errors import CheckpointError
+from hf_layerpar.errors import CheckpointError, ConfigurationError
 from hf_layerpar.ode.convert import convert_to_ode
 from hf_layerpar.training import checkpoints
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
@@ -181,9 +181,7 @@ def train_noisy(output_dir: str, settings: dict[str, Any], resume: Any = None, l
 
 def train_with_rank_collator(output_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
     """Also evaluates; the result has the hash of every rank's ends."""
-    run = trainer(
-        output_dir, "llama", settings, data_collator=rank_collator, eval_dataset=Samples("llama", 10, 1000)
-    )
+    run = trainer(output_dir, "llama", settings, data_collator=rank_collator, eval_dataset=Samples("llama", 10, 1000))
     run.train()
     loss = run.evaluate()["eval_loss"]
     owner_of = run.layer_parallel.owner_of
@@ -252,7 +250,9 @@ def train_from_model_init(output_dir: str, settings: dict[str, Any]) -> dict[str
     return first | {"weights_of_second_call": outcome(run)["weights"]}
 
 
-def evaluate(output_dir: str, family: str, settings: dict[str, Any], count: int, ragged: bool = False) -> dict[str, Any]:
+def evaluate(
+    output_dir: str, family: str, settings: dict[str, Any], count: int, ragged: bool = False
+) -> dict[str, Any]:
     """`evaluate` and `predict` without training; the metric sees what `compute_metrics` got on this rank."""
     seen: dict[str, Any] = {}
 
@@ -315,4 +315,34 @@ def train_with_a_failing_rank(output_dir: str, settings: dict[str, Any]) -> str:
         return str(error)
     finally:
         checkpoints.save_optimizer = original
+    return "no error"
+
+
+def construction_error(settings: dict[str, Any]) -> str:
+    try:
+        trainer("unused", "llama", settings)
+    except ConfigurationError as error:
+        return str(error)
+    return "no error"
+
+
+def too_many_ranks() -> str:
+    model = zoo.build("llama")[0]
+    del model.model.layers[2:]
+    try:
+        LayerParallelTrainer(model, arguments("unused", lp_size=3), train_dataset=Samples("llama", 8))
+    except ConfigurationError as error:
+        return str(error)
+    return "no error"
+
+
+def own_optimizer_error() -> str:
+    model = build("llama")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    try:
+        LayerParallelTrainer(
+            model, arguments("unused", lp_size=2), train_dataset=Samples("llama", 8), optimizers=(optimizer, None)
+        )
+    except ConfigurationError as error:
+        return str(error)
     return "no error"

@@ -17,7 +17,7 @@ def test_killed_while_writing(ranks2: RankPool, tmp_path: Path) -> None:
     whole = ranks2.run(runs.train, str(tmp_path / "whole"), "llama", SAVING)[0]
     directory = tmp_path / "killed"
     doomed = RankPool(2)
-    with pytest.raises(RuntimeError, match="died|failed"):
+    with pytest.raises(RuntimeError, match=r"died|failed"):
         doomed.run(runs.train_and_die, str(directory), SAVING, 4, "weights")
     left = sorted(os.listdir(directory))
     assert left == ["_checkpoint-4.partial", "checkpoint-2"]
