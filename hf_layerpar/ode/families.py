@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -76,14 +75,7 @@ class T5(LeadingState):
         encoder_states = args[2]
         if not first.is_decoder or encoder_states is None:
             return self_bias, None
-        # block 0 gives its zero cross bias the dtype of its queries; under autocast that is the autocast dtype
-        device = x.device.type
-        dtype = attention.relative_attention_bias.weight.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-        return self_bias, torch.zeros(
-            (1, attention.n_heads, length, encoder_states.shape[1]), device=x.device, dtype=dtype
-        )
+        return self_bias, self_bias.new_zeros(1, attention.n_heads, length, encoder_states.shape[1])
 
     def pack(self, state: Tensor, shared: tuple) -> Any:
         return (state, *shared)

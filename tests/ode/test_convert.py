@@ -194,6 +194,7 @@ def test_exception_midway_leaves_nothing_behind():
     hook.remove()
     (stack,) = ode_view(model).stacks
     assert stack.serial_reason is None
+    stack.check_complete()
     assert_same(training_step(model, inputs, True), expected)
     hook = model.model.layers[2].register_forward_pre_hook(fail)
     with pytest.raises(KeyError, match="midway"):
@@ -202,6 +203,22 @@ def test_exception_midway_leaves_nothing_behind():
     assert stack.serial_reason is None
     assert_same(training_step(model, inputs, True), expected)
     assert solver.runs == [4] * 3
+
+
+def test_exception_in_a_loop_called_directly():
+    """BertEncoder isn't a PreTrainedModel, so nothing of ours sees its forward end."""
+    model, inputs = zoo.build("bert")
+    stock = copy.deepcopy(model)
+    use_solver(convert_to_ode(model), SerialSolver())
+
+    def fail(*_: Any) -> None:
+        raise KeyError("midway")
+
+    hook = model.bert.encoder.layer[2].register_forward_pre_hook(fail)
+    with pytest.raises(KeyError, match="midway"):
+        model.bert.encoder(torch.zeros(1, 2, 32))
+    hook.remove()
+    assert_same(training_step(model, inputs, True), training_step(stock, inputs, True))
 
 
 def test_layers_left_out_or_repeated():
