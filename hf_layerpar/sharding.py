@@ -49,7 +49,9 @@ def parallelize(
     """
     view = ode_view(model)
     if getattr(model, _ATTRIBUTE, None) is not None:
-        raise UnsupportedModelError("the model is parallelized already; set layer_parallel(model).config to change its solver")
+        raise UnsupportedModelError(
+            "the model is parallelized already; set layer_parallel(model).config to change its solver"
+        )
     config = config or LayerParallelConfig()
     if group is None and dist.is_initialized():
         group = dist.group.WORLD
@@ -68,7 +70,9 @@ def layer_parallel(model: nn.Module) -> LayerParallel:
         handle = module.__dict__.get(_ATTRIBUTE)
         if handle is not None:
             return handle
-    raise UnsupportedModelError(f"{type(model).__name__} is not parallelized; call parallelize(model, config, group) first")
+    raise UnsupportedModelError(
+        f"{type(model).__name__} is not parallelized; call parallelize(model, config, group) first"
+    )
 
 
 class LayerParallel:
@@ -93,12 +97,18 @@ class LayerParallel:
         owners = {stack.path: self._owner(config, stack, communicator.size, split) for stack in stacks}
         for stack in stacks:
             self._check_plans(config, stack, owners[stack.path])
-        state = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)}
+        state = {
+            name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)
+        }
         self._layout = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
         device = next(model.parameters()).device
         communicator.agree(
-            {"model": type(model).__name__, "tensors": sorted((k, *map(str, v)) for k, v in self._layout.items()),
-             "settings": config, "split": split},
+            {
+                "model": type(model).__name__,
+                "tensors": sorted((k, *map(str, v)) for k, v in self._layout.items()),
+                "settings": config,
+                "split": split,
+            },
             device,
         )
         if communicator.size > 1:
@@ -150,7 +160,7 @@ class LayerParallel:
             self._force_exact = before
 
     def report(self) -> dict[str, dict[str, SweepReport]]:
-        """What the last forward and backward of every stack measured: `{stack path: {"forward": ..., "backward": ...}}`.
+        """What the last sweeps of every stack measured: `{stack path: {"forward": ..., "backward": ...}}`.
 
         Collective over the lp ranks when a sweep was inexact (residuals are summed here, not in every solve).
         """
@@ -196,8 +206,8 @@ class LayerParallel:
         if missing or unknown or wrong:
             raise CheckpointError(
                 f"the state dict doesn't fit {type(self._model).__name__}: {len(missing)} missing {missing[:4]}, "
-                f"{len(unknown)} unknown {unknown[:4]}, {len(wrong)} of another shape {wrong[:4]}; load a checkpoint of "
-                f"this model (same architecture, depth and head)"
+                f"{len(unknown)} unknown {unknown[:4]}, {len(wrong)} of another shape {wrong[:4]}; load a "
+                f"checkpoint of this model (same architecture, depth and head)"
             )
         with torch.no_grad():
             for name, tensor in self._model.state_dict(keep_vars=True).items():

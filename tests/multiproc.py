@@ -1,7 +1,7 @@
 """Runs module-level functions on several gloo ranks (one process and one thread each).
 
-The ranks of a pool stay alive between runs, and all are forked from one server that has imported torch and transformers,
-so that many short runs pay for starting once.
+The ranks of a pool stay alive between runs, and all are forked from one server that has imported torch and
+transformers, so that many short runs pay for starting once.
 """
 
 from __future__ import annotations

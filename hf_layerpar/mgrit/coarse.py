@@ -27,7 +27,7 @@ class Rediscretize:
 
 
 class Aggregate:
-    """Every layer's increment at the same frozen state: x + h sum_i F_i(x). c evaluations, independent of each other."""
+    """Every layer's increment at the same frozen state: x + h sum_i F_i(x). c independent evaluations."""
 
     def terms(self, span: range) -> tuple[tuple[int, float], ...]:
         return tuple((layer, 1.0) for layer in span)

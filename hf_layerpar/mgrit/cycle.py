@@ -54,7 +54,7 @@ class Cycle:
         return ends[-1]
 
     def _nested(self, level: int) -> list[int]:
-        """First guess at the points of `level`: serial solve of the coarsest level, one relaxation on each finer one."""
+        """First guess at the points of `level`: the coarsest level solved serially, each finer one relaxed once."""
         if level == self.grid.coarsest:
             return self._serial(level, self.start, None)
         return self._relax(level, self._nested(level + 1), None)[0]
@@ -83,7 +83,7 @@ class Cycle:
     def _relax(
         self, level: int, c_points: list[int], corrections: list[Correction] | None
     ) -> tuple[list[int], list[int]]:
-        """F-relaxation: every interval propagated from its C-point. Returns the level's points and the interval ends."""
+        """F-relaxation: every interval propagated from its C-point. Returns all points and the interval ends."""
         points, ends = [], []
         for j, x in enumerate(c_points):
             for s in self.grid.interval(level, j):

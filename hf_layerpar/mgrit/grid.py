@@ -30,8 +30,8 @@ class Grid:
             fine = levels[-1]
             if len(fine) <= 2:
                 raise ConfigurationError(
-                    f"levels={len(factors) + 1} with coarsening={tuple(factors)} is too deep for {num_steps} steps: level "
-                    f"{level} has a single step left; use levels={level + 1} or smaller factors"
+                    f"levels={len(factors) + 1} with coarsening={tuple(factors)} is too deep for {num_steps} steps: "
+                    f"level {level} has a single step left; use levels={level + 1} or smaller factors"
                 )
             points = fine[::factor]
             levels.append(points if points[-1] == num_steps else (*points, num_steps))

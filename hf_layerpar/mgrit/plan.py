@@ -87,7 +87,10 @@ class Plan:
                 if home not in (EVERYWHERE, task.rank) and task.rank not in wanted.setdefault(value, []):
                     wanted[value].append(task.rank)
         return [
-            Message(t.output, t.rank, target) for t in self.tasks if t.output is not None for target in wanted.get(t.output, ())
+            Message(t.output, t.rank, target)
+            for t in self.tasks
+            if t.output is not None
+            for target in wanted.get(t.output, ())
         ]
 
     def validate(self) -> None:
@@ -108,8 +111,8 @@ class Plan:
 
     def __str__(self) -> str:
         head = (
-            f"{self.direction} plan: {self.num_layers} layers, {self.num_ranks} ranks, {self.micro_batches} micro-batches, "
-            f"{len(self.tasks)} tasks, {len(self.messages())} messages"
+            f"{self.direction} plan: {self.num_layers} layers, {self.num_ranks} ranks, "
+            f"{self.micro_batches} micro-batches, {len(self.tasks)} tasks, {len(self.messages())} messages"
         )
         return "\n".join([head, *map(str, self.tasks)])
 
@@ -181,7 +184,9 @@ class PlanBuilder:
                 needed.update(task.inputs)
                 kept.append(task)
         tasks = tuple(reversed(kept))
-        return Plan(self.direction, num_ranks, len(self.owner), tuple(self.starts), tuple(self.ends), tasks, self.iterations)
+        return Plan(
+            self.direction, num_ranks, len(self.owner), tuple(self.starts), tuple(self.ends), tasks, self.iterations
+        )
 
     def _new_value(self, rank: int) -> int:
         value, self._next = self._next, self._next + 1

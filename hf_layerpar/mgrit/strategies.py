@@ -40,7 +40,9 @@ def inner_grid(config: LayerParallelConfig, num_layers: int, buffers: tuple[int,
     """The grid over the layers between the buffers, in layer order."""
     inner = num_layers - sum(buffers)
     if inner < 1:
-        raise ConfigurationError(f"buffers={buffers} leave {inner} of {num_layers} layers to MGRIT; use fewer buffer layers")
+        raise ConfigurationError(
+            f"buffers={buffers} leave {inner} of {num_layers} layers to MGRIT; use fewer buffer layers"
+        )
     return Grid.coarsened(inner, config.factors)
 
 
@@ -52,7 +54,11 @@ def _sweep(builder: PlanBuilder, config: LayerParallelConfig, buffers: tuple[int
     if config.strategy != "mgrit" or iterations == 0:
         return _chain(builder, layers if forward else layers[::-1], x)
     grid = inner_grid(config, len(layers), buffers)
-    head, body, tail = layers[: buffers[0]], layers[buffers[0] : len(layers) - buffers[1]], layers[len(layers) - buffers[1] :]
+    head, body, tail = (
+        layers[: buffers[0]],
+        layers[buffers[0] : len(layers) - buffers[1]],
+        layers[len(layers) - buffers[1] :],
+    )
     if not forward:
         head, body, tail, grid = tail[::-1], body[::-1], head[::-1], grid.reversed()
     x = _chain(builder, head, x)

@@ -46,7 +46,8 @@ class LocalCommunicator:
     def send(self, tensor: Tensor, target: int) -> Any:
         raise AssertionError("a plan for one rank has no messages")
 
-    receive = send
+    def receive(self, tensor: Tensor, source: int) -> Any:
+        raise AssertionError("a plan for one rank has no messages")
 
     def wait(self, handle: Any) -> None:
         raise AssertionError("a plan for one rank has no messages")
@@ -119,8 +120,8 @@ class GroupCommunicator:
             yield
         except RuntimeError as error:
             raise PeerLostError(
-                f"lp rank {self.rank} lost another rank of {self.size} while {doing}: {error}. Its own log has the cause; "
-                f"restart all ranks, from the last checkpoint if there is one"
+                f"lp rank {self.rank} lost another rank of {self.size} while {doing}: {error}. Its own log has the "
+                f"cause; restart all ranks, from the last checkpoint if there is one"
             ) from error
 
 

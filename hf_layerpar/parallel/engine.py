@@ -18,6 +18,7 @@ from hf_layerpar.parallel.communicator import Communicator
 from hf_layerpar.parallel.executor import RankPart, execute
 from hf_layerpar.parallel.program import LayerCall, Program
 
+
 @dataclass(frozen=True)
 class SweepReport:
     """What one sweep measured.
@@ -66,7 +67,7 @@ class StackEngine:
     ) -> None:
         self.communicator, self.owner, self.buffers = communicator, tuple(owner), buffers
         self.settings, self.stack = settings, stack
-        self._reports: dict[Direction, tuple[LayerParallelConfig, Tensor | None, float, float]] = {}
+        self._reports: dict[Direction, tuple[Tensor | None, float, float]] = {}
 
     def __call__(self, calls: Sequence[LayerCall], x: Tensor) -> Tensor:
         """x_N `[B, T, D]` from x_0 `[B, T, D]`. Collective over the lp ranks.
@@ -79,7 +80,13 @@ class StackEngine:
         seed = int(torch.randint(2**62, (), dtype=torch.int64)) if training else None
         config = self.settings.next_config
         config = config if with_grad else exact_config(config)
-        facts = {"shape": tuple(x.shape), "dtype": str(x.dtype), "gradients": with_grad, "seed": seed, "settings": config}
+        facts = {
+            "shape": tuple(x.shape),
+            "dtype": str(x.dtype),
+            "gradients": with_grad,
+            "seed": seed,
+            "settings": config,
+        }
         self.communicator.agree(facts, x.device)
         program = Program(
             calls, x, micro_batches=config.micro_batches, seed=seed, recompute=with_grad and self.stack.needs_recompute
@@ -97,16 +104,14 @@ class StackEngine:
             config, direction, self.owner, self.communicator.size, micro_batches, self.buffers, self.communicator.rank
         )
 
-    def record(
-        self, direction: Direction, config: LayerParallelConfig, residuals: Tensor | None, seconds: float, waited: float
-    ) -> None:
-        self._reports[direction] = (config, residuals, seconds, waited)
+    def record(self, direction: Direction, residuals: Tensor | None, seconds: float, waited: float) -> None:
+        self._reports[direction] = (residuals, seconds, waited)
 
     def report(self, direction: Direction) -> SweepReport | None:
         """The last sweep of this direction, None before the first. Collective when that sweep was inexact."""
         if direction not in self._reports:
             return None
-        config, residuals, seconds, waited = self._reports[direction]
+        residuals, seconds, waited = self._reports[direction]
         if residuals is None:
             return SweepReport("exact", 0, (), seconds, waited)
         total = residuals.clone()
@@ -139,7 +144,7 @@ class _Solve:
         began = time.perf_counter()
         part = engine.part(self.config, direction, self.program.micro_batches)
         outcome = execute(part, self.program.split(x), evaluate, engine.communicator)
-        engine.record(direction, self.config, outcome.residuals, time.perf_counter() - began, outcome.waited)
+        engine.record(direction, outcome.residuals, time.perf_counter() - began, outcome.waited)
         return self.program.join(outcome.ends)
 
 

@@ -19,8 +19,8 @@ def contiguous_owner(
     if split is not None:
         if len(split) != num_ranks or sum(split) != num_layers or min(split) < 1:
             raise ConfigurationError(
-                f"split={tuple(split)} doesn't share {num_layers} layers over {num_ranks} lp ranks; give {num_ranks} positive "
-                f"numbers that add up to {num_layers}"
+                f"split={tuple(split)} doesn't share {num_layers} layers over {num_ranks} lp ranks; give {num_ranks} "
+                f"positive numbers that add up to {num_layers}"
             )
         return tuple(rank for rank, count in enumerate(split) for _ in range(count))
     if num_ranks > num_layers:

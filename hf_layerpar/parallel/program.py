@@ -1,4 +1,4 @@
-"""The layers of one forward as functions of the state: evaluation with its own graph, vjps, dropout seeds, micro-batches.
+"""The layers of one forward as functions of the state: evaluation with a graph, vjps, dropout seeds, micro-batches.
 
 Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`, a micro-batch holds some rows of it.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise, starmap
 from typing import Any, Protocol
 
 import torch
@@ -46,7 +47,7 @@ class Program:
         self.device, self.batch_size = x.device, x.shape[0]
         self.micro_batches = max(1, min(micro_batches, self.batch_size))
         bounds = [self.batch_size * m // self.micro_batches for m in range(self.micro_batches + 1)]
-        self.rows = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        self.rows = list(starmap(slice, pairwise(bounds)))
         kind = x.device.type
         self._autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
@@ -67,7 +68,7 @@ class Program:
         self._param_place = {p: i for i, p in enumerate(self.params)}
 
         self._slices: dict[tuple[int, int], Tensor] = {}
-        # (layer, micro-batch) -> its final step as (state, side leaves, result), or the state alone when the graph is spent
+        # (layer, micro-batch) -> final step as (state, side leaves, result), or the state alone when the graph is spent
         self._tape: dict[tuple[int, int], tuple[Tensor, list[Tensor], Tensor] | Tensor] = {}
         self._keep_graphs = False
         self.param_grads: list[Tensor | None] = []
@@ -145,7 +146,11 @@ class Program:
         leaves, tree, places = self._arguments[layer]
         if places or self.micro_batches > 1:
             leaves = [
-                sides[places[j]] if j in places else self._slice(leaf, micro_batch) if isinstance(leaf, Tensor) else leaf
+                sides[places[j]]
+                if j in places
+                else self._slice(leaf, micro_batch)
+                if isinstance(leaf, Tensor)
+                else leaf
                 for j, leaf in enumerate(leaves)
             ]
             args, kwargs = tree_unflatten(leaves, tree)

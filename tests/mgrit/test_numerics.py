@@ -5,10 +5,10 @@ import math
 
 import pytest
 import torch
-from tests.problems import F64, Linear, blocks, engine, gradients, loss_of, relative, serial, solve, state
 from torch import nn
 
 from hf_layerpar.config import LayerParallelConfig
+from tests.problems import F64, Linear, blocks, engine, gradients, loss_of, relative, serial, solve, state
 
 OPERATORS = ("rediscretize", "aggregate", "identity")
 GRIDS = ((2, 4), (2, 3), (3, (3, 2)), (3, 2), (4, 2))

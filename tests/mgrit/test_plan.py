@@ -49,7 +49,7 @@ def test_grid_levels(num_steps, factors, levels):
 
 
 def test_grid_too_deep():
-    with pytest.raises(ConfigurationError, match="levels=4.*use levels=3"):
+    with pytest.raises(ConfigurationError, match=r"levels=4.*use levels=3"):
         Grid.coarsened(6, (3, 2, 2))
 
 
@@ -187,5 +187,7 @@ def test_settings_round_trip_and_unknown_keys():
 
 
 def test_planning_needs_no_torch():
-    code = "import sys; import hf_layerpar.mgrit.strategies, hf_layerpar.mgrit.schedule; assert 'torch' not in sys.modules"
+    code = (
+        "import sys; import hf_layerpar.mgrit.strategies, hf_layerpar.mgrit.schedule; assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

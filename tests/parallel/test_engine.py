@@ -6,10 +6,10 @@ import weakref
 
 import pytest
 import torch
-from tests.problems import F64, Call, blocks, engine, gradients, loss_of, relative, serial, solve, state
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
+from tests.problems import F64, Call, blocks, engine, gradients, loss_of, relative, serial, solve, state
 
 EXACT = LayerParallelConfig()
 MGRIT = LayerParallelConfig(strategy="mgrit", coarsening=3, forward_iterations=2, backward_iterations=2)

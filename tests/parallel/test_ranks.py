@@ -8,11 +8,11 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from tests.multiproc import outcomes_of_ranks, run_ranks
-from tests.problems import blocks, engine, gradients, loss_of, serial, solve, state
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import RankMismatchError
+from tests.multiproc import outcomes_of_ranks, run_ranks
+from tests.problems import blocks, engine, gradients, loss_of, serial, solve, state
 
 LAYERS = 11  # a prime: no rank count divides it, and the last interval is shorter
 
