@@ -4,8 +4,8 @@
 
 trains a pretrained MiniLM to tell good from bad movie snippets (both come from PyPI packages, no hub is needed) with
 the exact layer pipeline over two processes. `--task sst2` (or any other GLUE task) and `--model_name
-bert-base-uncased` take the real ones from the hub. A YAML file of settings may come first, options after it override
-it; the refined network, 24 steps of size 1/4 trained with MGRIT, is
+bert-base-uncased` take the real ones from the hub; give them `--max_steps -1 --num_train_epochs 3`. A YAML file of
+settings may come first, options after it override it; the refined network, 24 steps of size 1/4 trained with MGRIT, is
 
     accelerate launch --config_file recipes/configs/cpu_2.yaml recipes/glue_bert.py recipes/glue_bert_refined.yaml
 
@@ -116,11 +116,18 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, LayerParallelTrainingAr
         settings |= loaded
     parser.set_defaults(**settings)
     recipe, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    if recipe.stock and (args.world_size > 1 or recipe.step_size != 1 or recipe.num_steps is not None):
-        raise ConfigurationError(
-            f"--stock with {args.world_size} processes, step_size={recipe.step_size} and num_steps={recipe.num_steps}: "
-            "it trains the model as it is in one process; start it with `python` and leave the ODE options out"
-        )
+    if recipe.stock:
+        asked_for = {
+            "processes": args.world_size,
+            "step_size": recipe.step_size,
+            "num_steps": recipe.num_steps,
+            "strategy": args.strategy,
+        }
+        if tuple(asked_for.values()) != (1, 1.0, None, "pipeline"):
+            raise ConfigurationError(
+                f"--stock with {', '.join(f'{k}={v}' for k, v in asked_for.items())}: it trains the model as it is in one "
+                "process; start it with `python` and leave out the options of the ODE and of its solver"
+            )
     return recipe, args
 
 
@@ -147,7 +154,7 @@ def build_model(recipe: RecipeArguments, seed: int) -> tuple[nn.Module, Any]:
             num_steps=recipe.num_steps,
             form=recipe.form,  # type: ignore[arg-type]
             interpolation=recipe.interpolation,  # type: ignore[arg-type]
-            buffers=(recipe.buffers[0], recipe.buffers[-1]),
+            buffers=tuple(recipe.buffers),  # type: ignore[arg-type]
         )
         model.accepts_loss_kwargs = False  # a refined model is a new object
     return model, AutoTokenizer.from_pretrained(name)
@@ -164,33 +171,32 @@ class ProgressLine(TrainerCallback):
         self.start = time.monotonic()
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if state.is_world_process_zero and "loss" in (logs or {}) and state.global_step % self.every == 0:
+        if logs and "loss" in logs and state.is_world_process_zero and state.global_step % self.every == 0:
             pace = (time.monotonic() - self.start) / state.global_step
             print(
                 f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  {pace:.2f} s a step", flush=True
             )
 
 
-def agreement(trainer: Trainer, rows: list[dict], batches: int) -> list[dict[str, float]]:
+def agreement(trainer: Trainer, model: nn.Module, rows: list[dict], batches: int) -> list[dict[str, float]]:
     """Cosine and norm ratio of the MGRIT gradient with the exact one, for each of the first training batches."""
     size = trainer.args.per_device_train_batch_size
     found = []
     for start in range(0, min(batches * size, len(rows)), size):
         inputs = trainer._prepare_inputs(trainer.data_collator(rows[start : start + size]))
-        found.append(gradient_agreement(trainer.model, inputs))
+        found.append(gradient_agreement(model, inputs))
     return found
 
 
-def rank_settings(trainer: Trainer, recipe: RecipeArguments) -> list[dict[str, Any]]:
+def rank_settings(args: LayerParallelTrainingArguments, model: nn.Module, stock: bool) -> list[dict[str, Any]]:
     """One entry a rank: its place, its device and threads, and the layers and parameters it holds."""
-    model = trainer.model
     entry = {
-        "rank": trainer.args.process_index,
-        "device": str(trainer.args.device),
+        "rank": args.process_index,
+        "device": str(args.device),
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    if not recipe.stock:
+    if not stock:
         parallel = layer_parallel(model)
         held = {n for n, _ in model.named_parameters()}
         stacks = {
@@ -198,9 +204,9 @@ def rank_settings(trainer: Trainer, recipe: RecipeArguments) -> list[dict[str, A
             for stack in ode_view(model).stacks
         }
         entry |= {"lp_rank": parallel.lp_rank, "lp_size": parallel.lp_size, "layers": stacks}
-    if trainer.args.world_size == 1:
+    if args.world_size == 1:
         return [entry]
-    entries: list[Any] = [None] * trainer.args.world_size
+    entries: list[Any] = [None] * args.world_size
     dist.all_gather_object(entries, entry)
     return entries
 
@@ -255,24 +261,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     trainer.remove_callback(PrinterCallback)  # ProgressLine says enough
 
-    parallel = None if recipe.stock else layer_parallel(trainer.model)
+    assert trainer.model is not None
+    model = trainer.model
+    parallel = None if recipe.stock else layer_parallel(model)
     measure = parallel is not None and parallel.config.strategy == "mgrit" and recipe.agreement_batches > 0
     cosines = {}
     if measure:
-        cosines["before"] = agreement(trainer, features["train"], recipe.agreement_batches)
-        set_seed(args.seed)  # measuring drew random numbers; training starts as it would without
+        cosines["before"] = agreement(trainer, model, features["train"], recipe.agreement_batches)
     train_begin = time.monotonic()
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     train_end = time.monotonic()
     if measure:
-        cosines["after"] = agreement(trainer, features["train"], recipe.agreement_batches)
+        cosines["after"] = agreement(trainer, model, features["train"], recipe.agreement_batches)
     metrics = evaluate(trainer, splits, features)
-    trainer.save_model(str(Path(args.output_dir) / "model"))
+    folder = Path(str(args.output_dir))
+    trainer.save_model(str(folder / "model"))
 
     result = {
         "settings": {
             "recipe": dataclasses.asdict(recipe),
-            "ode": None if recipe.stock else ode_view(trainer.model).settings.to_dict(),
+            "ode": None if recipe.stock else ode_view(model).settings.to_dict(),
             "layer_parallel": None if parallel is None else parallel.config.to_dict(),
             "training": {k: v for k, v in args.to_sanitized_dict().items() if k in TRAINING_SETTINGS},
         },
@@ -282,11 +290,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "gradient_agreement": cosines,
         "steps": [entry for entry in trainer.state.log_history if "loss" in entry],
         "seconds": {"training": train_end - train_begin, "all": time.monotonic() - begin},
-        "ranks": rank_settings(trainer, recipe),
+        "ranks": rank_settings(args, model, recipe.stock),
         "versions": versions(),
     }
     if trainer.is_world_process_zero():
-        write_json(Path(args.output_dir) / "result.json", result)
+        write_json(folder / "result.json", result)
         report(result)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -130,8 +130,8 @@ def local_metrics(name: str, predictions: np.ndarray, labels: np.ndarray) -> dic
     if get_task(name).num_labels == 1:
         from scipy.stats import pearsonr, spearmanr
 
-        pearson, spearman = pearsonr(predictions, labels), spearmanr(predictions, labels)
-        return {"pearson": float(pearson[0]), "spearmanr": float(spearman[0])}
+        functions = {"pearson": pearsonr, "spearmanr": spearmanr}
+        return {key: float(np.asarray(f(predictions, labels))[0]) for key, f in functions.items()}
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     average = "binary" if get_task(name).num_labels == 2 else "macro"

@@ -32,8 +32,13 @@ from hf_layerpar.sharding import parallelize
 from recipes.benchmarks.launch import RESULTS, launch
 from recipes.results import print_table, versions, write_json
 
-MODEL = {"num_hidden_layers": 8, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-ENDS = {"vocab_size": 4096, "max_position_embeddings": 128}
+MODEL: dict[str, Any] = {
+    "num_hidden_layers": 8,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+}
+ENDS: dict[str, Any] = {"vocab_size": 4096, "max_position_embeddings": 128}
 BATCH, TOKENS, STEPS = 8, 64, 3
 
 

@@ -140,6 +140,8 @@ def test_wrong_settings_are_named(tmp_path):
         glue_bert.parse([str(settings)])
     with pytest.raises(ConfigurationError, match=r"step_size=0\.5"):
         glue_bert.parse(["--stock", "--step_size", "0.5"])
+    with pytest.raises(ConfigurationError, match="strategy=mgrit"):
+        glue_bert.parse(["--stock", "--strategy", "mgrit"])
 
 
 def test_dropout_option_reaches_every_rate():
