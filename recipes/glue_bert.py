@@ -124,9 +124,10 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, LayerParallelTrainingAr
             "strategy": args.strategy,
         }
         if tuple(asked_for.values()) != (1, 1.0, None, "pipeline"):
+            given = ", ".join(f"{name}={value}" for name, value in asked_for.items())
             raise ConfigurationError(
-                f"--stock with {', '.join(f'{k}={v}' for k, v in asked_for.items())}: it trains the model as it is in one "
-                "process; start it with `python` and leave out the options of the ODE and of its solver"
+                f"--stock with {given}: it trains the model as it is in one process; start it with `python` and leave "
+                "out the options of the ODE and of its solver"
             )
     return recipe, args
 
