@@ -235,6 +235,14 @@ def test_untied_weights_stay_untied():
     new = convert_to_ode(old, step_size=0.5)
     assert new.lm_head.weight is not new.model.embed_tokens.weight
     assert torch.equal(new.lm_head.weight, old.lm_head.weight)
+    # from_pretrained unties weights that differ in the checkpoint, whatever the config says
+    old, _ = zoo.build("gpt2")
+    old.lm_head.weight = nn.Parameter(2 * old.lm_head.weight.detach())
+    with refused("lm_head.weight", "refine the model before"):
+        convert_to_ode(old, step_size=0.5)
+    del old.all_tied_weights_keys["lm_head.weight"]
+    new = convert_to_ode(old, step_size=0.5)
+    assert torch.equal(new.lm_head.weight, 2 * new.transformer.wte.weight)
 
 
 # --- refusals
