@@ -154,7 +154,7 @@ def load_weights(model: nn.Module, directory: Path) -> None:
         if getattr(transformers, type(base).__name__, None) is type(base):
             full, info = from_pretrained(directory, output_loading_info=True)
         else:  # a class of the user's own, which the checkpoint's config can't name
-            full, info = type(base).from_pretrained(directory, output_loading_info=True)
+            full, info = type(base).from_pretrained(directory, output_loading_info=True)  # pyright: ignore
             full = convert_to_ode(full)
     lost = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
     if lost:
@@ -174,7 +174,7 @@ def _load_adapters(model: nn.Module, directory: Path) -> None:
 
     assert isinstance(model, PeftModel)
     weights = load_peft_weights(str(directory), device="cpu")
-    result = set_peft_model_state_dict(model, weights, adapter_name=model.active_adapter)
+    result = set_peft_model_state_dict(model, weights, adapter_name=str(model.active_adapter))
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     lost = sorted(trainable & set(result.missing_keys))
     if lost:

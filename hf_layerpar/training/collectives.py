@@ -106,7 +106,8 @@ def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGro
             work.wait()
             flat.div_(size)
             pieces = flat.split([grad.numel() for grad in bucket])
-            torch._foreach_copy_(bucket, [piece.view_as(grad) for piece, grad in zip(pieces, bucket, strict=True)])
+            for grad, piece in zip(bucket, pieces, strict=True):
+                grad.copy_(piece.view_as(grad))
 
 
 def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

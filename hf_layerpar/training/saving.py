@@ -15,8 +15,9 @@ from transformers.utils import logging
 
 from hf_layerpar.errors import CheckpointError
 from hf_layerpar.parallel.mesh import Mesh
-from hf_layerpar.sharding import LayerParallel
+from hf_layerpar.sharding import LayerParallel, layer_parallel
 from hf_layerpar.training import checkpoints
+from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 
 logger = logging.get_logger(__name__)
 
@@ -24,8 +25,17 @@ logger = logging.get_logger(__name__)
 class ShardedSaving(Trainer):
     """The part of `LayerParallelTrainer` that writes and reads; see `checkpoints` for what is in a directory."""
 
+    args: LayerParallelTrainingArguments
     mesh: Mesh
-    layer_parallel: LayerParallel
+    model: Any  # stock says: of many types, or None
+    lr_scheduler: Any
+    accelerator: Any
+    state: Any
+
+    @property
+    def layer_parallel(self) -> LayerParallel:
+        """The handle of the current model."""
+        return layer_parallel(self.model)
 
     # ---- writing
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -85,7 +95,7 @@ class ShardedSaving(Trainer):
     ) -> Any:
         if resume_from_checkpoint is True:
             if self.args.should_save:
-                checkpoints.restore_replaced(Path(self.args.output_dir))
+                checkpoints.restore_replaced(Path(str(self.args.output_dir)))
             self.mesh.barrier()
         elif resume_from_checkpoint and not (Path(resume_from_checkpoint) / TRAINER_STATE_NAME).is_file():
             raise CheckpointError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from torch import nn
-from transformers.utils import strtobool
+from transformers.utils.generic import strtobool
 
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
@@ -66,7 +66,7 @@ def refuse_unsupported(args: LayerParallelTrainingArguments, model: nn.Module | 
             "it counts every process as a data-parallel one; use 'group_by_length'",
         ),
         "dispatch_batches=True": (
-            bool(args.accelerator_config.dispatch_batches) and many,
+            bool(getattr(args.accelerator_config, "dispatch_batches", None)) and many,
             "each dp rank must read its own batches; leave dispatch_batches out",
         ),
     }

@@ -6,24 +6,24 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 from transformers.trainer_utils import unwrap_peft_model
 
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
-from hf_layerpar.parallel.mesh import Mesh, build_mesh
-from hf_layerpar.sharding import LayerParallel, layer_parallel, parallelize
+from hf_layerpar.parallel.mesh import build_mesh
+from hf_layerpar.sharding import layer_parallel, parallelize
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.callbacks import solver_log
 from hf_layerpar.training.collectives import average_gradients, broadcast_model, gather_rows, share
+from hf_layerpar.training.loading import BatchSharing, CountedStream, innermost_sampler, real_rows
 from hf_layerpar.training.losses import depends_on_item_count
 from hf_layerpar.training.saving import ShardedSaving
 from hf_layerpar.training.streams import SeededCollator, kept_streams, main_streams, set_main_streams
@@ -47,7 +47,6 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
     """
 
     args: LayerParallelTrainingArguments
-    mesh: Mesh
 
     def __init__(
         self,
@@ -75,17 +74,14 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
                 "optimizers=(optimizer, ...) holds parameters of layers that other processes own; pass "
                 "optimizer_cls_and_kwargs=(class, kwargs), or override create_optimizer"
             )
+        # kernels may differ in the last bits on accelerators, and the replicas would part
+        self.average_ends = self.args.device.type != "cpu"
         # accelerate must neither wrap the model in DDP nor shard it: gradients are averaged here
         self.is_distributed_loading_by_transformers = True
         declared = getattr(unwrap_peft_model(self.model), "accepts_loss_kwargs", None)
         self._item_count_unknown = declared is None and self.model_accepts_loss_kwargs
 
     # ---- the model on the mesh
-    @property
-    def layer_parallel(self) -> LayerParallel:
-        """The handle of the current model."""
-        return layer_parallel(self.model)
-
     def call_model_init(self, trial: Any = None) -> nn.Module:
         return self._shard(super().call_model_init(trial))
 
@@ -129,7 +125,7 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
             loading.data_seed = self._data_seed
         if self.mesh.world_size > 1 and loading.dispatch_batches is None:
             loading.dispatch_batches = False  # process 0 would deal iterable datasets out by world rank
-        self.accelerator.state.device_mesh = _BatchSharing(self.mesh) if self.mesh.lp_size > 1 else None
+        self.accelerator.state.device_mesh = BatchSharing(self.mesh) if self.mesh.lp_size > 1 else None
 
     def get_tp_size(self) -> int:
         """The processes that share a batch: stock divides batch sizes, item counts and the loss scale by it."""
@@ -140,8 +136,15 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
     def _data_seed(self) -> int:
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
 
-    def _get_dataloader(self, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
-        loader = super()._get_dataloader(*args, is_training=is_training, **kwargs)
+    def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> DataLoader:
+        if self.mesh.dp_size > 1 and isinstance(dataset, IterableDataset):
+            if not is_training and self.args.dataloader_num_workers > 0:
+                raise ConfigurationError(
+                    f"an iterable evaluation dataset can't be counted over {self.mesh.dp_size} dp ranks with "
+                    f"dataloader_num_workers={self.args.dataloader_num_workers}; use 0 workers, or give it indices"
+                )
+            dataset = CountedStream(dataset)
+        loader = super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
         if is_training:
             base = getattr(loader, "base_dataloader", loader)
             self._collator = SeededCollator(base.collate_fn, self._data_seed, self.mesh.dp_rank)
@@ -152,7 +155,7 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
 
     def _run_epoch(self, *args: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
         """Ties the order of the samples to the epoch, also when resuming inside one."""
-        sampler = _innermost_sampler(train_dataloader)
+        sampler = innermost_sampler(train_dataloader)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
         elif getattr(sampler, "generator", self) in (None, self._order):  # it would draw from the main stream
@@ -220,7 +223,7 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
             assert mesh.lp_group is not None
             trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
             average_gradients(list(trainable.values()), mesh.dp_group)
-            if self.args.device.type != "cpu":  # kernels may differ in the last bit there, and the replicas would part
+            if self.average_ends:
                 owner_of = self.layer_parallel.owner_of
                 average_gradients([p for name, p in trainable.items() if name not in owner_of], mesh.lp_group)
         return loss
@@ -229,7 +232,8 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
         norm = self._global_grad_norm(model)
         scale = self.args.max_grad_norm / (float(norm) + 1e-6)
         if not scale >= 1:  # also where the norm is not a number, as stock
-            torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], scale)
+            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
@@ -239,7 +243,9 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
         """The 2-norm over all layers of all lp ranks and the ends once, the same bits at every lp size."""
         owner_of = self.layer_parallel.owner_of
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        norms = dict(zip(grads, torch._foreach_norm(list(grads.values())), strict=True)) if grads else {}
+        tensors = list(grads.values())
+        found = torch._foreach_norm(tensors) if tensors else ()  # pyright: ignore[reportPrivateImportUsage]
+        norms = dict(zip(grads, found, strict=True))
         ends = [norm for name, norm in norms.items() if name not in owner_of]
         place = {name: i for i, name in enumerate(owner_of)}
         squares = torch.zeros(len(place), dtype=torch.float64, device=self.args.device)
@@ -262,9 +268,7 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
         """As accelerate's, over the dp ranks; the lp ranks of each have the same predictions."""
         group = self.mesh.dp_group
         assert group is not None
-        loading = self.accelerator.gradient_state
-        # the last batch was filled up with samples of the first
-        kept = loading.remainder if loading.end_of_dataloader and loading.remainder > 0 else None
+        kept = real_rows(self.accelerator.gradient_state, self.args.eval_batch_size * self.mesh.dp_size)
         if use_gather_object or not _all_tensors(input_data):
             parts: list[Any] = [None] * self.mesh.dp_size
             dist.all_gather_object(parts, input_data, group=group)
@@ -293,26 +297,7 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
             numbers, modes = solver_log(self.layer_parallel.report())
             logs |= numbers
         super().log(logs, start_time)
-        self.state.log_history[-1].update(modes)
-
-
-class _BatchSharing:
-    """What accelerate reads of a device mesh to shard a dataloader: ranks along "tp" are given the same batches."""
-
-    mesh_dim_names = ("dp_replicate", "tp")
-
-    def __init__(self, mesh: Mesh) -> None:
-        self._sizes = {"dp_replicate": mesh.dp_size, "tp": mesh.lp_size}
-
-    def __getitem__(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(size=lambda: self._sizes[name])
-
-
-def _innermost_sampler(loader: Any) -> Any:
-    sampler = getattr(loader, "batch_sampler", None)
-    while (inner := getattr(sampler, "batch_sampler", None)) is not None:
-        sampler = inner
-    return getattr(sampler, "sampler", None)
+        self.state.log_history[-1] |= modes
 
 
 def _all_tensors(data: Any) -> bool:

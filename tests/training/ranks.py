@@ -62,7 +62,7 @@ class RankPool:
 
     def _start(self) -> None:
         context, port = mp.get_context("forkserver"), free_port()
-        context.set_forkserver_preload(["tests.training.runs"])  # imports once for all pools
+        context.set_forkserver_preload(["tests.training.scenarios"])  # imports once for all pools
         for rank in range(self.world):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world, port, theirs))

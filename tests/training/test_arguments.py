@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
-from tests.training import runs
+from tests.training import runs, scenarios
 from tests.training.ranks import RankPool
 
 
@@ -29,9 +30,11 @@ def test_every_setting_is_an_argument_with_the_same_default() -> None:
 
 
 def test_command_line() -> None:
-    words = "--use_cpu --strategy mgrit --levels 3 --coarsening 4 2 --relaxation FCF --forward_iterations 2".split()
-    words += "--backward_iterations 0 --coarse_operator identity --damping 0.25 --micro_batches 2".split()
-    assert parse(*words).layer_parallel_config == LayerParallelConfig(
+    words = (
+        "--use_cpu --strategy mgrit --levels 3 --coarsening 4 2 --relaxation FCF --forward_iterations 2 "
+        "--backward_iterations 0 --coarse_operator identity --damping 0.25 --micro_batches 2"
+    )
+    assert parse(*shlex.split(words)).layer_parallel_config == LayerParallelConfig(
         strategy="mgrit",
         levels=3,
         coarsening=(4, 2),
@@ -74,13 +77,13 @@ def test_values_are_checked(settings: dict, message: str | None, tmp_path: Path)
 
 def test_lp_size_that_does_not_divide_the_world(ranks3: RankPool, ranks4: RankPool) -> None:
     for pool, lp_size, remedy in ((ranks3, 2, "use lp_size in [1, 3] or start 2 or 4"), (ranks4, 3, "start 3 or 6")):
-        messages = pool.run(runs.construction_error, {"lp_size": lp_size})
+        messages = pool.run(scenarios.construction_error, {"lp_size": lp_size})
         assert all(f"{pool.world} processes can't be split into groups of lp_size={lp_size}" in m for m in messages)
         assert all(remedy in m for m in messages)
 
 
 def test_more_lp_ranks_than_layers(ranks3: RankPool) -> None:
-    assert all("lp_size=3 is more than the 2 layers" in m for m in ranks3.run(runs.too_many_ranks))
+    assert all("lp_size=3 is more than the 2 layers" in m for m in ranks3.run(scenarios.too_many_ranks))
 
 
 @pytest.mark.parametrize(
@@ -103,9 +106,10 @@ def test_refused_arguments(settings: dict, name: str, tmp_path: Path) -> None:
 def test_refused_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     args = runs.arguments(str(tmp_path))
     for name, value in (("deepspeed_plugin", object()), ("parallelism_config", object()), ("_n_gpu", 2)):
-        with monkeypatch.context() as patch, pytest.raises(ConfigurationError, match="is not supported"):
+        with monkeypatch.context() as patch:
             patch.setattr(args, name, value)
-            LayerParallelTrainer(runs.build("llama"), args)
+            with pytest.raises(ConfigurationError, match="is not supported"):
+                LayerParallelTrainer(runs.build("llama"), args)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigurationError, match="FSDP is not supported"):
         LayerParallelTrainer(runs.build("llama"), args)
@@ -118,8 +122,8 @@ def test_refused_between_ranks(ranks2: RankPool) -> None:
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
     ]
     for settings, name in refused:
-        assert all(name in m for m in ranks2.run(runs.construction_error, settings | {"lp_size": 2}))
-    assert all("optimizer_cls_and_kwargs" in m for m in ranks2.run(runs.own_optimizer_error))
+        assert all(name in m for m in ranks2.run(scenarios.construction_error, settings | {"lp_size": 2}))
+    assert all("optimizer_cls_and_kwargs" in m for m in ranks2.run(scenarios.own_optimizer_error))
 
 
 def test_plain_arguments_and_unknown_models_are_refused(tmp_path: Path) -> None:

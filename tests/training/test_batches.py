@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tests.training import runs
+from tests.training import scenarios
 from tests.training.ranks import RankPool
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_collators_that_differ_by_process(workers: int, ranks2: RankPool, tmp_path) -> None:
     settings = {"lp_size": 2, "dataloader_num_workers": workers}
-    first, second = ranks2.run(runs.train_with_rank_collator, str(tmp_path), settings)
+    first, second = ranks2.run(scenarios.train_with_rank_collator, str(tmp_path), settings)
     assert first["ends"] == second["ends"]
     assert first["eval_loss"] == second["eval_loss"]
     assert first["stream"] == second["stream"]
@@ -20,12 +20,12 @@ def test_collators_that_differ_by_process(workers: int, ranks2: RankPool, tmp_pa
 @pytest.mark.parametrize("workers", [0, 2])
 def test_random_data_is_the_same_at_every_lp_size(workers: int, ranks2: RankPool, ranks4: RankPool, tmp_path) -> None:
     settings = {"dataloader_num_workers": workers, "max_steps": 6}
-    flat = ranks2.run(runs.train_noisy, str(tmp_path), settings)[0]
-    grid = ranks4.run(runs.train_noisy, str(tmp_path), settings | {"lp_size": 2})[0]
+    flat = ranks2.run(scenarios.train_noisy, str(tmp_path), settings)[0]
+    grid = ranks4.run(scenarios.train_noisy, str(tmp_path), settings | {"lp_size": 2})[0]
     assert grid["weights"] == flat["weights"]
 
 
 def test_random_data_is_new_in_every_epoch(ranks1: RankPool, tmp_path) -> None:
     settings = {"max_steps": 4, "train_sampling_strategy": "sequential", "learning_rate": 0.0, "dropout": 0.0}
-    losses = ranks1.run(runs.train_noisy, str(tmp_path), settings, None, 4)[0]["losses"]
+    losses = ranks1.run(scenarios.train_noisy, str(tmp_path), settings, None, 4)[0]["losses"]
     assert len(set(losses)) == 4

@@ -6,7 +6,7 @@ import pytest
 
 from hf_layerpar.parallel.engine import SweepReport
 from hf_layerpar.training.callbacks import solver_log
-from tests.training import runs
+from tests.training import runs, scenarios
 from tests.training.ranks import RankPool
 
 FAMILIES = ("bert_classifier", "llama")
@@ -23,6 +23,7 @@ def test_fifty_steps_are_the_same_at_every_lp_size(
         assert many[0]["losses"] == pytest.approx(one["losses"], abs=1e-5)
         assert many[0]["norms"] == pytest.approx(one["norms"], abs=1e-5)
         assert many[0]["weights"] == one["weights"]
+        assert len({r["ends"] for r in many}) == 1
         assert many[0]["tokens"] == one["tokens"] == 50 * 4 * 12
         assert many[0]["flops"] == one["flops"]
         assert max(r["parameters"] for r in many) < one["parameters"]
@@ -62,9 +63,17 @@ def test_encoder_decoder(family: str, ranks1: RankPool, ranks2: RankPool, tmp_pa
 def test_settings_keep_the_lp_sizes_equal(settings: dict, ranks1: RankPool, ranks2: RankPool, tmp_path) -> None:
     settings = settings | {"max_steps": 6}
     one = ranks1.run(runs.train, str(tmp_path), "llama", settings)[0]
-    two = ranks2.run(runs.train, str(tmp_path), "llama", settings | {"lp_size": 2})[0]
+    two, other = ranks2.run(runs.train, str(tmp_path), "llama", settings | {"lp_size": 2})
     assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
     assert two["weights"] == one["weights"]
+    assert two["ends"] == other["ends"]
+
+
+def test_ends_stay_equal_where_kernels_round_differently(ranks2: RankPool, tmp_path) -> None:
+    parted = ranks2.run(scenarios.train_with_unequal_kernels, str(tmp_path), False)
+    joined = ranks2.run(scenarios.train_with_unequal_kernels, str(tmp_path), True)
+    assert parted[0]["ends"] != parted[1]["ends"], "the test does nothing"
+    assert joined[0]["ends"] == joined[1]["ends"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

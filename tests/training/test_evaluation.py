@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.training import runs
+from tests.training import scenarios
 from tests.training.ranks import RankPool
 
 COUNT = 37  # no batch size or number of ranks divides it
@@ -15,20 +15,20 @@ COUNT = 37  # no batch size or number of ranks divides it
 def test_predictions_are_those_of_one_process(
     family: str, ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, ranks4: RankPool, tmp_path
 ) -> None:
-    one = ranks1.run(runs.evaluate, str(tmp_path), family, {}, COUNT)[0]
+    one = ranks1.run(scenarios.evaluate, str(tmp_path), family, {}, COUNT)[0]
     assert len(one["labels"]) == COUNT
     meshes = [(ranks2, 1), (ranks2, 2), (ranks3, 3), (ranks4, 2)]
     for pool, lp_size in meshes:
-        for rank in pool.run(runs.evaluate, str(tmp_path), family, {"lp_size": lp_size}, COUNT):
+        for rank in pool.run(scenarios.evaluate, str(tmp_path), family, {"lp_size": lp_size}, COUNT):
             assert rank["labels"] == one["labels"]
             assert rank["shape"] == one["shape"]
             np.testing.assert_allclose(rank["predictions"], one["predictions"], atol=1e-5)
             assert rank["eval_sum"] == pytest.approx(one["eval_sum"], rel=1e-5)
     # the mean over batches depends on which samples share one, as in stock; at dp 1 the batches are the same
-    lp2 = ranks2.run(runs.evaluate, str(tmp_path), family, {"lp_size": 2}, COUNT)[0]
+    lp2 = ranks2.run(scenarios.evaluate, str(tmp_path), family, {"lp_size": 2}, COUNT)[0]
     assert lp2["eval_loss"] == pytest.approx(one["eval_loss"], abs=1e-5)
     dp2, grid = (
-        pool.run(runs.evaluate, str(tmp_path), family, {"lp_size": lp_size}, COUNT)[0]["eval_loss"]
+        pool.run(scenarios.evaluate, str(tmp_path), family, {"lp_size": lp_size}, COUNT)[0]["eval_loss"]
         for pool, lp_size in ((ranks2, 1), (ranks4, 2))
     )
     assert grid == pytest.approx(dp2, abs=1e-5)
@@ -37,14 +37,14 @@ def test_predictions_are_those_of_one_process(
 
 def test_ragged_predictions(ranks1: RankPool, ranks4: RankPool, tmp_path) -> None:
     settings = {"per_device_eval_batch_size": 1}
-    one = ranks1.run(runs.evaluate, str(tmp_path), "llama", settings, 9, True)[0]
-    grid = ranks4.run(runs.evaluate, str(tmp_path), "llama", settings | {"lp_size": 2}, 9, True)[0]
+    one = ranks1.run(scenarios.evaluate, str(tmp_path), "llama", settings, 9, True)[0]
+    grid = ranks4.run(scenarios.evaluate, str(tmp_path), "llama", settings | {"lp_size": 2}, 9, True)[0]
     assert grid["labels"] == one["labels"]
     np.testing.assert_allclose(grid["predictions"], one["predictions"], atol=1e-5)
 
 
 def test_objects_are_gathered_too(ranks2: RankPool, ranks1: RankPool, tmp_path) -> None:
     settings = {"eval_use_gather_object": True, "prediction_loss_only": False}
-    one = ranks1.run(runs.evaluate, str(tmp_path), "bert_classifier", settings, 7)[0]
-    two = ranks2.run(runs.evaluate, str(tmp_path), "bert_classifier", settings, 7)[0]
+    one = ranks1.run(scenarios.evaluate, str(tmp_path), "bert_classifier", settings, 7)[0]
+    two = ranks2.run(scenarios.evaluate, str(tmp_path), "bert_classifier", settings, 7)[0]
     assert two["labels"] == one["labels"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import runs
+from tests.training import runs, scenarios
 from tests.training.ranks import RankPool
 
 SAVING = {"save_strategy": "steps", "max_steps": 6, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
@@ -38,9 +38,9 @@ def test_resume_inside_a_later_epoch_with_random_data(
     """20 samples, 8 a step on two dp ranks: epochs of 3 steps; stopped after step 5, in the middle of the second."""
     settings = {"max_steps": 8, "dataloader_num_workers": workers, "train_sampling_strategy": strategy}
     saving = settings | {"save_strategy": "steps", "save_steps": 5}
-    whole = ranks2.run(runs.train_noisy, str(tmp_path), saving, None, 20)
+    whole = ranks2.run(scenarios.train_noisy, str(tmp_path), saving, None, 20)
     again = ranks4.run(
-        runs.train_noisy, str(tmp_path / "b"), settings | {"lp_size": 2}, str(tmp_path / "checkpoint-5"), 20
+        scenarios.train_noisy, str(tmp_path / "b"), settings | {"lp_size": 2}, str(tmp_path / "checkpoint-5"), 20
     )
     assert again[0]["losses"] == pytest.approx(whole[0]["losses"], abs=1e-6)
     assert again[0]["weights"] == whole[0]["weights"]
@@ -48,9 +48,9 @@ def test_resume_inside_a_later_epoch_with_random_data(
 
 def test_resume_at_the_end_of_an_epoch(ranks1: RankPool, ranks2: RankPool, tmp_path: Path) -> None:
     settings = {"max_steps": -1, "num_train_epochs": 3, "save_strategy": "epoch"}
-    whole = ranks1.run(runs.train_noisy, str(tmp_path), settings, None, 10)[0]
+    whole = ranks1.run(scenarios.train_noisy, str(tmp_path), settings, None, 10)[0]
     again = ranks2.run(
-        runs.train_noisy, str(tmp_path / "b"), settings | {"lp_size": 2}, str(tmp_path / "checkpoint-3"), 10
+        scenarios.train_noisy, str(tmp_path / "b"), settings | {"lp_size": 2}, str(tmp_path / "checkpoint-3"), 10
     )[0]
     assert again["weights"] == whole["weights"]
 
@@ -63,16 +63,16 @@ def test_key_conversion_and_folding_lose_nothing(
     for family in ("vit", "gemma2"):
         directory = tmp_path / family
         settings = SAVING | {"save_steps": 3, "save_strategy": "steps", "lp_size": 2}
-        whole = ranks2.run(runs.train_converted, str(directory), family, settings, conversion)[0]
+        whole = ranks2.run(scenarios.train_converted, str(directory), family, settings, conversion)[0]
         again = ranks1.run(
-            runs.train_converted, str(directory / "b"), family, SAVING, conversion, str(directory / "checkpoint-3")
+            scenarios.train_converted, str(directory / "b"), family, SAVING, conversion, str(directory / "checkpoint-3")
         )[0]
         assert again["weights"] == whole["weights"]
 
 
 def test_weights_that_are_not_in_the_checkpoint_are_an_error(ranks2: RankPool, tmp_path: Path) -> None:
     ranks2.run(runs.train, str(tmp_path), "vit", SAVING | {"lp_size": 2, "save_steps": 3})
-    message = ranks2.run(runs.resume_with_a_tensor_lost, str(tmp_path / "checkpoint-3"), {"lp_size": 2})
+    message = ranks2.run(scenarios.resume_with_a_tensor_lost, str(tmp_path / "checkpoint-3"), {"lp_size": 2})
     assert all("missing_keys" in text and "layernorm" in text for text in message)
 
 
@@ -88,7 +88,7 @@ def test_best_model_is_loaded(ranks2: RankPool, tmp_path: Path) -> None:
         "load_best_model_at_end": True,
         "learning_rate": 3e-2,  # random tokens: the more is learnt, the worse the evaluation
     }
-    result = ranks2.run(runs.train_for_the_best, str(tmp_path), settings)[0]
+    result = ranks2.run(scenarios.train_for_the_best, str(tmp_path), settings)[0]
     assert result["best"].endswith("checkpoint-2")
     assert result["eval_loss_after"] == pytest.approx(result["best_metric"], abs=1e-6)
     assert result["eval_losses"][-1] > result["eval_losses"][0] + 0.01
@@ -105,5 +105,5 @@ def test_rotation_keeps_the_newest(ranks1: RankPool, tmp_path: Path) -> None:
 
 def test_model_init_and_a_second_call(ranks2: RankPool, tmp_path: Path) -> None:
     plain = ranks2.run(runs.train, str(tmp_path), "llama", {"lp_size": 2, "dropout": 0.0})[0]
-    again = ranks2.run(runs.train_from_model_init, str(tmp_path), {"lp_size": 2})[0]
+    again = ranks2.run(scenarios.train_from_model_init, str(tmp_path), {"lp_size": 2})[0]
     assert again["weights"] == again["weights_of_second_call"] == plain["weights"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import runs
+from tests.training import runs, scenarios
 from tests.training.ranks import RankPool
 
 SAVING = {"lp_size": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
@@ -18,7 +18,7 @@ def test_killed_while_writing(ranks2: RankPool, tmp_path: Path) -> None:
     directory = tmp_path / "killed"
     doomed = RankPool(2)
     with pytest.raises(RuntimeError, match=r"died|failed"):
-        doomed.run(runs.train_and_die, str(directory), SAVING, 4, "weights")
+        doomed.run(scenarios.train_and_die, str(directory), SAVING, 4, "weights")
     left = sorted(os.listdir(directory))
     assert left == ["_checkpoint-4.partial", "checkpoint-2"]
     assert "model.safetensors" in os.listdir(directory / left[0]), "killed too early to show anything"
@@ -32,7 +32,7 @@ def test_killed_while_replacing_the_only_checkpoint(ranks1: RankPool, tmp_path: 
     whole = ranks1.run(runs.train, str(tmp_path), "llama", settings)[0]
     doomed = RankPool(1)
     with pytest.raises(RuntimeError, match="died"):
-        doomed.run(runs.train_and_die, str(tmp_path), settings, 2, "renames")
+        doomed.run(scenarios.train_and_die, str(tmp_path), settings, 2, "renames")
     assert "checkpoint-2" not in os.listdir(tmp_path)
     again = ranks1.run(runs.train, str(tmp_path), "llama", settings, True)[0]
     assert again["weights"] == whole["weights"]
@@ -40,7 +40,7 @@ def test_killed_while_replacing_the_only_checkpoint(ranks1: RankPool, tmp_path: 
 
 
 def test_a_failure_on_one_rank_is_an_error_on_all(ranks2: RankPool, tmp_path: Path) -> None:
-    for message in ranks2.run(runs.train_with_a_failing_rank, str(tmp_path), SAVING):
+    for message in ranks2.run(scenarios.train_with_a_failing_rank, str(tmp_path), SAVING):
         assert "checkpoint-4 was not written" in message
         assert "{1: 'OSError: No space left on device'}" in message
     assert "checkpoint-2" in os.listdir(tmp_path)

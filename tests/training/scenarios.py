@@ -1,0 +1,303 @@
+"""Runs that need more than settings: odd collators, deaths, adapters; executed on every rank of a pool."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from torch.utils.data import IterableDataset
+
+from hf_layerpar.errors import CheckpointError, ConfigurationError
+from hf_layerpar.ode.convert import convert_to_ode
+from hf_layerpar.training import checkpoints
+from hf_layerpar.training.trainer import LayerParallelTrainer
+from tests import zoo
+from tests.training.runs import Samples, arguments, build, digest, outcome, train, trainer
+
+
+def noisy_collator(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Random masking from all three streams, and padding that depends on them."""
+    batch = hf.default_data_collator(items)
+    mask = (torch.rand(batch["input_ids"].shape) < 0.3) | torch.from_numpy(np.random.rand(1, 12) < 0.1)
+    batch["input_ids"] = batch["input_ids"].masked_fill(mask, random.randrange(5, zoo.VOCAB))
+    return batch
+
+
+class NoisySamples(Samples):
+    """Samples with augmentation drawn in `__getitem__`."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = super().__getitem__(index)
+        ids = sample["input_ids"]
+        return sample | {"input_ids": ids.masked_fill(torch.rand(ids.shape) < 0.2, 7)}
+
+
+def rank_collator(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A collator that behaves differently on every process, and moves the random streams by different amounts."""
+    batch = hf.default_data_collator(items)
+    rank = int(os.environ["RANK"])
+    torch.rand(rank + 1)
+    keep = torch.rand(batch["input_ids"].shape, generator=torch.Generator().manual_seed(rank)) > 0.3
+    batch["input_ids"] = batch["input_ids"].masked_fill(~keep, 5)[:, : 12 - rank]
+    for name in ("attention_mask", "labels"):
+        batch[name] = batch[name][:, : 12 - rank]
+    return batch
+
+
+def train_noisy(output_dir: str, settings: dict[str, Any], resume: Any = None, length: int = 64) -> dict[str, Any]:
+    return train(
+        output_dir,
+        "llama",
+        settings,
+        resume,
+        train_dataset=NoisySamples("llama", length),
+        data_collator=noisy_collator,
+    )
+
+
+def train_with_rank_collator(output_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Also evaluates."""
+    run = trainer(output_dir, "llama", settings, data_collator=rank_collator, eval_dataset=Samples("llama", 10, 1000))
+    run.train()
+    loss = run.evaluate()["eval_loss"]
+    return {"eval_loss": loss, "stream": int(torch.randint(2**31, ()))} | outcome(run)
+
+
+def train_converted(
+    output_dir: str, family: str, settings: dict[str, Any], conversion: dict[str, Any], resume: Any = None
+) -> dict[str, Any]:
+    """A run on a model with a step size of its own; without one, converted by the trainer."""
+    model = build(family)
+    model = convert_to_ode(model, **conversion) if conversion else model
+    run = LayerParallelTrainer(model, arguments(output_dir, **settings), train_dataset=Samples(family, 64))
+    run.remove_callback(hf.PrinterCallback)
+    run.train(resume_from_checkpoint=resume)
+    return outcome(run)
+
+
+def resume_with_a_tensor_lost(checkpoint: str, settings: dict[str, Any]) -> str:
+    """The error of resuming a ViT from a checkpoint that lacks its last norm."""
+    run = trainer(checkpoint, "vit", settings)
+    file = os.path.join(checkpoint, "model.safetensors")
+    kept = {k: v for k, v in load_file(file).items() if "layernorm" not in k or "encoder" in k}
+    run.mesh.barrier()
+    if run.args.should_save:
+        save_file(kept, file, metadata={"format": "pt"})
+    run.mesh.barrier()
+    try:
+        run.train(resume_from_checkpoint=checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def train_for_the_best(output_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
+    hashes: list[str | None] = []
+
+    class Remember(hf.TrainerCallback):
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            full = run.layer_parallel.state_dict()
+            hashes.append(digest(full) if full else None)
+
+    run = trainer(output_dir, "llama", settings, eval_dataset=Samples("llama", 7, 1000), callbacks=[Remember()])
+    run.train()
+    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    return outcome(run) | {
+        "best": run.state.best_model_checkpoint,
+        "best_metric": run.state.best_metric,
+        "eval_losses": losses,
+        "weights_at_2": hashes[0],
+        "eval_loss_after": run.evaluate()["eval_loss"],
+    }
+
+
+def train_from_model_init(output_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
+    run = LayerParallelTrainer(
+        args=arguments(output_dir, **settings),
+        train_dataset=Samples("llama", 64),
+        model_init=functools.partial(build, "llama", 0.0),
+    )
+    run.remove_callback(hf.PrinterCallback)
+    run.train()
+    first = outcome(run)
+    run.train()
+    return first | {"weights_of_second_call": outcome(run)["weights"]}
+
+
+def evaluate(
+    output_dir: str, family: str, settings: dict[str, Any], count: int, ragged: bool = False
+) -> dict[str, Any]:
+    """`evaluate` and `predict` without training; the metric sees what `compute_metrics` got on this rank."""
+    seen: dict[str, Any] = {}
+
+    def metrics(prediction: hf.EvalPrediction) -> dict[str, float]:
+        seen.update(shape=np.shape(prediction.predictions), labels=np.asarray(prediction.label_ids).tolist())
+        return {"sum": float(np.abs(prediction.predictions).sum())}
+
+    samples = RaggedSamples(family, count, 1000) if ragged else Samples(family, count, 1000)
+    run = trainer(output_dir, family, settings, eval_dataset=samples, compute_metrics=metrics)
+    scores = run.evaluate()
+    predictions = run.predict(samples).predictions
+    keys = ("eval_loss", "eval_sum")
+    return {k: scores[k] for k in keys} | seen | {"predictions": np.asarray(predictions), "rank": run.mesh.lp_rank}
+
+
+class RaggedSamples(Samples):
+    """Samples of one to twelve tokens; a batch of one has no padding to speak of."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        length = 1 + (index * 7) % 12
+        return {name: value[:length] for name, value in super().__getitem__(index).items()}
+
+
+def train_and_die(output_dir: str, settings: dict[str, Any], step: int, point: str) -> None:
+    """Kills world rank 0 while it writes the checkpoint of `step`: after the weights, or between the two renames."""
+    original = {"weights": checkpoints.save_optimizer, "renames": Path.rename}[point]
+
+    def killed(*args: Any) -> Any:
+        if point == "renames":
+            result = original(*args)
+            if str(args[1]).endswith(".replaced"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+        if f"checkpoint-{step}." in str(args[-1]) and os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args)
+
+    if point == "weights":
+        checkpoints.save_optimizer = killed
+    else:
+        Path.rename = killed  # type: ignore[method-assign]
+    train(output_dir, "llama", settings)
+
+
+def train_with_a_failing_rank(output_dir: str, settings: dict[str, Any]) -> str:
+    """The last rank's disk is full from the second checkpoint on; returns the error."""
+    original = checkpoints.save_optimizer
+    calls = []
+
+    def failing(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2 and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
+            raise OSError("No space left on device")
+        original(*args)
+
+    checkpoints.save_optimizer = failing
+    try:
+        train(output_dir, "llama", settings)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        checkpoints.save_optimizer = original
+    return "no error"
+
+
+def construction_error(settings: dict[str, Any]) -> str:
+    try:
+        trainer("unused", "llama", settings)
+    except ConfigurationError as error:
+        return str(error)
+    return "no error"
+
+
+def too_many_ranks() -> str:
+    model = zoo.build("llama")[0]
+    del model.model.layers[2:]
+    try:
+        LayerParallelTrainer(model, arguments("unused", lp_size=3), train_dataset=Samples("llama", 8))
+    except ConfigurationError as error:
+        return str(error)
+    return "no error"
+
+
+def own_optimizer_error() -> str:
+    model = build("llama")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    try:
+        LayerParallelTrainer(
+            model, arguments("unused", lp_size=2), train_dataset=Samples("llama", 8), optimizers=(optimizer, None)
+        )
+    except ConfigurationError as error:
+        return str(error)
+    return "no error"
+
+
+class FakeHub:
+    """Records what would be uploaded."""
+
+    def __init__(self) -> None:
+        self.repos: list[str] = []
+        self.uploads: list[set[str]] = []
+
+    def create_repo(self, name: str, **options: Any) -> Any:
+        self.repos.append(name)
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, folder_path: str, **options: Any) -> Any:
+        self.uploads.append(set(os.listdir(folder_path)))
+        return SimpleNamespace(done=lambda: True)
+
+
+def train_and_push(output_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
+    hub, original = FakeHub(), hf.trainer.hf_api
+    hf.trainer.hf_api = lambda: hub
+    try:
+        run = trainer(output_dir, "llama", settings | {"push_to_hub": True, "hub_model_id": "me/tiny"})
+        run.train()
+        run.push_to_hub()
+    finally:
+        hf.trainer.hf_api = original
+    return {"repo": hub.repos, "uploads": hub.uploads}
+
+
+def train_adapters(output_dir: str, settings: dict[str, Any], resume: Any = None) -> dict[str, Any]:
+    """LoRA on a Llama, with its B matrices not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
+    torch.manual_seed(0)
+    model = get_peft_model(build("llama"), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    run = LayerParallelTrainer(model, arguments(output_dir, **settings), train_dataset=Samples("llama", 64))
+    run.remove_callback(hf.PrinterCallback)
+    run.train(resume_from_checkpoint=resume)
+    return outcome(run)
+
+
+class Stream(IterableDataset):
+    """Samples without indices or length."""
+
+    def __init__(self, length: int) -> None:
+        self.samples = Samples("bert_classifier", length)
+
+    def __iter__(self) -> Any:
+        return (self.samples[i] for i in range(self.samples.length))
+
+
+def train_on_streams(output_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
+    run = trainer(output_dir, "bert_classifier", settings | {"max_steps": 6}, train_dataset=Stream(40))
+    run.train()
+    return {"labels": run.predict(Stream(13)).label_ids.tolist(), "weights": outcome(run)["weights"]}
+
+
+def train_with_unequal_kernels(output_dir: str, average_ends: bool) -> dict[str, Any]:
+    """Gradients of the ends that differ a little between the lp ranks, as on accelerators."""
+    run = trainer(output_dir, "llama", {"lp_size": 2})
+    run.average_ends = average_ends
+    for name, parameter in run.model.named_parameters():
+        if name not in run.layer_parallel.owner_of:
+            parameter.register_hook(lambda grad: grad * (1 + 1e-4 * run.mesh.lp_rank))
+    run.train()
+    return outcome(run)
