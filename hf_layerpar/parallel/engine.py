@@ -135,9 +135,10 @@ class _Solve:
         program.begin_backward()
         with program.running(keep_graphs=True):
             lam = self._run("backward", lam.contiguous(), program.backward_step)
-        for grad in program.side_grads:
+        side_grads, param_grads = program.take_gradients()
+        for grad in side_grads:
             self.engine.communicator.all_reduce(grad)
-        return lam, program.side_grads, program.param_grads
+        return lam, side_grads, param_grads
 
     def _run(self, direction: Direction, x: Tensor, evaluate: Any) -> Tensor:
         engine = self.engine

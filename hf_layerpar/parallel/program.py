@@ -111,6 +111,13 @@ class Program:
         self.param_grads = [None] * len(self.params)
         self.side_grads = [torch.zeros_like(t) for t in self.side]
 
+    def take_gradients(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """The gradients of the side tensors and of the parameters, handed over: autograd copies a gradient that
+        somebody else still holds."""
+        taken = self.side_grads, self.param_grads
+        self.side_grads, self.param_grads = [], []
+        return taken
+
     def backward_step(self, layer: int, micro_batch: int, lam: Tensor, final: bool) -> Tensor:
         """The input-vjp of a step at its final state; if final also the gradients of parameters and side tensors."""
         entry = self._tape[layer, micro_batch]

@@ -208,3 +208,17 @@ def test_a_layer_that_changes_the_shape_is_refused():
     layers = torch.nn.ModuleList([*blocks(3), torch.nn.Linear(6, 5).to(F64), *blocks(2)])
     with pytest.raises(UnsupportedModelError, match=r"layer 3 \(Linear\).*\(3, 4, 6\) to \(3, 4, 5\)"):
         solve(layers, state(), engine(EXACT, 6))
+
+
+def test_gradients_are_handed_over_not_copied():
+    """As many copies of tensors in a backward as plain torch makes: autograd clones a gradient that is held elsewhere."""
+    layers, x = blocks(4), state()
+    counts = []
+    for run in (lambda: solve(layers, x, engine(EXACT, 4)), lambda: serial(layers, x)):
+        loss = loss_of(run())
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            loss.backward()
+        counts.append(sum(e.count for e in profile.key_averages() if e.key in ("aten::clone", "aten::copy_")))
+        layers.zero_grad()
+        x.grad = None
+    assert counts[0] <= counts[1]
