@@ -1,84 +1,43 @@
-"""When each task runs: list scheduling of a plan, and the time line that unit costs give it. No processes needed."""
+"""In which order every rank works its tasks: list scheduling of a plan."""
 
 from __future__ import annotations
 
 import dataclasses
 import heapq
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from hf_layerpar.mgrit.plan import EVERYWHERE, Plan, Task
+from hf_layerpar.mgrit.simulate import Costs
+
+Priority = Callable[[Task, float], tuple]
+"""Sort key of a ready task from the task and its tail, the time from its start to the end of the longest chain that
+hangs on it. Smallest first; the plan's order breaks ties."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Costs:
-    """Seconds (or any unit) per task. The defaults are the units of the cost model: one layer evaluation is 1.
-
-    step: one layer forward. vjp: an input-only vjp. weights: the weight half of a final vjp. combine: a linear
-    combination or a residual. message: what it takes a value to reach another rank.
-    """
-
-    step: float = 1.0
-    vjp: float = 1.0
-    weights: float = 1.0
-    combine: float = 0.0
-    message: float = 0.0
-
-    def of(self, task: Task, direction: str) -> float:
-        if task.kind != "step":
-            return self.combine
-        if direction == "forward":
-            return self.step
-        return self.vjp + (self.weights if task.final else 0.0)
+def earliest_micro_batch(task: Task, tail: float) -> tuple:
+    """Later micro-batches fill the gaps of earlier ones; within one, the longest tail first."""
+    return (task.micro_batch, -tail)
 
 
-@dataclass(frozen=True)
-class Timeline:
-    """When every task of a plan starts and ends, in the units of the costs."""
-
-    plan: Plan
-    spans: tuple[tuple[float, float], ...]  # (start, end) of plan.tasks[i]
-
-    @property
-    def makespan(self) -> float:
-        return max((end for _, end in self.spans), default=0.0)
-
-    @property
-    def busy(self) -> tuple[float, ...]:
-        """Working time of each rank."""
-        totals = [0.0] * self.plan.num_ranks
-        for task, (start, end) in zip(self.plan.tasks, self.spans, strict=True):
-            totals[task.rank] += end - start
-        return tuple(totals)
-
-    @property
-    def idle_share(self) -> float:
-        """Share of rank time, over all ranks and the whole makespan, in which nothing is computed."""
-        total = self.makespan * self.plan.num_ranks
-        return 1.0 - sum(self.busy) / total if total else 0.0
+def final_steps_last(task: Task, tail: float) -> tuple:
+    """What the coarse sweeps of any micro-batch wait for comes before the last relaxation, which fills the gaps."""
+    return (task.final, task.micro_batch, -tail)
 
 
-def simulate(plan: Plan, costs: Costs | None = None) -> Timeline:
-    """Times a plan: every rank works its tasks in plan order, each as soon as its inputs have arrived."""
-    costs = costs or Costs()
-    ready: dict[int, float] = dict.fromkeys(plan.starts, 0.0)
-    free = [0.0] * plan.num_ranks
-    spans = []
-    for task in plan.tasks:
-        start = max([free[task.rank], *(_arrival(plan, ready, v, task.rank, costs) for v in task.inputs)])
-        end = start + costs.of(task, plan.direction)
-        free[task.rank] = end
-        if task.output is not None:
-            ready[task.output] = end
-        spans.append((start, end))
-    return Timeline(plan, tuple(spans))
+def as_written(task: Task, tail: float) -> tuple:
+    """The order in which the algorithm is written down."""
+    return (task.micro_batch,)
 
 
-def in_schedule_order(plan: Plan, costs: Costs | None = None) -> Plan:
-    """The plan with its tasks in list-schedule order.
+PRIORITIES: tuple[Priority, ...] = (earliest_micro_batch, final_steps_last, as_written)
 
-    A free rank takes, of the tasks whose inputs have arrived, the one of the earliest micro-batch and among these the
-    one with the longest way to the end: later micro-batches fill the gaps of earlier ones. Sorted by starting time the
-    result is a topological order, so ranks that work it in order can't wait for each other in a circle.
+
+def in_schedule_order(plan: Plan, costs: Costs | None = None, priorities: Sequence[Priority] = PRIORITIES) -> Plan:
+    """The plan with its tasks in list-schedule order: a free rank takes, of the tasks whose inputs have arrived, the first
+    by priority. No rule is best everywhere, so each is tried and the shortest schedule kept (the first of equals).
+
+    Sorted by starting time the result is a topological order, so ranks that work it in order can't wait for each other
+    in a circle.
     """
     costs = costs or Costs()
     tasks = plan.tasks
@@ -87,29 +46,37 @@ def in_schedule_order(plan: Plan, costs: Costs | None = None) -> Plan:
     for i, task in enumerate(tasks):
         for value in set(task.inputs):
             users.setdefault(value, []).append(i)
+    followers = [users.get(t.output, []) if t.output is not None else [] for t in tasks]
     tail = [0.0] * len(tasks)
     for i in range(len(tasks) - 1, -1, -1):
-        output = tasks[i].output
-        after = max((tail[u] for u in users.get(output, ())), default=0.0) if output is not None else 0.0
-        tail[i] = price[i] + after
+        tail[i] = price[i] + max((tail[u] for u in followers[i]), default=0.0)
 
+    schedules = []
+    for priority in priorities:
+        keys = [(*priority(task, tail[i]), i) for i, task in enumerate(tasks)]
+        schedules.append(_list_schedule(plan, price, followers, keys, costs.send + costs.transfer()))
+    order = min(schedules, key=lambda schedule: schedule[0])[1]
+    return dataclasses.replace(plan, tasks=tuple(tasks[i] for i in order))
+
+
+def _list_schedule(
+    plan: Plan, price: list[float], followers: list[list[int]], keys: list[tuple], message: float
+) -> tuple[float, list[int]]:
+    """The end of the last task, and the tasks in the order of their starts."""
+    tasks = plan.tasks
     waiting = [len([v for v in set(t.inputs) if plan.producer[v] != EVERYWHERE]) for t in tasks]
-    ready: list[list[tuple]] = [[] for _ in range(plan.num_ranks)]  # per rank: (micro-batch, -tail, task)
+    ready: list[list[tuple]] = [[] for _ in range(plan.num_ranks)]
     busy = [False] * plan.num_ranks
     events: list[tuple[float, int, int]] = []  # (time, 0 an input arrives / 1 a task ends, task)
-
-    def arrive(i: int) -> None:
-        heapq.heappush(ready[tasks[i].rank], (tasks[i].micro_batch, -tail[i], i))
-
-    for i in range(len(tasks)):
+    for i, task in enumerate(tasks):
         if waiting[i] == 0:
-            arrive(i)
+            heapq.heappush(ready[task.rank], keys[i])
     order: list[int] = []
     now, touched = 0.0, set(range(plan.num_ranks))
     while True:
         for rank in sorted(touched):
             if not busy[rank] and ready[rank]:
-                i = heapq.heappop(ready[rank])[2]
+                i = heapq.heappop(ready[rank])[-1]
                 busy[rank] = True
                 order.append(i)
                 heapq.heappush(events, (now + price[i], 1, i))
@@ -118,22 +85,17 @@ def in_schedule_order(plan: Plan, costs: Costs | None = None) -> Plan:
         now, touched = events[0][0], set()
         while events and events[0][0] == now:
             _, ended, i = heapq.heappop(events)
+            rank = tasks[i].rank
             if not ended:
                 waiting[i] -= 1
                 if waiting[i] == 0:
-                    arrive(i)
-                    touched.add(tasks[i].rank)
+                    heapq.heappush(ready[rank], keys[i])
+                    touched.add(rank)
                 continue
-            busy[tasks[i].rank] = False
-            touched.add(tasks[i].rank)
-            output = tasks[i].output
-            for user in users.get(output, ()) if output is not None else ():
-                delay = costs.message if tasks[user].rank != tasks[i].rank else 0.0
+            busy[rank] = False
+            touched.add(rank)
+            for user in followers[i]:
+                delay = message if tasks[user].rank != rank else 0.0
                 heapq.heappush(events, (now + delay, 0, user))
     assert len(order) == len(tasks), "the plan has a cycle"
-    return dataclasses.replace(plan, tasks=tuple(tasks[i] for i in order))
-
-
-def _arrival(plan: Plan, ready: dict[int, float], value: int, rank: int, costs: Costs) -> float:
-    home = plan.producer[value]
-    return ready[value] + (costs.message if home not in (EVERYWHERE, rank) else 0.0)
+    return now, order

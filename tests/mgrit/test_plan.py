@@ -10,7 +10,7 @@ from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.mgrit.grid import Grid
 from hf_layerpar.mgrit.plan import Task
-from hf_layerpar.mgrit.schedule import Costs, simulate
+from hf_layerpar.mgrit.simulate import Costs, simulate
 from hf_layerpar.mgrit.strategies import build_plan
 from hf_layerpar.parallel.executor import RankPart
 from hf_layerpar.parallel.ownership import contiguous_owner
@@ -143,7 +143,7 @@ def test_predicted_time_is_the_critical_path(config, num_layers, num_ranks, micr
 
 def test_timeline_accounts_for_every_unit():
     plan = plans(mgrit(coarsening=4, coarse_operator="aggregate"), 16, 2)[1]
-    costs = Costs(step=1.0, vjp=1.5, weights=0.5, combine=0.25, message=2.0)
+    costs = Costs(step=1.0, vjp=1.5, final_vjp=2.0, combine=0.25, latency=2.0)
     timeline = simulate(plan, costs)
     assert sum(timeline.busy) == pytest.approx(sum(costs.of(t, "backward") for t in plan.tasks))
     assert 0 <= timeline.idle_share < 1
@@ -188,6 +188,6 @@ def test_settings_round_trip_and_unknown_keys():
 
 def test_planning_needs_no_torch():
     code = (
-        "import sys; import hf_layerpar.mgrit.strategies, hf_layerpar.mgrit.schedule; assert 'torch' not in sys.modules"
+        "import sys; import hf_layerpar.mgrit.strategies, hf_layerpar.mgrit.simulate; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
