@@ -1,0 +1,138 @@
+"""Time of one forward and backward: serial torch, what torch offers for two ranks, and ours, beside their accuracy.
+
+    python recipes/benchmarks/speed.py [--layers 32 64 128] [--rounds N] [--only TEXT ...]
+
+Starts its ranks itself: one and two gloo processes of one thread each. For every depth and number of ranks all sides
+are alive at once and make their steps in alternation. Two tables: "stack", the bare stack of `stack.py` with the
+gradient at its end given; "ends", a GPT-2 around the same stack with embedding, head and loss. Ratios are to the
+median of serial one-thread torch in the same processes. Beside every time stand the gradient's cosine with the exact
+one, its relative error and norm ratio over all layers, and how much the memory of each rank grew in a step. Written to
+recipes/benchmarks/results/speed.json when all is measured. Takes some ten minutes on two quiet cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout runs without being installed
+
+import torch.distributed as dist
+
+from recipes.benchmarks.alternate import measure
+from recipes.benchmarks.ends import ENDS, model_sides
+from recipes.benchmarks.launch import RESULTS, launch
+from recipes.benchmarks.sides import init_ranks, stack_sides
+from recipes.benchmarks.stack import SIZES
+from recipes.results import print_table, versions, write_json
+
+TABLES = {"stack": stack_sides, "ends": model_sides}
+
+
+def default_rounds(num_layers: int) -> int:
+    """Deep stacks take longer a step and spread less."""
+    return min(11, max(5, 448 // num_layers))
+
+
+def machine() -> dict[str, Any]:
+    models = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "cores_usable": len(os.sched_getaffinity(0)),
+        "load_average_before": os.getloadavg()[0],
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines()
+
+
+def run_rank(options: argparse.Namespace) -> None:
+    """What each started process does: both tables of one depth."""
+    init_ranks()
+    found: dict[str, Any] = {}
+    (num_layers,) = options.layers
+    for table in options.tables:
+        entries, exact = TABLES[table](num_layers)
+        kept = [e for e in entries[1:] if not options.only or any(text in e.name for text in options.only)]
+        rounds = options.rounds if table == "stack" else (options.rounds + 1) // 2
+        found[table] = {"rounds": rounds, "sides": measure([entries[0], *kept], exact, rounds)}
+        del entries, exact, kept
+        gc.collect()
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        write_json(options.rank_output, found)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def print_sides(title: str, sides: dict[str, dict[str, Any]]) -> None:
+    print(f"\n{title}")
+    rows: list[tuple[str, Any]] = [("", "ratio   seconds  cosine     error     memory")]
+    for name, side in sides.items():
+        if "error" in side:
+            rows.append((name, f"can't: {side['error'].splitlines()[0]}"))
+            continue
+        gradient, growth = side["gradient"], max(side["memory_growth_bytes"]) / 2**20
+        rows.append(
+            (
+                name,
+                f"{side['ratio']:.3f}  {side['seconds']['median']:8.4f}  {gradient['cosine']:.6f}  "
+                f"{gradient['relative_error']:.2e}  {growth:5.0f} MiB",
+            )
+        )
+    print_table(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument(
+        "--rounds", type=int, help="timed steps of each side, half as many with ends (default: 11 at 32 layers, 7, 5)"
+    )
+    parser.add_argument("--ranks", type=int, nargs="+", choices=(1, 2), default=[1, 2])
+    parser.add_argument("--tables", nargs="+", choices=tuple(TABLES), default=list(TABLES))
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="sides whose name contains one of these")
+    parser.add_argument("--output", type=Path, default=RESULTS / "speed.json")
+    parser.add_argument("--rank_output", type=Path, help=argparse.SUPPRESS)  # given to the ranks this script starts
+    options = parser.parse_args()
+    if options.rank_output is not None:
+        run_rank(options)
+        return
+
+    result: dict[str, Any] = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "machine": machine(),
+        "sizes": SIZES,
+        "ends": ENDS,
+        "tables": [],
+    }
+    began = time.perf_counter()
+    for num_layers in options.layers:
+        for ranks in options.ranks:
+            rounds = options.rounds or default_rounds(num_layers)
+            with tempfile.TemporaryDirectory() as folder:
+                output = Path(folder) / "found.json"
+                arguments = ["--layers", str(num_layers), "--rounds", str(rounds), "--rank_output", str(output)]
+                arguments += ["--tables", *options.tables, *(["--only", *options.only] if options.only else [])]
+                launch(ranks, Path(__file__), arguments)
+                found = json.loads(output.read_text())
+            for table, content in found.items():
+                result["tables"].append({"table": table, "layers": num_layers, "ranks": ranks} | content)
+                title = f"{table}, {num_layers} layers, {ranks} rank(s), {content['rounds']} rounds"
+                print_sides(title, content["sides"])
+    result |= {"seconds": time.perf_counter() - began, "versions": versions()}
+    write_json(options.output, result)
+
+
+if __name__ == "__main__":
+    main()

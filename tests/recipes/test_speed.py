@@ -1,0 +1,104 @@
+"""The speed harness run the way a user runs it, at its smallest; nothing here depends on how long anything takes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from recipes.benchmarks.alternate import accuracy, measure
+from recipes.benchmarks.launch import ROOT
+from recipes.benchmarks.sides import Entry, Side
+
+FOLDER = ROOT / "recipes" / "benchmarks"
+ONLY = ["2 threads", "ddp", "tensor", "gpipe M=2", "1f1b M=2", "ours", "rediscretize 2 levels 2/1", "3 levels", "c=2"]
+INTERLEAVED = "mgrit aggregate 2 levels 1/1 M=1 c=2 interleaved"
+
+
+def run(script: str, *arguments: str) -> dict:
+    output = arguments[arguments.index("--output") + 1]
+    command = [sys.executable, str(FOLDER / script), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr[-4000:]
+    with open(output, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def test_every_side_stands_beside_its_accuracy(tmp_path):
+    arguments = ["--layers", "4", "--rounds", "1", "--only", *ONLY, "--output", str(tmp_path / "speed.json")]
+    result = run("speed.py", *arguments)
+    assert result["command"] == ["speed.py", *arguments]
+    assert result["machine"]["cores"] >= 1
+    assert result["versions"]["torch"] == torch.__version__
+    tables = {(t["table"], t["ranks"]): t["sides"] for t in result["tables"]}
+    assert set(tables) == {(table, ranks) for table in ("stack", "ends") for ranks in (1, 2)}
+    for (table, ranks), sides in tables.items():
+        first = next(iter(sides))
+        assert first == ("serial, 1 thread" if table == "stack" else "stock, 1 thread")
+        for name, side in sides.items():
+            if "3 levels" in name:  # refused for four layers, and said so
+                assert "too deep for 4 steps" in side["error"]
+                continue
+            assert side["seconds"]["median"] > 0
+            assert side["ratio"] == pytest.approx(side["seconds"]["median"] / sides[first]["seconds"]["median"])
+            assert len(side["seconds"]["all"]) == 1
+            assert len(side["memory_growth_bytes"]) == ranks
+            assert max(side["memory_growth_bytes"]) > 2**20
+            if name != INTERLEAVED:  # one interval of four layers: MGRIT is exact too
+                assert side["gradient"]["cosine"] == pytest.approx(1, abs=1e-9), name
+                assert side["gradient"]["relative_error"] < 2e-6, name
+                assert side["gradient"]["norm_ratio"] == pytest.approx(1, abs=1e-6), name
+    two = tables["stack", 2]
+    assert {"ddp", "tensor parallel", "gpipe M=2", "1f1b M=2", "ours pipeline M=4"} < set(two)
+    assert "error" not in two["tensor parallel"]
+    assert 0.99 < two[INTERLEAVED]["gradient"]["cosine"] < 1 - 1e-6  # and what is inexact is seen to be
+    assert {"ddp", "ours pipeline M=4"} < set(tables["ends", 2])
+    assert "ours serial" in tables["ends", 1]
+
+
+def test_overhead_is_a_share_of_the_step(tmp_path):
+    result = run("overhead.py", "--layers", "4", "--steps", "1", "--output", str(tmp_path / "overhead.json"))
+    assert {n: len(ranks) for n, ranks in result["ranks"].items()} == {"1": 1, "2": 2}
+    for ranks in result["ranks"].values():
+        for found in (share for by_name in ranks for share in by_name.values()):
+            assert 0 < found["overhead_share"] < 1
+            assert 0 <= found["waiting_share"] < 1
+    (alone,) = result["ranks"]["1"]
+    assert alone["serial"]["evaluations"] == 8  # four forwards and four vjps
+    assert alone["serial"]["waiting_share"] < 0.01
+
+
+def test_accuracy_tells_wrong_gradients():
+    exact = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0]])}
+    right = {name: t.clone() for name, t in exact.items()}
+    assert accuracy(right, exact) == {"cosine": 1.0, "relative_error": 0.0, "norm_ratio": 1.0}
+    assert accuracy({n: 0.5 * t for n, t in exact.items()}, exact) == {
+        "cosine": 1.0,
+        "relative_error": 0.5,
+        "norm_ratio": 0.5,
+    }
+    turned = accuracy({"a": torch.tensor([0.0, 3.0]), "b": exact["b"]}, exact)
+    assert turned["cosine"] == pytest.approx(16 / 25)
+    with pytest.raises(RuntimeError, match="answer for 2 gradient entries, the model has 3"):
+        accuracy({"a": exact["a"]}, exact)
+
+
+def test_step_without_gradients_is_not_timed():
+    weight = torch.nn.Parameter(torch.ones(2))
+    exact = {"weight": torch.ones(2)}
+    idle = Entry("idle", {}, lambda: Side(lambda: None, [weight], {"weight": weight}))
+    assert "made no gradients" in measure([idle], exact, 1)["idle"]["error"]
+
+    steps = []
+
+    def first_time_only() -> None:
+        steps.append(1)
+        if len(steps) == 1:
+            weight.sum().backward()
+
+    once = Entry("once", {}, lambda: Side(first_time_only, [weight], {"weight": weight}))
+    with pytest.raises(RuntimeError, match="made no gradients"):
+        measure([once], exact, 1)
