@@ -12,6 +12,7 @@ It is written as `_checkpoint-N.partial` and renamed when every process has writ
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shutil
@@ -234,7 +235,8 @@ def load_optimizer(optimizer: Any, model: nn.Module, directory: Path) -> bool:
     packed = optimizer.state_dict()
     flat = [name for group in names for name in group]
     # a parameter without a state had none when saved: all files are there, and the groups name it
-    packed["state"] = {index: states[name] for index, name in enumerate(flat) if name in states}
+    # (deepcopy: the files are only mapped, and may be rotated away)
+    packed["state"] = {index: copy.deepcopy(states[name]) for index, name in enumerate(flat) if name in states}
     for group, (options, _) in zip(packed["param_groups"], saved_groups, strict=True):
         group |= options
     optimizer.load_state_dict(packed)

@@ -63,7 +63,6 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
         refuse_unsupported(args, model)
         self.mesh = build_mesh(args.lp_size, args.device.type)
         self._collator: SeededCollator | None = None
-        self._epoch_iterator: Iterator[Any] | None = None
         self._order: torch.Generator | None = None
         self._sharding_args = args  # call_model_init runs inside super().__init__
         if model is not None:
@@ -154,7 +153,9 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
         return loader
 
     def _run_epoch(self, *args: Any, epoch: int, train_dataloader: Any, **kwargs: Any) -> None:
-        """Ties the order of the samples to the epoch, also when resuming inside one."""
+        """Ties the samples' order to the epoch and their randomness to the step, also when resuming inside an epoch."""
+        if self._collator is not None:
+            self._collator.index = self.state.global_step * self.args.gradient_accumulation_steps
         sampler = innermost_sampler(train_dataloader)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch)
@@ -167,9 +168,6 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
     ) -> tuple[list[Any], Tensor | int | None]:
         with kept_streams():
             if self._collator is not None:
-                if epoch_iterator is not self._epoch_iterator:
-                    self._epoch_iterator = epoch_iterator
-                    self._collator.index = self.state.global_step * self.args.gradient_accumulation_steps
                 self._collator.reseed()
             batches = list(itertools.islice(epoch_iterator, num_batches))
         batches = self._share(batches)

@@ -31,12 +31,13 @@ def test_resume_at_another_lp_size(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+@pytest.mark.parametrize(("strategy", "accumulation"), [("random", 1), ("random", 2), ("group_by_length", 1)])
 def test_resume_inside_a_later_epoch_with_random_data(
-    workers: int, strategy: str, ranks2: RankPool, ranks4: RankPool, tmp_path: Path
+    workers: int, strategy: str, accumulation: int, ranks2: RankPool, ranks4: RankPool, tmp_path: Path
 ) -> None:
-    """20 samples, 8 a step on two dp ranks: epochs of 3 steps; stopped after step 5, in the middle of the second."""
+    """20 samples, 8 a batch on two dp ranks: epochs of 3 batches; stopped after step 5, inside a later epoch."""
     settings = {"max_steps": 8, "dataloader_num_workers": workers, "train_sampling_strategy": strategy}
+    settings |= {"gradient_accumulation_steps": accumulation}
     saving = settings | {"save_strategy": "steps", "save_steps": 5}
     whole = ranks2.run(scenarios.train_noisy, str(tmp_path), saving, None, 20)
     again = ranks4.run(
