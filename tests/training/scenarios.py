@@ -301,3 +301,17 @@ def train_with_unequal_kernels(output_dir: str, average_ends: bool) -> dict[str,
             parameter.register_hook(lambda grad: grad * (1 + 1e-4 * run.mesh.lp_rank))
     run.train()
     return outcome(run)
+
+
+def second_trainer(output_dir: str) -> tuple[str, str]:
+    """(strategy of the model after a second trainer took it over, error of a third one with another lp size)."""
+    first = trainer(output_dir, "llama", {"lp_size": 2})
+    first.train()
+    more = {"train_dataset": Samples("llama", 64)}
+    second = LayerParallelTrainer(first.model, arguments(output_dir, lp_size=2, strategy="mgrit", coarsening=2), **more)
+    second.train()
+    try:
+        LayerParallelTrainer(first.model, arguments(output_dir, lp_size=1), **more)
+    except ConfigurationError as error:
+        return first.layer_parallel.config.strategy, str(error)
+    return first.layer_parallel.config.strategy, "no error"

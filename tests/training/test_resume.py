@@ -108,3 +108,9 @@ def test_model_init_and_a_second_call(ranks2: RankPool, tmp_path: Path) -> None:
     plain = ranks2.run(runs.train, str(tmp_path), "llama", {"lp_size": 2, "dropout": 0.0})[0]
     again = ranks2.run(scenarios.train_from_model_init, str(tmp_path), {"lp_size": 2})[0]
     assert again["weights"] == again["weights_of_second_call"] == plain["weights"]
+
+
+def test_a_second_trainer_takes_the_model_over(ranks2: RankPool, tmp_path: Path) -> None:
+    for strategy, error in ranks2.run(scenarios.second_trainer, str(tmp_path)):
+        assert strategy == "mgrit"
+        assert "spread over 2 lp ranks already, but lp_size=1" in error
