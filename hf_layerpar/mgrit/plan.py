@@ -21,12 +21,14 @@ class Task:
     """One piece of work on one rank.
 
     kind: "step" evaluates fine step `layer` (backward: its input-vjp); "combine" is the linear combination of its
-        inputs with `coefficients`; "residual" adds ||inputs[0] - inputs[1]||^2 to the residual of `iteration`.
-    final: a step of the last relaxation. Forward it keeps its graph, backward it also takes the weight gradients.
-    inputs, output: value numbers; a residual has no output (None).
+        inputs with `coefficients`; "residual" adds ||inputs[0] - inputs[1]||^2 to the residual of `iteration`;
+        "weights" takes the weight gradients of `layer`, whose final vjp made inputs[0].
+    final: a step of the last relaxation. Forward it keeps its graph, backward it takes the weight gradients too, unless
+        the plan has "weights" tasks for that.
+    inputs, output: value numbers; a residual and weight gradients have no output (None).
     """
 
-    kind: Literal["step", "combine", "residual"]
+    kind: Literal["step", "combine", "residual", "weights"]
     rank: int
     micro_batch: int
     inputs: tuple[int, ...]
@@ -44,6 +46,8 @@ class Task:
         if self.kind == "combine":
             terms = " ".join(f"{c:+g} {v}" for c, v in zip(self.coefficients, values, strict=True))
             return f"{where}: v{self.output} = {terms}"
+        if self.kind == "weights":
+            return f"{where}: weight gradients of layer {self.layer} (after {values[0]})"
         return f"{where}: residual {self.iteration} += |{values[0]} - {values[1]}|^2"
 
 
@@ -67,6 +71,7 @@ class Plan:
     ends: tuple[int, ...]
     tasks: tuple[Task, ...]
     iterations: int = 0  # relaxation sweeps of the fine level whose residual is measured (0: an exact plan)
+    split_weights: bool = False  # weight gradients are tasks of their own, final vjps are input-only
     producer: dict[int, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -176,7 +181,15 @@ class PlanBuilder:
         self.ends.append(value)
 
     def build(self, num_ranks: int) -> Plan:
-        """The plan without the tasks that nothing needs."""
+        """The plan without the tasks that nothing needs.
+
+        A backward plan for several ranks takes weight gradients in tasks of their own: no other rank waits for them, so
+        they fill the gaps between the others.
+        """
+        split_weights = self.direction == "backward" and num_ranks > 1
+        if split_weights:
+            finals = [(t, t.output) for t in self.tasks if t.final and t.output is not None]
+            self.tasks += [Task("weights", t.rank, t.micro_batch, (v,), None, layer=t.layer) for t, v in finals]
         needed = set(self.ends)
         kept: list[Task] = []
         for task in reversed(self.tasks):
@@ -184,9 +197,9 @@ class PlanBuilder:
                 needed.update(task.inputs)
                 kept.append(task)
         tasks = tuple(reversed(kept))
-        return Plan(
-            self.direction, num_ranks, len(self.owner), tuple(self.starts), tuple(self.ends), tasks, self.iterations
-        )
+        ends = tuple(self.ends)
+        starts, layers = tuple(self.starts), len(self.owner)
+        return Plan(self.direction, num_ranks, layers, starts, ends, tasks, self.iterations, split_weights)
 
     def _new_value(self, rank: int) -> int:
         value, self._next = self._next, self._next + 1

@@ -15,18 +15,19 @@ hangs on it. Smallest first; the plan's order breaks ties."""
 
 
 def earliest_micro_batch(task: Task, tail: float) -> tuple:
-    """Later micro-batches fill the gaps of earlier ones; within one, the longest tail first."""
-    return (task.micro_batch, -tail)
+    """Later micro-batches fill the gaps of earlier ones; within one, the longest tail first. Weight gradients, for which
+    nobody waits, fill what gaps there are left."""
+    return (task.kind == "weights", task.micro_batch, -tail)
 
 
 def final_steps_last(task: Task, tail: float) -> tuple:
     """What the coarse sweeps of any micro-batch wait for comes before the last relaxation, which fills the gaps."""
-    return (task.final, task.micro_batch, -tail)
+    return (task.kind == "weights", task.final, task.micro_batch, -tail)
 
 
 def as_written(task: Task, tail: float) -> tuple:
     """The order in which the algorithm is written down."""
-    return (task.micro_batch,)
+    return (task.kind == "weights", task.micro_batch)
 
 
 PRIORITIES: tuple[Priority, ...] = (earliest_micro_batch, final_steps_last, as_written)
@@ -41,7 +42,7 @@ def in_schedule_order(plan: Plan, costs: Costs | None = None, priorities: Sequen
     """
     costs = costs or Costs()
     tasks = plan.tasks
-    price = [costs.of(t, plan.direction) for t in tasks]
+    price = [costs.of(t, plan) for t in tasks]
     users: dict[int, list[int]] = {}
     for i, task in enumerate(tasks):
         for value in set(task.inputs):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.mgrit.plan import EVERYWHERE, Direction, Plan, Task
+from hf_layerpar.mgrit.plan import EVERYWHERE, Plan, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class Costs:
     """Prices in seconds (or any unit) and bytes. The defaults are the units of the cost model: one layer forward is 1.
 
     step: a layer forward without graph. graph_step: a final one, which keeps its graph.
-    vjp: an input-only vjp. final_vjp: input and weight gradients in one backward.
+    vjp: an input-only vjp. weights: weight gradients alone. final_vjp: both in one backward.
     combine: a linear combination, for each of its terms. residual: one residual norm.
     overhead: what every task takes beside its work.
     fixed_share: the part of a price that doesn't shrink when the batch is cut into micro-batches.
@@ -30,6 +30,7 @@ class Costs:
     step: float = 1.0
     graph_step: float = 1.0
     vjp: float = 1.0
+    weights: float = 1.0
     final_vjp: float = 2.0
     combine: float = 0.0
     residual: float = 0.0
@@ -47,16 +48,18 @@ class Costs:
                 limit = {"bandwidth": "positive", "fixed_share": "in [0, 1]"}.get(name, "at least 0")
                 raise ConfigurationError(f"costs: {name}={value!r} must be {limit}")
 
-    def of(self, task: Task, direction: Direction) -> float:
-        """The working time of a task."""
+    def of(self, task: Task, plan: Plan) -> float:
+        """The working time of a task of `plan`."""
         if task.kind == "combine":
             price = self.combine * len(task.inputs)
         elif task.kind == "residual":
             price = self.residual
-        elif direction == "forward":
+        elif task.kind == "weights":
+            price = self.weights
+        elif plan.direction == "forward":
             price = self.graph_step if task.final else self.step
         else:
-            price = self.final_vjp if task.final else self.vjp
+            price = self.final_vjp if task.final and not plan.split_weights else self.vjp
         return price + self.overhead
 
     def transfer(self) -> float:
@@ -74,8 +77,8 @@ class Costs:
     def cut(self, micro_batches: int) -> Costs:
         """The costs of one micro-batch, when these are those of the whole batch."""
         work = self.fixed_share + (1.0 - self.fixed_share) / micro_batches
-        shrinking = {"step": work, "graph_step": work, "vjp": work, "final_vjp": work, "combine": work}
-        shrinking |= {"residual": work, "state_bytes": 1 / micro_batches, "graph_bytes": 1 / micro_batches}
+        shrinking = {"step": work, "graph_step": work, "vjp": work, "weights": work, "final_vjp": work}
+        shrinking |= {"combine": work, "residual": work, "state_bytes": 1 / micro_batches, "graph_bytes": 1 / micro_batches}
         return dataclasses.replace(self, **{name: getattr(self, name) * s for name, s in shrinking.items()})
 
 
@@ -195,7 +198,7 @@ def simulate(plan: Plan, costs: Costs | None = None) -> Timeline:
         for value in task.inputs:
             home = plan.producer[value]
             start = max(start, made[value] if home == EVERYWHERE or home == rank else arrived[value, rank])
-        free[rank] = end = start + costs.of(task, plan.direction)
+        free[rank] = end = start + costs.of(task, plan)
         spans.append((start, end))
         if task.output is None:
             continue

@@ -15,7 +15,8 @@ from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.mgrit.plan import Direction
 from hf_layerpar.mgrit.strategies import build_plan
 from hf_layerpar.parallel.communicator import Communicator
-from hf_layerpar.parallel.executor import RankPart, execute
+from hf_layerpar.parallel.deferral import make_deferrable
+from hf_layerpar.parallel.executor import Evaluator, RankPart, execute
 from hf_layerpar.parallel.program import LayerCall, Program
 
 
@@ -67,6 +68,7 @@ class StackEngine:
     ) -> None:
         self.communicator, self.owner, self.buffers = communicator, tuple(owner), buffers
         self.settings, self.stack = settings, stack
+        self._prepared = False
         self._reports: dict[Direction, tuple[Tensor | None, float, float]] = {}
 
     def __call__(self, calls: Sequence[LayerCall], x: Tensor) -> Tensor:
@@ -89,7 +91,12 @@ class StackEngine:
         }
         self.communicator.agree(facts, x.device)
         program = Program(
-            calls, x, micro_batches=config.micro_batches, seed=seed, recompute=with_grad and self.stack.needs_recompute
+            calls,
+            x,
+            micro_batches=config.micro_batches,
+            seed=seed,
+            recompute=with_grad and self.stack.needs_recompute,
+            split_weights=self._split_weights(calls),
         )
         solve = _Solve(self, config, program)
         if not with_grad:
@@ -98,6 +105,17 @@ class StackEngine:
         # take part in the backward or none does
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         return _Node.apply(solve, anchor, x, *program.side, *program.params)  # type: ignore[return-value]
+
+    def _split_weights(self, calls: Sequence[LayerCall]) -> bool:
+        """On several ranks weight gradients are tasks of their own; prepares the own layers for that, once."""
+        if self.communicator.size == 1:
+            return False
+        if not self._prepared:
+            for call, owner in zip(calls, self.owner, strict=True):
+                if owner == self.communicator.rank:
+                    make_deferrable(call.layer)
+            self._prepared = True
+        return True
 
     def part(self, config: LayerParallelConfig, direction: Direction, micro_batches: int) -> RankPart:
         return _rank_part(
@@ -127,20 +145,20 @@ class _Solve:
 
     def forward(self, x: Tensor, *, keep_graphs: bool = False) -> Tensor:
         with self.program.running(keep_graphs=keep_graphs):
-            return self._run("forward", x, self.program.forward_step)
+            return self._run("forward", x, Evaluator(self.program.forward_step, self.program.weights))
 
     def backward(self, lam: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
         """lam_0, the gradients of the side tensors (summed over the lp ranks) and those of the own parameters."""
         program = self.program
         program.begin_backward()
         with program.running(keep_graphs=True):
-            lam = self._run("backward", lam.contiguous(), program.backward_step)
+            lam = self._run("backward", lam.contiguous(), Evaluator(program.backward_step, program.weights))
         side_grads, param_grads = program.take_gradients()
         for grad in side_grads:
             self.engine.communicator.all_reduce(grad)
         return lam, side_grads, param_grads
 
-    def _run(self, direction: Direction, x: Tensor, evaluate: Any) -> Tensor:
+    def _run(self, direction: Direction, x: Tensor, evaluate: Evaluator) -> Tensor:
         engine = self.engine
         began = time.perf_counter()
         part = engine.part(self.config, direction, self.program.micro_batches)

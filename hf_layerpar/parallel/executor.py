@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,16 @@ from hf_layerpar.mgrit.plan import EVERYWHERE, Plan, Task
 from hf_layerpar.parallel.communicator import Communicator
 
 
-class Evaluator(Protocol):
-    """What a "step" task does with its tensor: a layer forward, or a vjp."""
+@dataclass(frozen=True)
+class Evaluator:
+    """What the tasks of a sweep do with a layer.
 
-    def __call__(self, layer: int, micro_batch: int, x: Tensor, final: bool) -> Tensor: ...
+    step: (layer, micro-batch, state, final) -> state; a layer forward, or an input-vjp.
+    weights: (layer, micro-batch); the weight gradients that the layer's final vjp left to do.
+    """
+
+    step: Callable[[int, int, Tensor, bool], Tensor]
+    weights: Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -95,9 +101,12 @@ def execute(part: RankPart, starts: Sequence[Tensor], evaluate: Evaluator, commu
                 waited += time.perf_counter() - began
                 values[value] = buffer
         if task.kind == "step":
-            result = evaluate(task.layer, task.micro_batch, values[task.inputs[0]], task.final)
+            result = evaluate.step(task.layer, task.micro_batch, values[task.inputs[0]], task.final)
         elif task.kind == "combine":
             result = _combine(task.coefficients, [values[v] for v in task.inputs])
+        elif task.kind == "weights":
+            evaluate.weights(task.layer, task.micro_batch)
+            result = None
         else:
             assert residuals is not None
             a, b = (values[v].to(wide) for v in task.inputs)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
+from hf_layerpar.parallel.deferral import PendingGradient, collecting, recording
 
 
 class LayerCall(Protocol):
@@ -36,14 +37,22 @@ class Program:
         an order that is the same on every rank.
     params: the trainable parameters that this rank holds, each once.
     recompute: keep states instead of graphs, and run a layer's forward again in the backward.
+    split_weights: weight gradients of linear modules (see `deferral`) wait for `weights` after the final vjp.
     seed: the stack's draw for this forward, or None when no layer is in training mode. Each layer of each micro-batch
         has a stream of its own, set before every evaluation: all sweeps, levels and ranks see the same dropout masks.
     """
 
     def __init__(
-        self, calls: Sequence[LayerCall], x: Tensor, *, micro_batches: int, seed: int | None, recompute: bool
+        self,
+        calls: Sequence[LayerCall],
+        x: Tensor,
+        *,
+        micro_batches: int,
+        seed: int | None,
+        recompute: bool,
+        split_weights: bool = False,
     ) -> None:
-        self.calls, self.seed, self.recompute = calls, seed, recompute
+        self.calls, self.seed, self.recompute, self.split_weights = calls, seed, recompute, split_weights
         self.device, self.batch_size = x.device, x.shape[0]
         self.micro_batches = max(1, min(micro_batches, self.batch_size))
         bounds = [self.batch_size * m // self.micro_batches for m in range(self.micro_batches + 1)]
@@ -71,6 +80,7 @@ class Program:
         # (layer, micro-batch) -> final step as (state, side leaves, result), or the state alone when the graph is spent
         self._tape: dict[tuple[int, int], tuple[Tensor, list[Tensor], Tensor] | Tensor] = {}
         self._keep_graphs = False
+        self._pending: dict[tuple[int, int], list[PendingGradient]] = {}
         self.param_grads: list[Tensor | None] = []
         self.side_grads: list[Tensor] = []
 
@@ -125,10 +135,15 @@ class Program:
             entry = self._with_graph(layer, micro_batch, entry)
         x, sides, y = entry
         if not final:
-            return torch.autograd.grad(y, x, lam, retain_graph=True)[0]
+            with collecting(None):
+                return torch.autograd.grad(y, x, lam, retain_graph=True)[0]
         params = self._layer_params[layer]
         places = list(dict.fromkeys(self._arguments[layer][2].values()))
-        grads = torch.autograd.grad(y, [x, *sides, *params], lam, allow_unused=True)
+        pending: list[PendingGradient] = []
+        with collecting(pending):
+            grads = torch.autograd.grad(y, [x, *sides, *params], lam, allow_unused=True)
+        if pending:
+            self._pending[layer, micro_batch] = pending
         # the graph is spent; a second backward (retain_graph=True) evaluates the layer again from its state
         self._tape[layer, micro_batch] = x.detach()
         for place, grad in zip(places, grads[1 : 1 + len(sides)], strict=True):
@@ -136,15 +151,25 @@ class Program:
                 self._rows_of(self.side_grads[place], micro_batch).add_(grad)
         for param, grad in zip(params, grads[1 + len(sides) :], strict=True):
             if grad is not None:
-                place = self._param_place[param]
-                so_far = self.param_grads[place]
-                self.param_grads[place] = grad if so_far is None else so_far + grad
+                self._add_gradient(param, grad)
         assert grads[0] is not None, f"layer {layer} doesn't depend on its state"
         return grads[0]
 
+    def weights(self, layer: int, micro_batch: int) -> None:
+        """The weight gradients that the final vjp of this layer left to do."""
+        with torch.no_grad():
+            for pending in self._pending.pop((layer, micro_batch), ()):
+                for param, grad in pending.gradients():
+                    self._add_gradient(param, grad)
+
     # ---- inside
+    def _add_gradient(self, param: nn.Parameter, grad: Tensor) -> None:
+        place = self._param_place[param]
+        so_far = self.param_grads[place]
+        self.param_grads[place] = grad if so_far is None else so_far + grad
+
     def _with_graph(self, layer: int, micro_batch: int, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        with torch.enable_grad():
+        with torch.enable_grad(), recording() if self.split_weights else nullcontext():
             x = x.detach().requires_grad_()
             sides = {p: t.detach().requires_grad_() for p, t in self._sides(layer, micro_batch).items()}
             return x, list(sides.values()), self._evaluate(layer, micro_batch, x, sides)

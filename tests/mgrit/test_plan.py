@@ -145,7 +145,7 @@ def test_timeline_accounts_for_every_unit():
     plan = plans(mgrit(coarsening=4, coarse_operator="aggregate"), 16, 2)[1]
     costs = Costs(step=1.0, vjp=1.5, final_vjp=2.0, combine=0.25, latency=2.0)
     timeline = simulate(plan, costs)
-    assert sum(timeline.busy) == pytest.approx(sum(costs.of(t, "backward") for t in plan.tasks))
+    assert sum(timeline.busy) == pytest.approx(sum(costs.of(t, plan) for t in plan.tasks))
     assert 0 <= timeline.idle_share < 1
     assert simulate(plan, costs).makespan > simulate(plan).makespan
 

@@ -211,7 +211,7 @@ def test_a_layer_that_changes_the_shape_is_refused():
 
 
 def test_gradients_are_handed_over_not_copied():
-    """As many copies of tensors in a backward as plain torch makes: autograd clones a gradient that is held elsewhere."""
+    """As many copies in a backward as plain torch makes: autograd clones a gradient that is held elsewhere."""
     layers, x = blocks(4), state()
     counts = []
     for run in (lambda: solve(layers, x, engine(EXACT, 4)), lambda: serial(layers, x)):
