@@ -3,8 +3,8 @@
     python recipes/benchmarks/overhead.py [--layers 32] [--steps 10]
 
 Every layer forward, every vjp, every weight gradient taken later and every blocking call to another rank is timed where
-the engine makes it; what is left of the step is its own. Waiting for others is counted apart: it belongs to the schedule. On one rank nothing waits, so
-there the share is exact. Written to recipes/benchmarks/results/overhead.json.
+the engine makes it; what is left of the step is its own. Waiting for others is counted apart: it belongs to the
+schedule. On one rank nothing waits, so there the share is exact. Written to recipes/benchmarks/results/overhead.json.
 """
 
 from __future__ import annotations
