@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from hf_layerpar.ode.families import shared_modules
 from hf_layerpar.ode.stack import LayerStack
 from hf_layerpar.parallel.communicator import Communicator, GroupCommunicator, LocalCommunicator
 from hf_layerpar.parallel.engine import StackEngine, SweepReport, exact_config
-from hf_layerpar.parallel.ownership import contiguous_owner
+from hf_layerpar.parallel.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
 
 _ATTRIBUTE = "_hf_layerpar_parallel"
 
@@ -28,7 +28,7 @@ def parallelize(
     config: LayerParallelConfig | None = None,
     group: dist.ProcessGroup | None = None,
     *,
-    split: Sequence[int] | None = None,
+    split: Sequence[int] | Literal["interleaved"] | None = None,
 ) -> LayerParallel:
     """Spreads the layers of a converted model over the lp ranks, in place; collective over `group`.
 
@@ -40,7 +40,8 @@ def parallelize(
         model: a model from `convert_to_ode`, on its device.
         config: how the layers are solved; the exact pipeline by default. `LayerParallel.config` changes it later.
         group: the lp ranks. None: the default process group if one is initialised, else this process alone.
-        split: number of layers of each lp rank, the same for every stack; as even as possible by default.
+        split: number of layers of each lp rank, the same for every stack; as even as possible by default. "interleaved"
+            deals each MGRIT interval out to all ranks, for the `aggregate` operator with `coarsening` = lp size.
 
     Raises:
         UnsupportedModelError: the model isn't converted, or is parallelized already.
@@ -89,7 +90,7 @@ class LayerParallel:
         config: LayerParallelConfig,
         stacks: Sequence[LayerStack],
         communicator: Communicator,
-        split: Sequence[int] | None,
+        split: Sequence[int] | str | None,
     ) -> None:
         self._model, self._config, self._communicator = model, config, communicator
         self._force_exact = False
@@ -217,13 +218,20 @@ class LayerParallel:
     # ---- inside
     @staticmethod
     def _owner(
-        config: LayerParallelConfig, stack: LayerStack, num_ranks: int, split: Sequence[int] | None
+        config: LayerParallelConfig, stack: LayerStack, num_ranks: int, split: Sequence[int] | str | None
     ) -> tuple[int, ...]:
         num_layers, buffers = len(stack.layers), stack.settings.buffers
         boundaries: list[int] = []
         with _naming(stack):
             if config.strategy == "mgrit":
                 boundaries = [buffers[0] + p for p in inner_grid(config, num_layers, buffers).levels[1]]
+            if isinstance(split, str):
+                if split != INTERLEAVED or config.strategy != "mgrit":
+                    raise ConfigurationError(
+                        f"split={split!r} with strategy={config.strategy!r}: the one split by name is 'interleaved', "
+                        f"and it needs the intervals of strategy='mgrit'; or give the number of layers of each rank"
+                    )
+                return interleaved_owner(num_layers, num_ranks, boundaries, buffers)
             return contiguous_owner(num_layers, num_ranks, boundaries=boundaries, split=split)
 
     @staticmethod

@@ -79,11 +79,12 @@ def engine(
     buffers: tuple[int, int] = (0, 0),
     recompute: bool = False,
     split: tuple[int, ...] | None = None,
+    owner: tuple[int, ...] | None = None,
 ) -> StackEngine:
     """An engine on the default process group, or on this process alone."""
     ranked = torch.distributed.is_initialized()
     communicator = GroupCommunicator(torch.distributed.group.WORLD) if ranked else LocalCommunicator()
-    owner = contiguous_owner(num_layers, communicator.size, split=split)
+    owner = owner or contiguous_owner(num_layers, communicator.size, split=split)
     flags = Fixed(config, recompute)
     return StackEngine(communicator, owner, buffers, flags, flags)
 

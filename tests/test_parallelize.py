@@ -76,8 +76,9 @@ def test_exact_gradients_on_two_ranks(name):
 
 
 def test_uneven_splits_and_more_ranks_than_divide_the_layers():
-    for world, split in ((2, (1, 3)), (3, None)):
-        for loss_error, error, _, _ in run_ranks(against_stock, world, "bert", EXACT, split):
+    dealt = LayerParallelConfig(strategy="mgrit", coarsening=2, forward_iterations=2, backward_iterations=2)
+    for world, config, split in ((2, EXACT, (1, 3)), (3, EXACT, None), (2, dealt, "interleaved")):
+        for loss_error, error, _, _ in run_ranks(against_stock, world, "bert", config, split):
             assert loss_error < 1e-12
             assert error < 1e-12
 
@@ -207,3 +208,5 @@ def test_not_converted_and_not_parallelized():
         layer_parallel(convert_to_ode(model))
     with pytest.raises(ConfigurationError, match=r"encoder\.layer: levels=4"):
         parallelize(model, LayerParallelConfig(strategy="mgrit", levels=4, coarsening=2))
+    with pytest.raises(ConfigurationError, match=r"split='interleaved' with strategy='pipeline'"):
+        parallelize(model, EXACT, split="interleaved")

@@ -62,24 +62,30 @@ class LocalCommunicator:
 class GroupCommunicator:
     """The ranks of a torch.distributed process group.
 
-    Messages of one sweep all travel the same way along the ranks for contiguous ownership, so that first-in first-out
-    matching (NCCL has no tags) can't block.
+    NCCL has no tags: the messages between two ranks are matched first-in first-out, and one that waits holds up those
+    behind it. So each way along the ranks has a group of its own there; the plan's order sees to the rest.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._world_rank = [dist.get_global_rank(group, r) for r in range(self.size)]
+        self._downward = group
+        if "nccl" in str(dist.get_backend_config(group)) and self.size > 1:
+            self._downward = dist.new_group(self._world_rank, use_local_synchronization=True)
         # comparing inputs on the host costs no device synchronisation, where the group can
         self._on_host = "cpu:gloo" in str(dist.get_backend_config(group))
 
     def send(self, tensor: Tensor, target: int) -> Any:
         with self._lost(f"sending to lp rank {target}"):
-            return dist.isend(tensor, self._world_rank[target], group=self.group)
+            return dist.isend(tensor, self._world_rank[target], group=self._way(self.rank, target))
 
     def receive(self, tensor: Tensor, source: int) -> Any:
         with self._lost(f"receiving from lp rank {source}"):
-            return dist.irecv(tensor, self._world_rank[source], group=self.group)
+            return dist.irecv(tensor, self._world_rank[source], group=self._way(source, self.rank))
+
+    def _way(self, source: int, target: int) -> dist.ProcessGroup | None:
+        return self.group if target > source else self._downward
 
     def wait(self, handle: Any) -> None:
         with self._lost("waiting for a message"):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from hf_layerpar.errors import ConfigurationError
+
+INTERLEAVED = "interleaved"
 
 
 def contiguous_owner(
@@ -39,3 +42,26 @@ def contiguous_owner(
         cuts.append(min(candidates, key=lambda p: (abs(p - ideal), -p)))
     cuts.append(num_layers)
     return tuple(rank for rank in range(num_ranks) for _ in range(cuts[rank], cuts[rank + 1]))
+
+
+def interleaved_owner(
+    num_layers: int, num_ranks: int, boundaries: Sequence[int], buffers: tuple[int, int]
+) -> tuple[int, ...]:
+    """The owner of every layer when each interval is dealt out to all ranks: what the `aggregate` operator wants, whose
+    coarse step evaluates all layers of an interval at once.
+
+    boundaries: layer indices of the C-points, from the first inner layer to the end of the last. The deal starts one
+    rank later in every interval, so that each rank has as many first layers as any other.
+    Raises ConfigurationError when a rank would own nothing.
+    """
+    owner = [0] * buffers[0]
+    for j, (start, stop) in enumerate(pairwise(boundaries)):
+        owner += [(i + j) % num_ranks for i in range(stop - start)]
+    owner += [num_ranks - 1] * buffers[1]
+    idle = sorted(set(range(num_ranks)) - set(owner))
+    if idle:
+        raise ConfigurationError(
+            f"split='interleaved' leaves lp ranks {idle} of {num_ranks} without a layer: {num_layers} layers in intervals "
+            f"of {boundaries[1] - boundaries[0]}; use a larger coarsening or a contiguous split"
+        )
+    return tuple(owner)

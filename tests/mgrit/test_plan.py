@@ -13,7 +13,7 @@ from hf_layerpar.mgrit.plan import Task
 from hf_layerpar.mgrit.simulate import Costs, simulate
 from hf_layerpar.mgrit.strategies import build_plan
 from hf_layerpar.parallel.executor import RankPart
-from hf_layerpar.parallel.ownership import contiguous_owner
+from hf_layerpar.parallel.ownership import contiguous_owner, interleaved_owner
 
 
 def mgrit(**settings) -> LayerParallelConfig:
@@ -155,6 +155,10 @@ def test_ownership():
     assert contiguous_owner(10, 3, boundaries=(0, 4, 8, 10)) == (0,) * 4 + (1,) * 4 + (2,) * 2
     assert contiguous_owner(5, 5) == (0, 1, 2, 3, 4)
     assert contiguous_owner(4, 2, split=(1, 3)) == (0, 1, 1, 1)
+    assert interleaved_owner(8, 2, (1, 3, 5, 7), (1, 1)) == (0, 0, 1, 1, 0, 0, 1, 1)
+    assert interleaved_owner(7, 3, (0, 3, 6, 7), (0, 0)) == (0, 1, 2, 1, 2, 0, 2)
+    with pytest.raises(ConfigurationError, match=r"lp ranks \[2, 3\] of 4 without a layer: 3 layers in intervals of 2"):
+        interleaved_owner(3, 4, (0, 2, 3), (0, 0))
     with pytest.raises(ConfigurationError, match="lp_size=7 is more than the 6 layers"):
         contiguous_owner(6, 7)
     with pytest.raises(ConfigurationError, match="split=\\(4, 3\\)"):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import RankMismatchError
+from hf_layerpar.parallel.ownership import interleaved_owner
 from tests.multiproc import outcomes_of_ranks, run_ranks
 from tests.problems import blocks, engine, gradients, loss_of, serial, solve, state
 
@@ -33,14 +34,14 @@ SETTINGS = [
 ]
 
 
-def every_setting(split=None):
+def every_setting(split=None, deal=None):
     """Per setting the own layers' and inputs' gradients, as plain numbers (dropout on)."""
     layers = blocks(LAYERS, dropout=0.2).train()
     x, side = state(batch=5), state(batch=5, seed=4)
     rank = dist.get_rank() if dist.is_initialized() else 0
     results = []
     for settings in SETTINGS:
-        solver = engine(LayerParallelConfig(**settings), LAYERS, buffers=(1, 1), split=split)
+        solver = engine(LayerParallelConfig(**settings), LAYERS, buffers=(1, 1), split=split, owner=deal)
         torch.manual_seed(3)
         own = [n for n in range(LAYERS) if solver.owner[n] == rank]
         params = {n: list(layers[n].parameters()) for n in own}
@@ -58,9 +59,15 @@ def on_one_rank():
     return run_ranks(every_setting, 1)[0]
 
 
-@pytest.mark.parametrize(("world", "split"), [(2, None), (2, (3, 8)), (3, None), (4, None)])
-def test_gradients_do_not_depend_on_the_ranks(on_one_rank, world, split):
-    ranks = run_ranks(every_setting, world, split)
+DEALT = {world: interleaved_owner(LAYERS, world, (1, 4, 7, 10), (1, 1)) for world in (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("world", "split", "deal"),
+    [(2, None, None), (2, (3, 8), None), (3, None, None), (4, None, None), (2, None, DEALT[2]), (3, None, DEALT[3])],
+)
+def test_gradients_do_not_depend_on_the_ranks(on_one_rank, world, split, deal):
+    ranks = run_ranks(every_setting, world, split, deal)
     for i, settings in enumerate(SETTINGS):
         one = on_one_rank[i]
         assert {k for rank in ranks for k in rank[i]} == set(one)
