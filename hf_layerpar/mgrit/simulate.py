@@ -77,8 +77,8 @@ class Costs:
     def cut(self, micro_batches: int) -> Costs:
         """The costs of one micro-batch, when these are those of the whole batch."""
         work = self.fixed_share + (1.0 - self.fixed_share) / micro_batches
-        shrinking = {"step": work, "graph_step": work, "vjp": work, "weights": work, "final_vjp": work}
-        shrinking |= {"combine": work, "residual": work, "state_bytes": 1 / micro_batches, "graph_bytes": 1 / micro_batches}
+        shrinking = dict.fromkeys(("step", "graph_step", "vjp", "weights", "final_vjp", "combine", "residual"), work)
+        shrinking |= dict.fromkeys(("state_bytes", "graph_bytes"), 1 / micro_batches)
         return dataclasses.replace(self, **{name: getattr(self, name) * s for name, s in shrinking.items()})
 
 
@@ -225,7 +225,7 @@ def _targets(plan: Plan) -> dict[int, list[int]]:
 
 def _peaks(plan: Plan, costs: Costs) -> tuple[Peak, ...]:
     """As the executor holds things: a buffer for every message from the start of the sweep, a sent state to its end, any
-    other until its last use; the graphs of the forward until the backward's final vjps."""
+    other until its last use; the graphs of the forward until the backward's weight gradients, which need much of them."""
     sent = _targets(plan)
     states = [0] * plan.num_ranks
     for ranks in sent.values():
@@ -249,7 +249,7 @@ def _peaks(plan: Plan, costs: Costs) -> tuple[Peak, ...]:
             graphs[rank] += 1
         held = states[rank], graphs[rank], states[rank] * costs.state_bytes + graphs[rank] * costs.graph_bytes
         most[rank] = [max(a, b) for a, b in zip(most[rank], held, strict=True)]
-        if task.final and plan.direction == "backward":
+        if plan.direction == "backward" and (task.kind == "weights" if plan.split_weights else task.final):
             graphs[rank] -= 1
         for value in {*task.inputs, task.output}:
             if value is not None and last_use.get((value, rank)) == i:
