@@ -107,13 +107,18 @@ class RankPool:
         context.set_forkserver_preload(_PRELOAD)
         for rank in range(self.world):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, port, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.world, port, theirs))
             process.start()
             theirs.close()
             self._ranks.append((process, mine))
 
 
 _POOLS: dict[int, RankPool] = {}
+
+
+def shared_pool(world: int) -> RankPool:
+    """The ranks that all tests use, so that they start once."""
+    return _POOLS.setdefault(world, RankPool(world))
 
 
 @atexit.register
@@ -128,7 +133,7 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 1
     fn and args must be picklable; results should be plain data or numpy arrays. Raises RuntimeError with the first
     failing rank's traceback, TimeoutError after `timeout` seconds.
     """
-    return _POOLS.setdefault(world, RankPool(world)).run(fn, *args, timeout=timeout)
+    return shared_pool(world).run(fn, *args, timeout=timeout)
 
 
 def outcomes_of_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 180.0) -> list[str]:

@@ -1,20 +1,16 @@
-"""Rank pools shared by all training tests."""
+"""Rank pools as fixtures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
-from tests.training.ranks import RankPool
+from tests.multiproc import RankPool, shared_pool
 
 
 def _pool(world: int):
     @pytest.fixture(scope="session", name=f"ranks{world}")
-    def ranks() -> Iterator[RankPool]:
-        pool = RankPool(world)
-        yield pool
-        pool.close()
+    def ranks() -> RankPool:
+        return shared_pool(world)
 
     return ranks
 

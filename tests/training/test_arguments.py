@@ -15,7 +15,7 @@ from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
 from tests.training import runs, scenarios
-from tests.training.ranks import RankPool
+from tests.multiproc import RankPool
 
 
 def parse(*words: str) -> LayerParallelTrainingArguments:

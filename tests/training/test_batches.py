@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.training import scenarios
-from tests.training.ranks import RankPool
+from tests.multiproc import RankPool
 
 
 @pytest.mark.parametrize("workers", [0, 2])

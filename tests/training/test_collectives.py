@@ -13,7 +13,7 @@ from transformers import BatchEncoding
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.parallel.mesh import Mesh, build_mesh, check_lp_size
 from hf_layerpar.training import collectives
-from tests.training.ranks import RankPool
+from tests.multiproc import RankPool
 
 
 def _places() -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ import pytest
 from hf_layerpar.parallel.engine import SweepReport
 from hf_layerpar.training.callbacks import solver_log
 from tests.training import runs, scenarios
-from tests.training.ranks import RankPool
+from tests.multiproc import RankPool
 
 FAMILIES = ("bert_classifier", "llama")
 

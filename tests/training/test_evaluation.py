@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.training import scenarios
-from tests.training.ranks import RankPool
+from tests.multiproc import RankPool
 
 COUNT = 37  # no batch size or number of ranks divides it
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.multiproc import free_port
 from tests.training import runs, scenarios
-from tests.training.ranks import RankPool
+from tests.multiproc import RankPool
 
 
 def launched(processes: int, folder: Path, *options: str) -> dict[str, float]:

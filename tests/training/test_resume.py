@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.training import runs, scenarios
-from tests.training.ranks import RankPool
+from tests.multiproc import RankPool
 
 SAVING = {"save_strategy": "steps", "max_steps": 6, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
 

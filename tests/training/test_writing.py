@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.training import runs, scenarios
-from tests.training.ranks import RankPool
+from tests.multiproc import RankPool
 
 SAVING = {"lp_size": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
@@ -17,7 +17,7 @@ def test_killed_while_writing(ranks2: RankPool, tmp_path: Path) -> None:
     whole = ranks2.run(runs.train, str(tmp_path / "whole"), "llama", SAVING)[0]
     directory = tmp_path / "killed"
     doomed = RankPool(2)
-    with pytest.raises(RuntimeError, match=r"died|failed"):
+    with pytest.raises(RuntimeError, match=r"exit code -9|failed"):
         doomed.run(scenarios.train_and_die, str(directory), SAVING, 4, "weights")
     left = sorted(os.listdir(directory))
     assert left == ["_checkpoint-4.partial", "checkpoint-2"]
@@ -31,7 +31,7 @@ def test_killed_while_replacing_the_only_checkpoint(ranks1: RankPool, tmp_path: 
     settings = SAVING | {"lp_size": 1, "max_steps": 2}
     whole = ranks1.run(runs.train, str(tmp_path), "llama", settings)[0]
     doomed = RankPool(1)
-    with pytest.raises(RuntimeError, match="died"):
+    with pytest.raises(RuntimeError, match="exit code -9"):
         doomed.run(scenarios.train_and_die, str(tmp_path), settings, 2, "renames")
     assert "checkpoint-2" not in os.listdir(tmp_path)
     again = ranks1.run(runs.train, str(tmp_path), "llama", settings, True)[0]
