@@ -14,7 +14,7 @@ from hf_layerpar.mgrit.plan import Plan, PlanBuilder
 from hf_layerpar.mgrit.simulate import Costs
 from hf_layerpar.parallel.communicator import Communicator, LocalCommunicator
 from hf_layerpar.parallel.deferral import make_deferrable
-from hf_layerpar.parallel.executor import RankPart, execute
+from hf_layerpar.parallel.executor import Evaluator, RankPart, execute
 from hf_layerpar.parallel.program import LayerCall, Program
 
 _SAMPLED_LAYERS = 4
@@ -75,8 +75,8 @@ def calibrate(
 def _layer_times(
     calls: Sequence[LayerCall], x: Tensor, layers: Sequence[int], micro_batches: int, seconds: float
 ) -> dict[str, float]:
-    """Medians for the first micro-batch. The weight gradients are what a final vjp and its "weights" task take beyond an
-    input-only vjp; `final_vjp` is both in one backward, as on one rank."""
+    """Medians for the first micro-batch. The weight gradients are what a final vjp and its "weights" task take beyond
+    an input-only vjp; `final_vjp` is both in one backward, as on one rank."""
     seed = 0 if any(call.layer.training for call in calls) else None
     found: dict[str, list[float]] = {}
     programs = {
@@ -117,17 +117,10 @@ def _layer_times(
     return medians
 
 
-class _Nothing:
-    """An evaluator that does no work."""
-
-    def step(self, layer: int, micro_batch: int, x: Tensor, final: bool) -> Tensor:
-        return x
-
-    def weights(self, layer: int, micro_batch: int) -> None: ...
-
-
 def _executor_times(x: Tensor) -> tuple[float, float, float]:
     """What a task takes beside its work; and above that, one term of a combination, and one residual."""
+
+    no_work = Evaluator(step=lambda layer, micro_batch, state, final: state, weights=lambda layer, micro_batch: None)
 
     def plan_of(kind: str) -> Plan:
         builder = PlanBuilder("forward", [0] * _CHAIN)
@@ -150,7 +143,7 @@ def _executor_times(x: Tensor) -> tuple[float, float, float]:
         runs = []
         for _ in range(6):
             began = _now(x.device)
-            execute(part, [x], _Nothing(), LocalCommunicator())
+            execute(part, [x], no_work, LocalCommunicator())
             runs.append(_now(x.device) - began)
         return statistics.median(runs[1:]) / len(part.tasks)
 

@@ -13,6 +13,18 @@ from torch import Tensor
 from hf_layerpar.errors import PeerLostError, RankMismatchError
 
 
+@contextmanager
+def peer_loss(doing: str) -> Iterator[None]:
+    """Around collective calls (or on a function of them): a torch.distributed failure becomes PeerLostError."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise PeerLostError(
+            f"rank {dist.get_rank()} of {dist.get_world_size()} lost another one during {doing}: {error}. The other "
+            f"rank's log has the cause; restart all ranks, from the last checkpoint if there is one"
+        ) from error
+
+
 class Communicator(Protocol):
     """The lp group as the executor sees it. All tensors stay on their device."""
 
@@ -77,38 +89,38 @@ class GroupCommunicator:
         self._on_host = "cpu:gloo" in str(dist.get_backend_config(group))
 
     def send(self, tensor: Tensor, target: int) -> Any:
-        with self._lost(f"sending to lp rank {target}"):
+        with peer_loss(f"a send to lp rank {target}"):
             return dist.isend(tensor, self._world_rank[target], group=self._way(self.rank, target))
 
     def receive(self, tensor: Tensor, source: int) -> Any:
-        with self._lost(f"receiving from lp rank {source}"):
+        with peer_loss(f"a receive from lp rank {source}"):
             return dist.irecv(tensor, self._world_rank[source], group=self._way(source, self.rank))
 
     def _way(self, source: int, target: int) -> dist.ProcessGroup | None:
         return self.group if target > source else self._downward
 
     def wait(self, handle: Any) -> None:
-        with self._lost("waiting for a message"):
+        with peer_loss("the wait for a message"):
             handle.wait()
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        with self._lost(f"a broadcast from lp rank {source}"):
+        with peer_loss(f"a broadcast from lp rank {source}"):
             dist.broadcast(tensor, self._world_rank[source], group=self.group)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        with self._lost("a sum over the lp ranks"):
+        with peer_loss("a sum over the lp ranks"):
             dist.all_reduce(tensor, group=self.group)
 
     def agree(self, facts: dict[str, Any], device: torch.device) -> None:
         device = torch.device("cpu") if self._on_host else device
         mine = torch.tensor(_fingerprint(facts), dtype=torch.int64, device=device)
         every = torch.empty(self.size * mine.numel(), dtype=torch.int64, device=device)
-        with self._lost("comparing inputs"):
+        with peer_loss("the comparison of inputs"):
             dist.all_gather_single(every, mine, group=self.group)
         if bool((every.view(self.size, -1) == mine).all()):
             return
         said: list[Any] = [None] * self.size
-        with self._lost("comparing inputs"):
+        with peer_loss("the comparison of inputs"):
             dist.all_gather_object(said, facts, group=self.group)
         differing = {k: [s[k] for s in said] for k in facts if len({repr(s[k]) for s in said}) > 1}
         remedy = (
@@ -119,16 +131,6 @@ class GroupCommunicator:
 
     def __deepcopy__(self, memo: dict) -> GroupCommunicator:
         return self  # a copied model speaks through the same process group
-
-    @contextmanager
-    def _lost(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise PeerLostError(
-                f"lp rank {self.rank} lost another rank of {self.size} while {doing}: {error}. Its own log has the "
-                f"cause; restart all ranks, from the last checkpoint if there is one"
-            ) from error
 
 
 def _fingerprint(facts: dict[str, Any]) -> list[int]:

@@ -61,7 +61,7 @@ def interleaved_owner(
     idle = sorted(set(range(num_ranks)) - set(owner))
     if idle:
         raise ConfigurationError(
-            f"split='interleaved' leaves lp ranks {idle} of {num_ranks} without a layer: {num_layers} layers in intervals "
-            f"of {boundaries[1] - boundaries[0]}; use a larger coarsening or a contiguous split"
+            f"split='interleaved' leaves lp ranks {idle} of {num_ranks} without a layer: {num_layers} layers in "
+            f"intervals of {boundaries[1] - boundaries[0]}; use a larger coarsening or a contiguous split"
         )
     return tuple(owner)

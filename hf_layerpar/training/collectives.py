@@ -12,10 +12,13 @@ import torch.distributed as dist
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
+from hf_layerpar.parallel.communicator import peer_loss
+
 BUCKET_BYTES = 8 << 20
 """Gradients travel in flat buckets of about this size: large enough to fill a link, small enough to overlap."""
 
 
+@peer_loss("the sharing of a batch")
 def share(value: Any, group: dist.ProcessGroup, device: torch.device) -> Any:
     """`value` of the group's first rank, on every rank of the group. Collective.
 
@@ -80,6 +83,7 @@ class _TensorsApartAgain(pickle.Unpickler):
         return self.tensors[place]
 
 
+@peer_loss("the averaging of gradients")
 def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Replaces every `.grad` by its mean over the group, in flat buckets. Collective.
 
@@ -125,6 +129,7 @@ def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return buckets
 
 
+@peer_loss("the broadcast of the model")
 @torch.no_grad()
 def broadcast_model(model: nn.Module, group: dist.ProcessGroup) -> None:
     """Gives every rank of the group the parameters and buffers of its first rank. Collective."""
@@ -140,6 +145,7 @@ def broadcast_model(model: nn.Module, group: dist.ProcessGroup) -> None:
                 tensor.copy_(piece.view_as(tensor))
 
 
+@peer_loss("the gathering of predictions")
 def gather_rows(data: Any, group: dist.ProcessGroup) -> Any:
     """Every tensor in nested `data` concatenated along dim 0 over the group's ranks, in their order. Collective.
 

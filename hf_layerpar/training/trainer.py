@@ -18,6 +18,7 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
+from hf_layerpar.parallel.communicator import peer_loss
 from hf_layerpar.parallel.mesh import build_mesh
 from hf_layerpar.sharding import layer_parallel, parallelize
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
@@ -250,7 +251,8 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
         if layers := {place[name]: norm for name, norm in norms.items() if name in place}:
             squares[list(layers)] = torch.stack([norm.double() for norm in layers.values()]).square()
         if self.mesh.lp_size > 1:
-            dist.all_reduce(squares, group=self.mesh.lp_group)  # exact: each entry comes from one rank
+            with peer_loss("the sum of gradient norms"):
+                dist.all_reduce(squares, group=self.mesh.lp_group)  # exact: each entry comes from one rank
         everything = squares.tolist()
         if ends:
             everything += torch.stack([norm.double() for norm in ends]).square().tolist()

@@ -141,5 +141,5 @@ def test_a_killed_rank_ends_the_others_with_a_clear_error():
     assert time.monotonic() - began < 60
     assert outcomes[1] == "exit code -9"
     for rank in (0, 2):
-        assert "PeerLostError: lp rank" in outcomes[rank]
+        assert "PeerLostError: rank" in outcomes[rank]
         assert "restart all ranks, from the last checkpoint" in outcomes[rank]

@@ -315,3 +315,31 @@ def second_trainer(output_dir: str) -> tuple[str, str]:
     except ConfigurationError as error:
         return first.layer_parallel.config.strategy, str(error)
     return first.layer_parallel.config.strategy, "no error"
+
+
+class Death(hf.TrainerCallback):
+    """Kills a rank when a step begins."""
+
+    def __init__(self, rank: int, step: int) -> None:
+        self.rank, self.step = rank, step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index == self.rank and state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class DiesInStep(LayerParallelTrainer):
+    """lp rank 1 dies between the forward and the backward of step 2."""
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        if self.mesh.lp_rank == 1 and self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+
+def train_until_a_rank_dies(directory: str, settings: dict[str, Any], when: str) -> None:
+    if when == "between steps":
+        trainer(directory, "llama", settings, callbacks=[Death(1, 2)]).train()
+    else:
+        DiesInStep(build("llama"), arguments(directory, **settings), train_dataset=Samples("llama", 64)).train()

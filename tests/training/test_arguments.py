@@ -14,8 +14,8 @@ from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
-from tests.training import runs, scenarios
 from tests.multiproc import RankPool
+from tests.training import runs, scenarios
 
 
 def parse(*words: str) -> LayerParallelTrainingArguments:

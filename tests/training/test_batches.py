@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.training import scenarios
 from tests.multiproc import RankPool
+from tests.training import scenarios
 
 
 @pytest.mark.parametrize("workers", [0, 2])

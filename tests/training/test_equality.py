@@ -6,8 +6,8 @@ import pytest
 
 from hf_layerpar.parallel.engine import SweepReport
 from hf_layerpar.training.callbacks import solver_log
-from tests.training import runs, scenarios
 from tests.multiproc import RankPool
+from tests.training import runs, scenarios
 
 FAMILIES = ("bert_classifier", "llama")
 

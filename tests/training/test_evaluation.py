@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.training import scenarios
 from tests.multiproc import RankPool
+from tests.training import scenarios
 
 COUNT = 37  # no batch size or number of ranks divides it
 

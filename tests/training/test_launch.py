@@ -13,9 +13,8 @@ import torch
 import transformers as hf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.multiproc import free_port
+from tests.multiproc import RankPool, free_port
 from tests.training import runs, scenarios
-from tests.multiproc import RankPool
 
 
 def launched(processes: int, folder: Path, *options: str) -> dict[str, float]:

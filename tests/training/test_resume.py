@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import runs, scenarios
 from tests.multiproc import RankPool
+from tests.training import runs, scenarios
 
 SAVING = {"save_strategy": "steps", "max_steps": 6, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.multiproc import RankPool, outcomes_of_ranks
 from tests.training import runs, scenarios
-from tests.multiproc import RankPool
 
 SAVING = {"lp_size": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
@@ -45,3 +46,13 @@ def test_a_failure_on_one_rank_is_an_error_on_all(ranks2: RankPool, tmp_path: Pa
         assert "{1: 'OSError: No space left on device'}" in message
     assert "checkpoint-2" in os.listdir(tmp_path)
     assert "checkpoint-4" not in os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("when", ["between steps", "mid-step"])
+def test_a_killed_rank_ends_the_others(when: str, tmp_path: Path) -> None:
+    began = time.monotonic()
+    ended = outcomes_of_ranks(scenarios.train_until_a_rank_dies, 2, str(tmp_path), SAVING, when)
+    assert time.monotonic() - began < 60
+    assert ended[1] == "exit code -9"
+    assert "PeerLostError: rank 0 of 2 lost another one during" in ended[0]
+    assert "restart all ranks, from the last checkpoint" in ended[0]
