@@ -7,7 +7,7 @@ are alive at once and make their steps in alternation. Two tables: "stack", the 
 gradient at its end given; "ends", a GPT-2 around the same stack with embedding, head and loss. Ratios are to the
 median of serial one-thread torch in the same processes. Beside every time stand the gradient's cosine with the exact
 one, its relative error and norm ratio over all layers, and how much the memory of each rank grew in a step. Written to
-recipes/benchmarks/results/speed.json when all is measured. Takes some ten minutes on two quiet cores.
+recipes/benchmarks/results/speed.json when all is measured. Takes some twelve minutes on two quiet cores.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TABLES = {"stack": stack_sides, "ends": model_sides}
 
 def default_rounds(num_layers: int) -> int:
     """Deep stacks take longer a step and spread less."""
-    return min(11, max(5, 448 // num_layers))
+    return min(9, max(5, 448 // num_layers))
 
 
 def machine() -> dict[str, Any]:
@@ -97,7 +97,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument(
-        "--rounds", type=int, help="timed steps of each side, half as many with ends (default: 11 at 32 layers, 7, 5)"
+        "--rounds",
+        type=int,
+        help="timed steps of each side, half as many with ends (default: 9 at 32 layers, 7 at 64, 5 at 128)",
     )
     parser.add_argument("--ranks", type=int, nargs="+", choices=(1, 2), default=[1, 2])
     parser.add_argument("--tables", nargs="+", choices=tuple(TABLES), default=list(TABLES))
