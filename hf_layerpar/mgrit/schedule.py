@@ -15,8 +15,8 @@ hangs on it. Smallest first; the plan's order breaks ties."""
 
 
 def earliest_micro_batch(task: Task, tail: float) -> tuple:
-    """Later micro-batches fill the gaps of earlier ones; within one, the longest tail first. Weight gradients, for which
-    nobody waits, fill what gaps there are left."""
+    """Later micro-batches fill the gaps of earlier ones; within one, the longest tail first. Weight gradients, for
+    which nobody waits, fill what gaps there are left."""
     return (task.kind == "weights", task.micro_batch, -tail)
 
 
@@ -34,8 +34,8 @@ PRIORITIES: tuple[Priority, ...] = (earliest_micro_batch, final_steps_last, as_w
 
 
 def in_schedule_order(plan: Plan, costs: Costs | None = None, priorities: Sequence[Priority] = PRIORITIES) -> Plan:
-    """The plan with its tasks in list-schedule order: a free rank takes, of the tasks whose inputs have arrived, the first
-    by priority. No rule is best everywhere, so each is tried and the shortest schedule kept (the first of equals).
+    """The plan with its tasks in list-schedule order: a free rank takes, of the tasks whose inputs have arrived, the
+    first by priority. No rule is best everywhere, so each is tried and the shortest schedule kept.
 
     Sorted by starting time the result is a topological order, so ranks that work it in order can't wait for each other
     in a circle.

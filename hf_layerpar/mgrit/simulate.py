@@ -20,8 +20,8 @@ class Costs:
     combine: a linear combination, for each of its terms. residual: one residual norm.
     overhead: what every task takes beside its work.
     fixed_share: the part of a price that doesn't shrink when the batch is cut into micro-batches.
-    latency, bandwidth: a message of b bytes arrives latency + b / bandwidth after its send. A rank's messages go out one
-        behind the other.
+    latency, bandwidth: a message of b bytes arrives latency + b / bandwidth after its send. A rank's messages go out
+        one behind the other.
     send: working time that a message takes from its sender.
     state_bytes: one state. graph_bytes: one kept graph (the activations of a layer; with recomputation, one state).
     Raises ConfigurationError for a negative price.
@@ -197,7 +197,7 @@ def simulate(plan: Plan, costs: Costs | None = None) -> Timeline:
         rank, start = task.rank, free[task.rank]
         for value in task.inputs:
             home = plan.producer[value]
-            start = max(start, made[value] if home == EVERYWHERE or home == rank else arrived[value, rank])
+            start = max(start, made[value] if home in (EVERYWHERE, rank) else arrived[value, rank])
         free[rank] = end = start + costs.of(task, plan)
         spans.append((start, end))
         if task.output is None:
@@ -224,8 +224,8 @@ def _targets(plan: Plan) -> dict[int, list[int]]:
 
 
 def _peaks(plan: Plan, costs: Costs) -> tuple[Peak, ...]:
-    """As the executor holds things: a buffer for every message from the start of the sweep, a sent state to its end, any
-    other until its last use; the graphs of the forward until the backward's weight gradients, which need much of them."""
+    """As the executor holds things: a buffer for every message from the start of the sweep, a sent state to its end,
+    any other until its last use; the graphs of the forward until the weight gradients, which need much of them."""
     sent = _targets(plan)
     states = [0] * plan.num_ranks
     for ranks in sent.values():

@@ -1,0 +1,126 @@
+"""Draws the predicted time line of a step: one row a rank, as a picture or as text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_layerpar.errors import LayerParallelError
+from hf_layerpar.mgrit.plan import Plan, Task
+from hf_layerpar.mgrit.simulate import StepTimeline
+
+KINDS: dict[str, tuple[str, str]] = {
+    "forward step": ("F", "#2b6cb0"),
+    "coarse or early step": ("f", "#8ec5ee"),
+    "final vjp": ("B", "#c05621"),
+    "coarse or early vjp": ("b", "#f5b97f"),
+    "weight gradients": ("W", "#6b8e4e"),
+    "combine, residual": ("+", "#805ad5"),
+}
+"""What a task is drawn as: its letter in text and its colour in pictures. Idle is "." and grey."""
+
+_IDLE = "#edf0f3"
+
+
+def kind_of(task: Task, plan: Plan) -> str:
+    if task.kind == "weights":
+        return "weight gradients"
+    if task.kind != "step":
+        return "combine, residual"
+    if plan.direction == "forward":
+        return "forward step" if task.final else "coarse or early step"
+    return "final vjp" if task.final else "coarse or early vjp"
+
+
+def bars(step: StepTimeline) -> Iterator[tuple[int, str, int, float, float]]:
+    """(rank, kind, micro-batch, start, end) of every task that takes time, the backward after the forward."""
+    for sweep, offset in ((step.forward, 0.0), (step.backward, step.forward.makespan)):
+        for task, (start, end) in zip(sweep.plan.tasks, sweep.spans, strict=True):
+            if end > start:
+                yield task.rank, kind_of(task, sweep.plan), task.micro_batch, offset + start, offset + end
+
+
+def as_text(step: StepTimeline, width: int = 96, max_rows: int = 32) -> str:
+    """One line a rank (of more than `max_rows`, every k-th) and `width` columns of time; a column shows what its rank
+    does for most of it."""
+    num_ranks = step.forward.plan.num_ranks
+    scale = width / step.makespan
+    shares: list[list[dict[str, float]]] = [[{} for _ in range(width)] for _ in range(num_ranks)]
+    seen = set()
+    for rank, kind, _, start, end in bars(step):
+        seen.add(kind)
+        letter, a, b = KINDS[kind][0], start * scale, end * scale
+        for column in range(int(a), min(width, math.ceil(b))):
+            cell = shares[rank][column]
+            cell[letter] = cell.get(letter, 0.0) + min(b, column + 1) - max(a, column)
+    lines = []
+    for rank in range(0, num_ranks, -(-num_ranks // max_rows)):
+        letters = ["." if sum(c.values()) < 0.5 else max(c, key=lambda k, c=c: c[k]) for c in shares[rank]]
+        lines.append(f"rank {rank:>{len(str(num_ranks - 1))}} |{''.join(letters)}|")
+    legend = ", ".join(f"{letter} {kind}" for kind, (letter, _) in KINDS.items() if kind in seen)
+    return "\n".join([*lines, f"{legend}, . idle"])
+
+
+def draw(
+    steps: Mapping[str, StepTimeline], path: Path | str, *, unit: str = "layer forwards of the whole batch"
+) -> None:
+    """Writes a PNG with one panel a step, titled by its name, all on one time axis.
+
+    Micro-batches of a kind differ in shade. Raises LayerParallelError when matplotlib is missing.
+    """
+    figure_class, patch = _matplotlib()
+    ranks = [step.forward.plan.num_ranks for step in steps.values()]
+    heights = [max(0.9, min(0.26 * n, 6.0)) for n in ranks]  # inches; rows get thinner where there are many
+    figure = figure_class(figsize=(10.0, sum(heights) + 0.62 * len(steps) + 0.9), dpi=150, layout="constrained")
+    panels = figure.subplots(len(steps), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    longest = max(step.makespan for step in steps.values())
+    seen: set[str] = set()
+    for axes, (name, step), num_ranks in zip(panels, steps.items(), ranks, strict=True):
+        micro_batches = step.forward.plan.micro_batches
+        axes.barh(range(num_ranks), step.makespan, height=0.86, color=_IDLE, linewidth=0)
+        rows: dict[tuple[int, str, int], list[tuple[float, float]]] = {}
+        for rank, kind, micro_batch, start, end in bars(step):
+            rows.setdefault((rank, kind, micro_batch), []).append((start, end - start))
+            seen.add(kind)
+        thin = longest / 250  # bars narrower than this get no white edge, which would hide them
+        for (rank, kind, micro_batch), spans in rows.items():
+            colour = _shade(KINDS[kind][1], 0.45 * micro_batch / max(1, micro_batches - 1))
+            edge = 0.35 if min(length for _, length in spans) > thin else 0.0
+            axes.broken_barh(spans, (rank - 0.43, 0.86), facecolor=colour, edgecolor="white", linewidth=edge)
+        axes.axvline(step.forward.makespan, color="#1a202c", linewidth=0.9, linestyle=(0, (3, 2)))
+        speedup = 1.0 / step.share
+        axes.set_title(name, loc="left", fontsize=10, fontweight="bold")
+        figures = f"{100 * step.share:.0f} % of serial ({speedup:.2f}x), idle {100 * step.idle_share:.0f} %"
+        axes.set_title(figures, loc="right", fontsize=9, color="#4a5568")
+        axes.set_ylim(num_ranks - 0.4, -0.6)
+        every = max(1, -(-num_ranks // 8))
+        axes.set_yticks(range(0, num_ranks, every), [f"rank {r}" for r in range(0, num_ranks, every)], fontsize=8)
+        axes.tick_params(length=0, labelsize=8)
+        axes.spines[:].set_visible(False)
+        axes.set_xlim(0.0, longest)
+    panels[-1].spines["bottom"].set_visible(True)
+    panels[-1].tick_params(axis="x", length=3)
+    panels[-1].set_xlabel(f"time in {unit}", fontsize=9)
+    legend = [patch(color=colour, label=kind) for kind, (_, colour) in KINDS.items() if kind in seen]
+    legend.append(patch(color=_IDLE, label="idle"))
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def _shade(colour: str, amount: float) -> tuple[float, ...]:
+    """The colour with a share of white mixed in."""
+    return tuple(v + (1.0 - v) * amount for v in (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)))
+
+
+def _matplotlib() -> tuple[Any, Any]:
+    """matplotlib's Figure (which writes files without any window system) and Patch."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Patch
+    except ImportError as error:
+        raise LayerParallelError(
+            "drawing needs matplotlib, which is not installed; pip install 'hf_layerpar[report]'"
+        ) from error
+    return Figure, Patch
