@@ -92,7 +92,7 @@ def draw(
         axes.axvline(step.forward.makespan, color="#1a202c", linewidth=0.9, linestyle=(0, (3, 2)))
         speedup = 1.0 / step.share
         axes.set_title(name, loc="left", fontsize=10, fontweight="bold")
-        figures = f"{100 * step.share:.0f} % of serial ({speedup:.2f}x), idle {100 * step.idle_share:.0f} %"
+        figures = f"predicted {100 * step.share:.0f} % of serial ({speedup:.2f}x), idle {100 * step.idle_share:.0f} %"
         axes.set_title(figures, loc="right", fontsize=9, color="#4a5568")
         axes.set_ylim(num_ranks - 0.4, -0.6)
         every = max(1, -(-num_ranks // 8))
