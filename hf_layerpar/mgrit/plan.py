@@ -180,26 +180,32 @@ class PlanBuilder:
     def end(self, value: int) -> None:
         self.ends.append(value)
 
-    def build(self, num_ranks: int) -> Plan:
+    def build(self, num_ranks: int, *, split_weights: bool = False) -> Plan:
         """The plan without the tasks that nothing needs.
 
-        A backward plan for several ranks takes weight gradients in tasks of their own: no other rank waits for them, so
-        they fill the gaps between the others.
+        split_weights: of a backward plan: weight gradients become tasks of their own. No other rank waits for them, so
+            they can fill the gaps between the others.
         """
-        split_weights = self.direction == "backward" and num_ranks > 1
+        tasks = list(self.tasks)
         if split_weights:
-            finals = [(t, t.output) for t in self.tasks if t.final and t.output is not None]
-            self.tasks += [Task("weights", t.rank, t.micro_batch, (v,), None, layer=t.layer) for t, v in finals]
+            finals = [(t, t.output) for t in tasks if t.final and t.output is not None]
+            tasks += [Task("weights", t.rank, t.micro_batch, (v,), None, layer=t.layer) for t, v in finals]
         needed = set(self.ends)
         kept: list[Task] = []
-        for task in reversed(self.tasks):
+        for task in reversed(tasks):
             if task.output is None or task.final or task.output in needed:
                 needed.update(task.inputs)
                 kept.append(task)
-        tasks = tuple(reversed(kept))
-        ends = tuple(self.ends)
-        starts, layers = tuple(self.starts), len(self.owner)
-        return Plan(self.direction, num_ranks, layers, starts, ends, tasks, self.iterations, split_weights)
+        return Plan(
+            self.direction,
+            num_ranks,
+            len(self.owner),
+            tuple(self.starts),
+            tuple(self.ends),
+            tuple(reversed(kept)),
+            self.iterations,
+            split_weights,
+        )
 
     def _new_value(self, rank: int) -> int:
         value, self._next = self._next, self._next + 1

@@ -11,6 +11,11 @@ from hf_layerpar.mgrit.cycle import Cycle
 from hf_layerpar.mgrit.grid import Grid
 from hf_layerpar.mgrit.plan import Direction, Plan, PlanBuilder
 from hf_layerpar.mgrit.schedule import in_schedule_order
+from hf_layerpar.mgrit.simulate import Costs, simulate
+
+_APART = Costs(weights=1.2)
+"""Weight gradients alone cost more than inside a backward: what they need has left the caches. So they are taken apart
+only where that fills gaps that are worth it."""
 
 
 def build_plan(
@@ -25,13 +30,17 @@ def build_plan(
     """The validated plan of one sweep over a stack.
 
     owner: the lp rank of every layer. buffers: open and close layers, which are always solved exactly.
-    Serial and pipeline are the same exact chain; what differs is the number of micro-batches.
+    Serial and pipeline are the same exact chain; what differs is the number of micro-batches. Between several ranks
+    weight gradients become tasks of their own where that makes the backward shorter.
     Raises ConfigurationError when the grid doesn't fit the stack.
     """
     builder = PlanBuilder(direction, owner)
     for _ in range(micro_batches):
         builder.end(_sweep(builder, config, buffers))
     plan = in_schedule_order(builder.build(num_ranks))
+    if direction == "backward" and num_ranks > 1:
+        split = in_schedule_order(builder.build(num_ranks, split_weights=True))
+        plan = min(plan, split, key=lambda p: simulate(p, _APART).makespan)
     plan.validate()
     return plan
 

@@ -90,13 +90,17 @@ class StackEngine:
             "settings": config,
         }
         self.communicator.agree(facts, x.device)
+        micro_batches = max(1, min(config.micro_batches, x.shape[0]))
+        split_weights = with_grad and self.part(config, "backward", micro_batches).plan.split_weights
+        if split_weights:
+            self._prepare(calls)
         program = Program(
             calls,
             x,
-            micro_batches=config.micro_batches,
+            micro_batches=micro_batches,
             seed=seed,
             recompute=with_grad and self.stack.needs_recompute,
-            split_weights=self._split_weights(calls),
+            split_weights=split_weights,
         )
         solve = _Solve(self, config, program)
         if not with_grad:
@@ -106,16 +110,13 @@ class StackEngine:
         anchor = torch.zeros((), device=x.device, requires_grad=True)
         return _Node.apply(solve, anchor, x, *program.side, *program.params)  # type: ignore[return-value]
 
-    def _split_weights(self, calls: Sequence[LayerCall]) -> bool:
-        """On several ranks weight gradients are tasks of their own; prepares the own layers for that, once."""
-        if self.communicator.size == 1:
-            return False
+    def _prepare(self, calls: Sequence[LayerCall]) -> None:
+        """Makes the weight gradients of the own layers deferrable, once."""
         if not self._prepared:
             for call, owner in zip(calls, self.owner, strict=True):
                 if owner == self.communicator.rank:
                     make_deferrable(call.layer)
             self._prepared = True
-        return True
 
     def part(self, config: LayerParallelConfig, direction: Direction, micro_batches: int) -> RankPart:
         return _rank_part(

@@ -36,6 +36,7 @@ class Program:
     side: the tensors among the recorded arguments that require grad (encoder states, position biases), each once, in
         an order that is the same on every rank.
     params: the trainable parameters that this rank holds, each once.
+    micro_batches: pieces to cut the batch into, at most its size.
     recompute: keep states instead of graphs, and run a layer's forward again in the backward.
     split_weights: weight gradients of linear modules (see `deferral`) wait for `weights` after the final vjp.
     seed: the stack's draw for this forward, or None when no layer is in training mode. Each layer of each micro-batch
@@ -54,7 +55,7 @@ class Program:
     ) -> None:
         self.calls, self.seed, self.recompute, self.split_weights = calls, seed, recompute, split_weights
         self.device, self.batch_size = x.device, x.shape[0]
-        self.micro_batches = max(1, min(micro_batches, self.batch_size))
+        self.micro_batches = micro_batches
         bounds = [self.batch_size * m // self.micro_batches for m in range(self.micro_batches + 1)]
         self.rows = list(starmap(slice, pairwise(bounds)))
         kind = x.device.type
@@ -82,6 +83,7 @@ class Program:
         self._keep_graphs = False
         self._pending: dict[tuple[int, int], list[PendingGradient]] = {}
         self.param_grads: list[Tensor | None] = []
+        self._own_grads: set[int] = set()  # those that nobody else can hold, so that they may be added to in place
         self.side_grads: list[Tensor] = []
 
     def split(self, x: Tensor) -> list[Tensor]:
@@ -118,7 +120,7 @@ class Program:
 
     # ---- backward
     def begin_backward(self) -> None:
-        self.param_grads = [None] * len(self.params)
+        self.param_grads, self._own_grads = [None] * len(self.params), set()
         self.side_grads = [torch.zeros_like(t) for t in self.side]
 
     def take_gradients(self) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -166,7 +168,13 @@ class Program:
     def _add_gradient(self, param: nn.Parameter, grad: Tensor) -> None:
         place = self._param_place[param]
         so_far = self.param_grads[place]
-        self.param_grads[place] = grad if so_far is None else so_far + grad
+        if so_far is None:
+            self.param_grads[place] = grad
+        elif place in self._own_grads:
+            so_far.add_(grad)
+        else:
+            self.param_grads[place] = so_far + grad
+            self._own_grads.add(place)
 
     def _with_graph(self, layer: int, micro_batch: int, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
         with torch.enable_grad(), recording() if self.split_weights else nullcontext():

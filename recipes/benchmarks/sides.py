@@ -26,7 +26,7 @@ from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.mgrit.strategies import inner_grid
 from hf_layerpar.parallel.communicator import Communicator, GroupCommunicator, LocalCommunicator
 from hf_layerpar.parallel.engine import StackEngine
-from hf_layerpar.parallel.ownership import contiguous_owner
+from hf_layerpar.parallel.ownership import contiguous_owner, interleaved_owner
 from recipes.benchmarks.stack import BATCH, make_stack, make_state
 
 OPERATORS = ("rediscretize", "aggregate", "identity")
@@ -288,10 +288,10 @@ def local_communicator() -> Communicator:
 
 
 def owner_of(config: LayerParallelConfig, num_layers: int, num_ranks: int, *, interleaved: bool) -> tuple[int, ...]:
-    """As `parallelize` shares the layers, or rank n % num_ranks for layer n."""
-    if interleaved:
-        return tuple(n % num_ranks for n in range(num_layers))
+    """As `parallelize` shares the layers."""
     boundaries = inner_grid(config, num_layers, (0, 0)).levels[1] if config.strategy == "mgrit" else ()
+    if interleaved:
+        return interleaved_owner(num_layers, num_ranks, boundaries, (0, 0))
     return contiguous_owner(num_layers, num_ranks, boundaries=boundaries)
 
 
