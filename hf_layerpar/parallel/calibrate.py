@@ -52,9 +52,10 @@ def calibrate(
     times = _layer_times(calls, x, chosen, 1, seconds / 2)
     whole = times["graph_step"] + times["final_vjp"]
     fixed_share = 0.0
-    rows = x.shape[0] // min(micro_batches, x.shape[0])
-    if rows < x.shape[0]:
-        piece = _layer_times(calls, x, chosen, micro_batches, seconds / 2)
+    pieces = min(micro_batches, x.shape[0])
+    if pieces > 1:
+        rows = x.shape[0] // pieces
+        piece = _layer_times(calls, x, chosen, pieces, seconds / 2)
         # whole = fixed + rate B and piece = fixed + rate rows
         rate = (whole - piece["graph_step"] - piece["final_vjp"]) / (x.shape[0] - rows)
         fixed_share = min(1.0, max(0.0, 1.0 - rate * x.shape[0] / whole))
