@@ -14,8 +14,9 @@ from hf_layerpar.mgrit.simulate import StepTimeline
 KINDS: dict[str, tuple[str, str]] = {
     "forward step": ("F", "#2b6cb0"),
     "coarse or early step": ("f", "#8ec5ee"),
-    "final vjp": ("B", "#c05621"),
-    "coarse or early vjp": ("b", "#f5b97f"),
+    "final vjp": ("B", "#dd6b20"),
+    "final vjp and weight gradients": ("X", "#9c4221"),
+    "coarse or early vjp": ("b", "#fbd38d"),
     "weight gradients": ("W", "#6b8e4e"),
     "combine, residual": ("+", "#805ad5"),
 }
@@ -31,7 +32,9 @@ def kind_of(task: Task, plan: Plan) -> str:
         return "combine, residual"
     if plan.direction == "forward":
         return "forward step" if task.final else "coarse or early step"
-    return "final vjp" if task.final else "coarse or early vjp"
+    if not task.final:
+        return "coarse or early vjp"
+    return "final vjp" if plan.split_weights else "final vjp and weight gradients"
 
 
 def bars(step: StepTimeline) -> Iterator[tuple[int, str, int, float, float]]:
