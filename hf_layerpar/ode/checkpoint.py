@@ -152,7 +152,7 @@ class SavePretrained:
             )
             names = os.listdir(temporary)
             for name in names:
-                _sync(temporary / name)
+                sync(temporary / name)
             _publish(temporary, target, variant)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # it is gone already where it became the target
@@ -216,7 +216,7 @@ def _publish(temporary: Path, target: Path, variant: str | None) -> None:
             if not target.is_dir():  # otherwise another process has just made it
                 raise
         else:
-            _sync(target.parent)
+            sync(target.parent)
             return
     new = os.listdir(temporary)
     new.sort(key=_makes_loadable)
@@ -229,7 +229,7 @@ def _publish(temporary: Path, target: Path, variant: str | None) -> None:
             (target / name).unlink(missing_ok=True)
     for name in [*changed, new[-1]]:
         os.replace(temporary / name, target / name)
-    _sync(target)
+    sync(target)
 
 
 def _makes_loadable(name: str) -> bool:
@@ -253,7 +253,8 @@ def _same(a: Path, b: Path) -> bool:
     return b.is_file() and a.read_bytes() == b.read_bytes()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file's contents, or a directory's entries, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

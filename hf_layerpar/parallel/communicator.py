@@ -84,7 +84,8 @@ class GroupCommunicator:
         self._world_rank = [dist.get_global_rank(group, r) for r in range(self.size)]
         self._downward = group
         if "nccl" in str(dist.get_backend_config(group)) and self.size > 1:
-            self._downward = dist.new_group(self._world_rank, use_local_synchronization=True)
+            downward: Any = dist.new_group(self._world_rank, use_local_synchronization=True)
+            self._downward = downward
         # comparing inputs on the host costs no device synchronisation, where the group can
         self._on_host = "cpu:gloo" in str(dist.get_backend_config(group))
 
@@ -96,7 +97,7 @@ class GroupCommunicator:
         with peer_loss(f"a receive from lp rank {source}"):
             return dist.irecv(tensor, self._world_rank[source], group=self._way(source, self.rank))
 
-    def _way(self, source: int, target: int) -> dist.ProcessGroup | None:
+    def _way(self, source: int, target: int) -> dist.ProcessGroup:
         return self.group if target > source else self._downward
 
     def wait(self, handle: Any) -> None:

@@ -13,7 +13,6 @@ It is written as `_checkpoint-N.partial` and renamed when every process has writ
 from __future__ import annotations
 
 import copy
-import os
 import re
 import shutil
 import uuid
@@ -32,7 +31,7 @@ from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import sort_checkpoints, unwrap_peft_model
 
 from hf_layerpar.errors import CheckpointError
-from hf_layerpar.ode.checkpoint import from_pretrained
+from hf_layerpar.ode.checkpoint import from_pretrained, sync
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
 from hf_layerpar.ode.fold import can_fold, folded_state_dict
 from hf_layerpar.parallel.mesh import Mesh
@@ -79,7 +78,7 @@ def whole_directory(final: Path, mesh: Mesh, *, writer: bool) -> Iterator[Path]:
         if final.exists():
             final.rename(replaced)
         partial.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     mesh.barrier()
 
@@ -111,15 +110,7 @@ def rotate(run_dir: Path, limit: int | None, best: str | None) -> None:
 def _sync_files(directory: Path) -> None:
     for path in directory.iterdir():
         if path.is_file():
-            _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(path)
 
 
 # ---- weights
