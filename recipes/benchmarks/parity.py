@@ -67,11 +67,10 @@ def compare(first: dict[str, Any], second: dict[str, Any], first_dir: Path, seco
 
 
 def entry(name: str, run: dict[str, Any]) -> dict[str, Any]:
-    """What the result keeps of a run's result.json."""
+    """What the result keeps of a run's result.json. No times: parity runs may share the machine with others."""
     kept = {key: run["settings"][key] for key in ("layer_parallel", "ode", "training")}
     kept |= {key: run[key] for key in ("metrics", "gradient_agreement", "versions")}
-    losses = [step["loss"] for step in run["steps"]]
-    return {"processes": RUNS[name][0], "losses": losses, "training_seconds": run["seconds"]["training"]} | kept
+    return {"processes": RUNS[name][0], "losses": [step["loss"] for step in run["steps"]]} | kept
 
 
 def main() -> None:
