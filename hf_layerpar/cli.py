@@ -11,10 +11,10 @@ from typing import get_args
 
 from hf_layerpar.config import LayerParallelConfig, OdeSettings, Operator, Relaxation, Strategy
 from hf_layerpar.errors import ConfigurationError, LayerParallelError
+from hf_layerpar.mgrit.ownership import contiguous_owner, interleaved_owner
 from hf_layerpar.mgrit.planner import Accuracy, Choice, plan_step, predict_step
 from hf_layerpar.mgrit.simulate import Costs, StepTimeline
 from hf_layerpar.mgrit.strategies import inner_grid
-from hf_layerpar.parallel.ownership import contiguous_owner, interleaved_owner
 from hf_layerpar.report.timeline import as_text, draw
 
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from hf_layerpar.mgrit.strategies import build_plan, inner_grid
+from hf_layerpar.mgrit.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
+from hf_layerpar.mgrit.strategies import inner_grid
 from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.ode.families import shared_modules
 from hf_layerpar.ode.stack import LayerStack
 from hf_layerpar.parallel.communicator import Communicator, GroupCommunicator, LocalCommunicator
 from hf_layerpar.parallel.engine import StackEngine, SweepReport, exact_config
-from hf_layerpar.parallel.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
 
 _ATTRIBUTE = "_hf_layerpar_parallel"
 
@@ -97,7 +97,7 @@ class LayerParallel:
         self._stacks = tuple(stacks)
         owners = {stack.path: self._owner(config, stack, communicator.size, split) for stack in stacks}
         for stack in stacks:
-            self._check_plans(config, stack, owners[stack.path])
+            self._check_grid(config, stack)
         state = {
             name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)
         }
@@ -118,10 +118,10 @@ class LayerParallel:
                     dense = tensor.data.contiguous()
                     communicator.broadcast(dense, 0)
                     tensor.data.copy_(dense)
-        self._names = {id(t): name for name, t in model.state_dict(keep_vars=True).items()}
+        names = {id(tensor): name for name, tensor in state.items()}
         self.owner_of: dict[str, int] = {}
         for stack in stacks:
-            self._drop_layers(stack, owners[stack.path])
+            self._drop_layers(stack, owners[stack.path], names)
             stack.solver = StackEngine(communicator, owners[stack.path], stack.settings.buffers, self, stack)
 
     @property
@@ -143,7 +143,7 @@ class LayerParallel:
     @config.setter
     def config(self, config: LayerParallelConfig) -> None:
         for stack in self._stacks:
-            self._check_plans(config, stack, self._engine(stack).owner)
+            self._check_grid(config, stack)
         self._config = config
 
     @property
@@ -235,18 +235,18 @@ class LayerParallel:
             return contiguous_owner(num_layers, num_ranks, boundaries=boundaries, split=split)
 
     @staticmethod
-    def _check_plans(config: LayerParallelConfig, stack: LayerStack, owner: tuple[int, ...]) -> None:
-        """Builds what the first solve will need, so that a grid that doesn't fit is refused here."""
-        with _naming(stack):
-            for direction in ("forward", "backward"):
-                build_plan(config, direction, owner, num_ranks=max(owner) + 1, buffers=stack.settings.buffers)
+    def _check_grid(config: LayerParallelConfig, stack: LayerStack) -> None:
+        """Refuses a grid that doesn't fit the stack now, and not in the first solve."""
+        if config.strategy == "mgrit" and (config.forward_iterations or config.backward_iterations):
+            with _naming(stack):
+                inner_grid(config, len(stack.layers), stack.settings.buffers)
 
     @staticmethod
     def _engine(stack: LayerStack) -> StackEngine:
         assert isinstance(stack.solver, StackEngine)
         return stack.solver
 
-    def _drop_layers(self, stack: LayerStack, owner: tuple[int, ...]) -> None:
+    def _drop_layers(self, stack: LayerStack, owner: tuple[int, ...], names: Mapping[int, str]) -> None:
         for index, layer in enumerate(stack.layers):
             kept = shared_modules(layer)
             for path, module in layer.named_modules():
@@ -254,7 +254,7 @@ class LayerParallel:
                     continue
                 for tensors in (module._parameters, module._buffers):
                     for key, tensor in tensors.items():
-                        name = None if tensor is None else self._names.get(id(tensor))
+                        name = None if tensor is None else names.get(id(tensor))
                         if name is not None:
                             self.owner_of[name] = owner[index]
                         if owner[index] != self.lp_rank:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.mgrit.ownership import contiguous_owner
 from hf_layerpar.parallel.communicator import GroupCommunicator, LocalCommunicator
 from hf_layerpar.parallel.engine import StackEngine
-from hf_layerpar.parallel.ownership import contiguous_owner
 
 F64 = torch.float64
 

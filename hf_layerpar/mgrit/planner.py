@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
 from hf_layerpar.config import LayerParallelConfig, Operator
 from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.mgrit.ownership import interleaved_owner
 from hf_layerpar.mgrit.plan import Direction
 from hf_layerpar.mgrit.simulate import Costs, StepTimeline, simulate
 from hf_layerpar.mgrit.strategies import build_plan, inner_grid
@@ -158,11 +160,8 @@ def _splits(
     if len(cuts) == num_ranks + 1:
         found |= blocks(cuts)
     if interleaved and num_ranks > 1:
-        # as hf_layerpar.parallel.ownership deals: each interval starts one rank later than the one before it
-        dealt = [(i + j) % num_ranks for j, (a, b) in enumerate(pairwise(points)) for i in range(b - a)]
-        owner = (*[0] * buffers[0], *dealt, *[num_ranks - 1] * buffers[1])
-        if len(set(owner)) == num_ranks:
-            found["interleaved"] = owner
+        with suppress(ConfigurationError):  # intervals too short to give every rank a layer
+            found["interleaved"] = interleaved_owner(num_layers, num_ranks, points, buffers)
     return found
 
 

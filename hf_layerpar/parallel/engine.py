@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal, Protocol
 
 import torch
@@ -37,8 +38,7 @@ class SweepReport:
 
     @property
     def convergence_factors(self) -> tuple[float, ...]:
-        pairs = zip(self.residuals[:-1], self.residuals[1:], strict=True)
-        return tuple(b / a if a else 0.0 for a, b in pairs)
+        return tuple(b / a if a else 0.0 for a, b in pairwise(self.residuals))
 
 
 class HasNextConfig(Protocol):

@@ -23,10 +23,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.mgrit.ownership import contiguous_owner, interleaved_owner
 from hf_layerpar.mgrit.strategies import inner_grid
 from hf_layerpar.parallel.communicator import Communicator, GroupCommunicator, LocalCommunicator
 from hf_layerpar.parallel.engine import StackEngine
-from hf_layerpar.parallel.ownership import contiguous_owner, interleaved_owner
 from recipes.benchmarks.stack import BATCH, make_stack, make_state
 
 OPERATORS = ("rediscretize", "aggregate", "identity")

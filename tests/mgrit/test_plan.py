@@ -9,11 +9,11 @@ import pytest
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.mgrit.grid import Grid
+from hf_layerpar.mgrit.ownership import contiguous_owner, interleaved_owner
 from hf_layerpar.mgrit.plan import Task
 from hf_layerpar.mgrit.simulate import Costs, simulate
 from hf_layerpar.mgrit.strategies import build_plan
 from hf_layerpar.parallel.executor import RankPart
-from hf_layerpar.parallel.ownership import contiguous_owner, interleaved_owner
 
 
 def mgrit(**settings) -> LayerParallelConfig:

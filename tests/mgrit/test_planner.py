@@ -4,10 +4,10 @@ import pytest
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.mgrit.ownership import contiguous_owner, interleaved_owner
 from hf_layerpar.mgrit.planner import gpipe, one_forward_one_backward, plan_step, predict_step
 from hf_layerpar.mgrit.simulate import Costs
 from hf_layerpar.mgrit.strategies import inner_grid
-from hf_layerpar.parallel.ownership import contiguous_owner, interleaved_owner
 
 CLASSES = ("exact", "high", "good", "any")
 

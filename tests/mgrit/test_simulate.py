@@ -10,6 +10,7 @@ import torch
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.mgrit.ownership import contiguous_owner
 from hf_layerpar.mgrit.planner import gpipe, predict_step
 from hf_layerpar.mgrit.schedule import PRIORITIES, earliest_micro_batch, in_schedule_order
 from hf_layerpar.mgrit.simulate import Costs, simulate
@@ -17,7 +18,6 @@ from hf_layerpar.mgrit.strategies import build_plan
 from hf_layerpar.parallel import executor
 from hf_layerpar.parallel.communicator import LocalCommunicator
 from hf_layerpar.parallel.executor import Evaluator, RankPart
-from hf_layerpar.parallel.ownership import contiguous_owner
 
 COSTS = Costs(
     step=1.0,

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import RankMismatchError
-from hf_layerpar.parallel.ownership import interleaved_owner
+from hf_layerpar.mgrit.ownership import interleaved_owner
 from tests.multiproc import outcomes_of_ranks, run_ranks
 from tests.problems import blocks, engine, gradients, loss_of, serial, solve, state
 
