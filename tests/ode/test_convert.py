@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from accelerate import Accelerator
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -440,6 +441,7 @@ def test_accelerator_mixed_precision():
     stock, inputs = zoo.build("llama")
     ours = convert_to_ode(copy.deepcopy(stock))
     solver = use_solver(ours, SerialSolver())
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test may have settled the precision
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     signature = inspect.signature(stock.forward)
     expected = training_step(accelerator.prepare_model(stock), inputs, True, use_cache=False)
