@@ -30,7 +30,8 @@ def as_written(task: Task, tail: float) -> tuple:
     return (task.kind == "weights", task.micro_batch)
 
 
-PRIORITIES: tuple[Priority, ...] = (earliest_micro_batch, final_steps_last, as_written)
+PRIORITIES: tuple[Priority, ...] = (as_written, earliest_micro_batch, final_steps_last)
+"""Of equally short schedules the first is taken: as written an interval's steps follow each other, and fewer states wait."""
 
 
 def in_schedule_order(plan: Plan, costs: Costs | None = None, priorities: Sequence[Priority] = PRIORITIES) -> Plan:

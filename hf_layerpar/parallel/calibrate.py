@@ -98,13 +98,13 @@ def _layer_times(
             with program.running(keep_graphs=True):
                 for n in layers:
                     if not split:
-                        program.forward_step(n, 0, state, True)
-                        timed("final_vjp", lambda n=n, p=program: p.backward_step(n, 0, lam, True))
+                        program.forward_step((n,), 0, state, True)
+                        timed("final_vjp", lambda n=n, p=program: p.backward_step((n,), 0, lam, True))
                         continue
-                    timed("step", lambda n=n, p=program: p.forward_step(n, 0, state, False))
-                    timed("graph_step", lambda n=n, p=program: p.forward_step(n, 0, state, True))
-                    timed("vjp", lambda n=n, p=program: p.backward_step(n, 0, lam, False))
-                    timed("final", lambda n=n, p=program: p.backward_step(n, 0, lam, True))
+                    timed("step", lambda n=n, p=program: p.forward_step((n,), 0, state, False))
+                    timed("graph_step", lambda n=n, p=program: p.forward_step((n,), 0, state, True))
+                    timed("vjp", lambda n=n, p=program: p.backward_step((n,), 0, lam, False))
+                    timed("final", lambda n=n, p=program: p.backward_step((n,), 0, lam, True))
                     timed("weights", lambda n=n, p=program: p.weights(n, 0))
 
     measure()  # warms up
@@ -121,7 +121,7 @@ def _layer_times(
 def _executor_times(x: Tensor) -> tuple[float, float, float]:
     """What a task takes beside its work; and above that, one term of a combination, and one residual."""
 
-    no_work = Evaluator(step=lambda layer, micro_batch, state, final: state, weights=lambda layer, micro_batch: None)
+    no_work = Evaluator(step=lambda layers, micro_batch, state, final: state, weights=lambda layer, micro_batch: None)
 
     def plan_of(kind: str) -> Plan:
         builder = PlanBuilder("forward", [0] * _CHAIN)
@@ -163,7 +163,7 @@ def _graph_bytes(calls: Sequence[LayerCall], x: Tensor, layer: int) -> float:
         return tensor
 
     with program.running(keep_graphs=True), torch.random.fork_rng(), saved_tensors_hooks(note, lambda tensor: tensor):
-        note(program.forward_step(layer, 0, x, True))
+        note(program.forward_step((layer,), 0, x, True))
         for parameter in calls[layer].layer.parameters():
             kept.pop(parameter.untyped_storage().data_ptr(), None)
     return float(sum(kept.values()))

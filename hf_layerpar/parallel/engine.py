@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from hf_layerpar.parallel.communicator import Communicator
 from hf_layerpar.parallel.deferral import make_deferrable
 from hf_layerpar.parallel.executor import Evaluator, RankPart, execute
 from hf_layerpar.parallel.program import LayerCall, Program
+from hf_layerpar.parallel.runs import joints
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,16 @@ class StackEngine:
         }
         self.communicator.agree(facts, x.device)
         micro_batches = max(1, min(config.micro_batches, x.shape[0]))
-        split_weights = with_grad and self.part(config, "backward", micro_batches).plan.split_weights
+        recompute = with_grad and self.stack.needs_recompute
+        # without graphs runs gain nothing, and recomputed they would bring back all their graphs at once
+        parts = self._parts(config, micro_batches, joined=with_grad and not recompute)
+        split_weights = with_grad and parts["backward"].plan.split_weights
         if split_weights:
             self._prepare(calls)
         program = Program(
-            calls,
-            x,
-            micro_batches=micro_batches,
-            seed=seed,
-            recompute=with_grad and self.stack.needs_recompute,
-            split_weights=split_weights,
+            calls, x, micro_batches=micro_batches, seed=seed, recompute=recompute, split_weights=split_weights
         )
-        solve = _Solve(self, config, program)
+        solve = _Solve(self, parts, program)
         if not with_grad:
             return solve.forward(x)
         # the anchor makes the result require grad on every rank, also where nothing local is trainable: all ranks
@@ -118,9 +117,10 @@ class StackEngine:
                     make_deferrable(call.layer)
             self._prepared = True
 
-    def part(self, config: LayerParallelConfig, direction: Direction, micro_batches: int) -> RankPart:
-        return _rank_part(
-            config, direction, self.owner, self.communicator.size, micro_batches, self.buffers, self.communicator.rank
+    def _parts(self, config: LayerParallelConfig, micro_batches: int, *, joined: bool) -> dict[Direction, RankPart]:
+        communicator = self.communicator
+        return _rank_parts(
+            config, self.owner, communicator.size, micro_batches, self.buffers, communicator.rank, joined
         )
 
     def record(self, direction: Direction, residuals: Tensor | None, seconds: float, waited: float) -> None:
@@ -141,8 +141,8 @@ class StackEngine:
 class _Solve:
     """One forward and its backward(s)."""
 
-    def __init__(self, engine: StackEngine, config: LayerParallelConfig, program: Program) -> None:
-        self.engine, self.config, self.program = engine, config, program
+    def __init__(self, engine: StackEngine, parts: dict[Direction, RankPart], program: Program) -> None:
+        self.engine, self.parts, self.program = engine, parts, program
 
     def forward(self, x: Tensor, *, keep_graphs: bool = False) -> Tensor:
         with self.program.running(keep_graphs=keep_graphs):
@@ -162,8 +162,7 @@ class _Solve:
     def _run(self, direction: Direction, x: Tensor, evaluate: Evaluator) -> Tensor:
         engine = self.engine
         began = time.perf_counter()
-        part = engine.part(self.config, direction, self.program.micro_batches)
-        outcome = execute(part, self.program.split(x), evaluate, engine.communicator)
+        outcome = execute(self.parts[direction], self.program.split(x), evaluate, engine.communicator)
         engine.record(direction, outcome.residuals, time.perf_counter() - began, outcome.waited)
         return self.program.join(outcome.ends)
 
@@ -185,17 +184,23 @@ class _Node(torch.autograd.Function):
 
 
 @lru_cache(maxsize=256)
-def _rank_part(
+def _rank_parts(
     config: LayerParallelConfig,
-    direction: Direction,
     owner: tuple[int, ...],
     num_ranks: int,
     micro_batches: int,
     buffers: tuple[int, int],
     rank: int,
-) -> RankPart:
-    plan = build_plan(config, direction, owner, num_ranks=num_ranks, micro_batches=micro_batches, buffers=buffers)
-    return RankPart.of(plan, rank)
+    joined: bool,
+) -> dict[Direction, RankPart]:
+    """This rank's parts of both sweeps. joined: with the runs that both have."""
+    directions: tuple[Direction, ...] = get_args(Direction)
+    plans = {
+        d: build_plan(config, d, owner, num_ranks=num_ranks, micro_batches=micro_batches, buffers=buffers)
+        for d in directions
+    }
+    shared = set.intersection(*(joints(plan, rank) for plan in plans.values())) if joined else set()
+    return {d: RankPart.of(plan, rank, shared) for d, plan in plans.items()}
 
 
 def exact_config(config: LayerParallelConfig) -> LayerParallelConfig:

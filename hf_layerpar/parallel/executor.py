@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,35 +12,42 @@ from torch import Tensor
 
 from hf_layerpar.mgrit.plan import EVERYWHERE, Plan, Task
 from hf_layerpar.parallel.communicator import Communicator
+from hf_layerpar.parallel.runs import Joint, join_runs
 
 
 @dataclass(frozen=True)
 class Evaluator:
     """What the tasks of a sweep do with a layer.
 
-    step: (layer, micro-batch, state, final) -> state; a layer forward, or an input-vjp.
+    step: (layers, micro-batch, state, final) -> state; forwards one after the other, or input-vjps.
     weights: (layer, micro-batch); the weight gradients that the layer's final vjp left to do.
     """
 
-    step: Callable[[int, int, Tensor, bool], Tensor]
+    step: Callable[[Sequence[int], int, Tensor, bool], Tensor]
     weights: Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class RankPart:
-    """A plan as one rank sees it, worked out once and run many times."""
+    """A plan as one rank sees it, worked out once and run many times.
+
+    tasks: this rank's; of a run of steps (see `runs`) the last one, with the first one's input. layers: those that
+        tasks[i] evaluates, in the direction of the sweep.
+    """
 
     plan: Plan
     rank: int
     tasks: tuple[Task, ...]
+    layers: tuple[tuple[int, ...], ...]
     receives: tuple[tuple[int, int], ...]  # (value, source), in order of arrival per source
     sends: dict[int, tuple[int, ...]]  # value -> targets
     dead_after: tuple[tuple[int, ...], ...]  # values that tasks[i] is the last to need
     micro_batch_of: dict[int, int]
 
     @classmethod
-    def of(cls, plan: Plan, rank: int) -> RankPart:
-        tasks = tuple(t for t in plan.tasks if t.rank == rank)
+    def of(cls, plan: Plan, rank: int, joints: Set[Joint] = frozenset()) -> RankPart:
+        """joints: of those that `runs.joints` found, the ones to evaluate as one."""
+        tasks, layers = join_runs([t for t in plan.tasks if t.rank == rank], joints)
         sends: dict[int, tuple[int, ...]] = {}
         receives = []
         for message in plan.messages():
@@ -59,7 +66,7 @@ class RankPart:
                 dead[i].append(value)
         micro_batch_of = dict(zip(plan.starts, range(plan.micro_batches), strict=True))
         micro_batch_of |= {t.output: t.micro_batch for t in plan.tasks if t.output is not None}
-        return cls(plan, rank, tasks, tuple(receives), sends, tuple(map(tuple, dead)), micro_batch_of)
+        return cls(plan, rank, tasks, layers, tuple(receives), sends, tuple(map(tuple, dead)), micro_batch_of)
 
 
 @dataclass
@@ -92,7 +99,7 @@ def execute(part: RankPart, starts: Sequence[Tensor], evaluate: Evaluator, commu
     residuals = starts[0].new_zeros(plan.iterations, dtype=wide) if plan.iterations else None
     sending: list[tuple[Any, Tensor]] = []
     waited = 0.0
-    for task, dead in zip(part.tasks, part.dead_after, strict=True):
+    for task, layers, dead in zip(part.tasks, part.layers, part.dead_after, strict=True):
         for value in task.inputs:
             if value not in values:
                 handle, buffer = arriving.pop(value)
@@ -101,7 +108,7 @@ def execute(part: RankPart, starts: Sequence[Tensor], evaluate: Evaluator, commu
                 waited += time.perf_counter() - began
                 values[value] = buffer
         if task.kind == "step":
-            result = evaluate.step(task.layer, task.micro_batch, values[task.inputs[0]], task.final)
+            result = evaluate.step(layers, task.micro_batch, values[task.inputs[0]], task.final)
         elif task.kind == "combine":
             result = _combine(task.coefficients, [values[v] for v in task.inputs])
         elif task.kind == "weights":

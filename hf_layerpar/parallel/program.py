@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import pairwise, starmap
 from typing import Any, Protocol
 
@@ -28,6 +29,16 @@ class LayerCall(Protocol):
     def step(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """One Euler step from x, with the arguments given here (the recorded ones, or slices of them)."""
         ...
+
+
+@dataclass(slots=True)
+class _Recorded:
+    """The graph of a run of final steps: from the leaf `x`, with a leaf for every side tensor of every layer (each with
+    its place in `Program.side`), to `y`."""
+
+    x: Tensor
+    sides: list[tuple[int, Tensor]]
+    y: Tensor
 
 
 class Program:
@@ -78,8 +89,8 @@ class Program:
         self._param_place = {p: i for i, p in enumerate(self.params)}
 
         self._slices: dict[tuple[int, int], Tensor] = {}
-        # (layer, micro-batch) -> final step as (state, side leaves, result), or the state alone when the graph is spent
-        self._tape: dict[tuple[int, int], tuple[Tensor, list[Tensor], Tensor] | Tensor] = {}
+        # (lowest layer, micro-batch) -> final steps of a run, or its first state alone when the graph is spent
+        self._tape: dict[tuple[int, int], _Recorded | Tensor] = {}
         self._keep_graphs = False
         self._pending: dict[tuple[int, int], list[PendingGradient]] = {}
         self.param_grads: list[Tensor | None] = []
@@ -94,18 +105,18 @@ class Program:
         return torch.cat(list(states)) if self.micro_batches > 1 else states[0]
 
     # ---- forward
-    def forward_step(self, layer: int, micro_batch: int, x: Tensor, final: bool) -> Tensor:
-        """One step without graph, or (final, in grad mode) with a graph of its own that is kept for the vjps."""
-        if not (final and self._keep_graphs):
-            with torch.no_grad():
-                return self._evaluate(layer, micro_batch, x, self._sides(layer, micro_batch))
-        if self.recompute:
-            self._tape[layer, micro_batch] = x
-            with torch.no_grad():
-                return self._evaluate(layer, micro_batch, x, self._sides(layer, micro_batch))
-        entry = self._with_graph(layer, micro_batch, x)
-        self._tape[layer, micro_batch] = entry
-        return entry[2].detach()
+    def forward_step(self, layers: Sequence[int], micro_batch: int, x: Tensor, final: bool) -> Tensor:
+        """The steps of a run of layers, without graph, or (final, in grad mode) with one that is kept for the vjps."""
+        if final and self._keep_graphs and not self.recompute:
+            entry = self._with_graph(layers, micro_batch, x)
+            self._tape[min(layers), micro_batch] = entry
+            return entry.y.detach()
+        if final and self._keep_graphs:
+            self._tape[min(layers), micro_batch] = x
+        with torch.no_grad():
+            for layer in layers:
+                x = self._evaluate(layer, micro_batch, x, self._sides(layer, micro_batch))
+        return x
 
     @contextmanager
     def running(self, *, keep_graphs: bool) -> Iterator[None]:
@@ -130,35 +141,38 @@ class Program:
         self.side_grads, self.param_grads = [], []
         return taken
 
-    def backward_step(self, layer: int, micro_batch: int, lam: Tensor, final: bool) -> Tensor:
-        """The input-vjp of a step at its final state; if final also the gradients of parameters and side tensors."""
-        entry = self._tape[layer, micro_batch]
+    def backward_step(self, layers: Sequence[int], micro_batch: int, lam: Tensor, final: bool) -> Tensor:
+        """The input-vjp of a run of layers (the last one first) at its final states; if final also the gradients of
+        parameters and side tensors. The run must be one that `forward_step` was given."""
+        key = min(layers), micro_batch
+        entry = self._tape[key]
         if isinstance(entry, Tensor):
-            entry = self._with_graph(layer, micro_batch, entry)
-        x, sides, y = entry
+            entry = self._with_graph(sorted(layers), micro_batch, entry)
         if not final:
             with collecting(None):
-                return torch.autograd.grad(y, x, lam, retain_graph=True)[0]
-        params = self._layer_params[layer]
-        places = list(dict.fromkeys(self._arguments[layer][2].values()))
+                return torch.autograd.grad(entry.y, entry.x, lam, retain_graph=True)[0]
+        # the last layer's first, the order in which the plain model's backward sums them up
+        places = [place for place, _ in reversed(entry.sides)]
+        sides = [side for _, side in reversed(entry.sides)]
+        params = list(dict.fromkeys(p for layer in layers for p in self._layer_params[layer]))
         pending: list[PendingGradient] = []
         with collecting(pending):
-            grads = torch.autograd.grad(y, [x, *sides, *params], lam, allow_unused=True)
+            grads = torch.autograd.grad(entry.y, [entry.x, *sides, *params], lam, allow_unused=True)
         if pending:
-            self._pending[layer, micro_batch] = pending
-        # the graph is spent; a second backward (retain_graph=True) evaluates the layer again from its state
-        self._tape[layer, micro_batch] = x.detach()
+            self._pending[key] = pending
+        # the graph is spent; a second backward (retain_graph=True) evaluates the layers again from their state
+        self._tape[key] = entry.x.detach()
         for place, grad in zip(places, grads[1 : 1 + len(sides)], strict=True):
             if grad is not None:
                 self._rows_of(self.side_grads[place], micro_batch).add_(grad)
         for param, grad in zip(params, grads[1 + len(sides) :], strict=True):
             if grad is not None:
                 self._add_gradient(param, grad)
-        assert grads[0] is not None, f"layer {layer} doesn't depend on its state"
+        assert grads[0] is not None, f"layers {tuple(layers)} don't depend on their state"
         return grads[0]
 
     def weights(self, layer: int, micro_batch: int) -> None:
-        """The weight gradients that the final vjp of this layer left to do."""
+        """The weight gradients that the final vjp of this layer (of its own, not in a run) left to do."""
         with torch.no_grad():
             for pending in self._pending.pop((layer, micro_batch), ()):
                 for param, grad in pending.gradients():
@@ -176,11 +190,15 @@ class Program:
             self.param_grads[place] = so_far + grad
             self._own_grads.add(place)
 
-    def _with_graph(self, layer: int, micro_batch: int, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+    def _with_graph(self, layers: Sequence[int], micro_batch: int, x: Tensor) -> _Recorded:
+        used: list[tuple[int, Tensor]] = []
         with torch.enable_grad(), recording() if self.split_weights else nullcontext():
-            x = x.detach().requires_grad_()
-            sides = {p: t.detach().requires_grad_() for p, t in self._sides(layer, micro_batch).items()}
-            return x, list(sides.values()), self._evaluate(layer, micro_batch, x, sides)
+            start = y = x.detach().requires_grad_()
+            for layer in layers:
+                sides = {p: t.detach().requires_grad_() for p, t in self._sides(layer, micro_batch).items()}
+                used += sides.items()
+                y = self._evaluate(layer, micro_batch, y, sides)
+        return _Recorded(start, used, y)
 
     def _evaluate(self, layer: int, micro_batch: int, x: Tensor, sides: dict[int, Tensor]) -> Tensor:
         leaves, tree, places = self._arguments[layer]
