@@ -37,6 +37,8 @@ class Cycle:
         self.builder, self.layers, self.grid = builder, layers, grid
         self.operator, self.relaxation, self.damping = operator, relaxation, damping
         self.start = start
+        owners = [builder.owner[layer] for layer in layers]
+        self.interleaved = owners not in (sorted(owners), sorted(owners, reverse=True))
 
     def solve(self, iterations: int) -> int:
         """The end value after `iterations`: the nested start and one F-relaxation, then a correction each."""
@@ -118,6 +120,8 @@ class Cycle:
         parts: dict[int, list[tuple[float, int]]] = {}
         for layer, weight in self.operator.terms(range(min(span), max(span) + 1)):
             parts.setdefault(build.owner[layer], []).extend([(weight, build.step(layer, x)), (-weight, x)])
+        if len(parts) > 1 and self.interleaved:  # the next step needs the result on all these ranks
+            return build.combine_everywhere([(1.0, x)], {rank: parts[rank] for rank in sorted(parts)})
         rank = build.owner[span[-1]]
         rank = rank if rank in parts else next(iter(parts), rank)
         terms = [(1.0, x), *parts.pop(rank, [])]

@@ -141,6 +141,7 @@ class PlanBuilder:
         self._micro_batch = -1
         self._next = 0
         self._made: dict[tuple, Task] = {}
+        self._copies: dict[int, dict[int, int]] = {}  # value -> rank -> the same value, made there too
 
     def start(self) -> int:
         """Opens the next micro-batch and returns its start value."""
@@ -156,8 +157,8 @@ class PlanBuilder:
         """The step of `layer` at value x is the one of the last relaxation."""
         self._made["step", layer, x].final = True
 
-    def combine(self, terms: Sequence[tuple[float, int]], rank: int) -> int:
-        """sum of coefficient * value, made on `rank`; like terms are merged first."""
+    def combine(self, terms: Sequence[tuple[float, int]], *ranks: int) -> int:
+        """sum of coefficient * value, made on each of `ranks` (the same bits); like terms are merged first."""
         merged: dict[int, float] = {}
         for coefficient, value in terms:
             merged[value] = merged.get(value, 0.0) + coefficient
@@ -166,11 +167,44 @@ class PlanBuilder:
             return next(iter(merged))
         values, coefficients = tuple(merged), tuple(merged.values())
         key = ("combine", *sorted(merged.items()))
-        return self._make(key, "combine", rank, values, coefficients=coefficients)
+        made = self._make(key, "combine", ranks[0], values, coefficients=coefficients)
+        if len(ranks) > 1:
+            copies = self._copies.setdefault(made, {self._home[made]: made})
+            for rank in ranks:
+                if rank not in copies:
+                    copies[rank] = self._make((*key, rank), "combine", rank, values, coefficients=coefficients)
+        return made
+
+    def combine_everywhere(self, terms: Sequence[tuple[float, int]], parts: dict[int, list[tuple[float, int]]]) -> int:
+        """sum of `terms`, which all ranks of `parts` hold, and of every rank's part, on each of these ranks.
+
+        By recursive doubling: log2(ranks) messages one after the other. Ranks beyond a power of two hand their part in
+        first and take the result from those that have it.
+        """
+        ranks, held = list(parts), {value for _, value in terms}
+        # of a part with one value of its own that value travels: the others may need it anyway
+        groups = [
+            part if sum(value not in held for _, value in part) == 1 else [(1.0, self.combine(part, rank))]
+            for rank, part in parts.items()
+        ]
+        width = 1
+        power = 1 << (len(ranks).bit_length() - 1)
+        for i, extra in enumerate(groups[power:]):
+            groups[i] = [(1.0, self.combine([*groups[i], *extra], ranks[i]))]
+        ranks, groups = ranks[:power], groups[:power]
+        while len(groups) > 2:
+            width *= 2
+            groups = [
+                [(1.0, self.combine([*a, *b], *ranks[g * width : (g + 1) * width]))]
+                for g, (a, b) in enumerate(zip(groups[::2], groups[1::2], strict=True))
+            ]
+        return self.combine([*terms, *(term for group in groups for term in group)], *ranks)
 
     def residual(self, a: int, b: int, iteration: int) -> None:
         if a != b:  # the same value leaves no residual
-            self.tasks.append(Task("residual", self.home(a), self._micro_batch, (a, b), None, iteration=iteration))
+            rank = self.home(a)
+            inputs = (a, self._nearest(b, rank))
+            self.tasks.append(Task("residual", rank, self._micro_batch, inputs, None, iteration=iteration))
 
     def home(self, value: int, default: int = 0) -> int:
         """The rank that makes `value` (`default` for a start, which every rank holds)."""
@@ -207,6 +241,13 @@ class PlanBuilder:
             split_weights,
         )
 
+    def _nearest(self, value: int, rank: int) -> int:
+        """The copy of a value that `rank` takes: its own, else one of the others, so that all of them are asked."""
+        copies = self._copies.get(value)
+        if copies is None:
+            return value
+        return copies[rank] if rank in copies else list(copies.values())[rank % len(copies)]
+
     def _new_value(self, rank: int) -> int:
         value, self._next = self._next, self._next + 1
         self._home[value] = rank
@@ -215,6 +256,7 @@ class PlanBuilder:
     def _make(self, key: tuple, kind: Literal["step", "combine"], rank: int, inputs: tuple[int, ...], **more) -> int:
         task = self._made.get(key)
         if task is None:
+            inputs = tuple(self._nearest(value, rank) for value in inputs)
             task = Task(kind, rank, self._micro_batch, inputs, self._new_value(rank), **more)
             self._made[key] = task
             self.tasks.append(task)

@@ -31,7 +31,7 @@ def as_written(task: Task, tail: float) -> tuple:
 
 
 PRIORITIES: tuple[Priority, ...] = (as_written, earliest_micro_batch, final_steps_last)
-"""Of equally short schedules the first is taken: as written an interval's steps follow each other, and fewer states wait."""
+"""Of equally short schedules the first is taken: as written, the steps of an interval follow each other."""
 
 
 def in_schedule_order(plan: Plan, costs: Costs | None = None, priorities: Sequence[Priority] = PRIORITIES) -> Plan:

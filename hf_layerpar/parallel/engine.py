@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.mgrit.plan import Direction
+from hf_layerpar.mgrit.plan import Direction, Plan
 from hf_layerpar.mgrit.strategies import build_plan
 from hf_layerpar.parallel.communicator import Communicator
 from hf_layerpar.parallel.deferral import make_deferrable
@@ -195,7 +195,7 @@ def _rank_parts(
 ) -> dict[Direction, RankPart]:
     """This rank's parts of both sweeps. joined: with the runs that both have."""
     directions: tuple[Direction, ...] = get_args(Direction)
-    plans = {
+    plans: dict[Direction, Plan] = {
         d: build_plan(config, d, owner, num_ranks=num_ranks, micro_batches=micro_batches, buffers=buffers)
         for d in directions
     }

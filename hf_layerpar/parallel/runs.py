@@ -24,7 +24,7 @@ def joints(plan: Plan, rank: int) -> set[Joint]:
     """
     if plan.split_weights:
         return set()
-    uses = Counter(v for t in plan.tasks for v in t.inputs)
+    uses: Counter[int | None] = Counter(v for t in plan.tasks for v in t.inputs)
     uses.update(plan.ends)
     mine = [t for t in plan.tasks if t.rank == rank]
     apart: set[Joint] = set()

@@ -195,3 +195,19 @@ def test_planning_needs_no_torch():
         "import sys; import hf_layerpar.mgrit.strategies, hf_layerpar.mgrit.simulate; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4, 5, 8])
+def test_an_interleaved_coarse_step_takes_log_of_the_ranks_messages(num_ranks):
+    """Every rank has the result: by recursive doubling, with one more message each way where the ranks are no power of
+    two."""
+    layers = 3 * num_ranks
+    owner = interleaved_owner(layers, num_ranks, (0, num_ranks, 2 * num_ranks, layers), (0, 0))
+    config = mgrit(coarsening=num_ranks, coarse_operator="aggregate")
+    plan = build_plan(config, "forward", owner, num_ranks=num_ranks)
+    spans = simulate(plan, Costs(step=0, graph_step=0, latency=1.0)).spans
+    coarse = {i: t for i, t in enumerate(plan.tasks) if t.kind == "combine"}
+    doublings = num_ranks.bit_length() - 1
+    assert {t.rank for t in coarse.values()} == set(range(2**doublings))
+    around = 2 * (2**doublings < num_ranks)
+    assert 2 * doublings <= max(spans[i][1] for i in coarse) <= 2 * (doublings + around)

@@ -59,12 +59,12 @@ def on_one_rank():
     return run_ranks(every_setting, 1)[0]
 
 
-DEALT = {world: interleaved_owner(LAYERS, world, (1, 4, 7, 10), (1, 1)) for world in (2, 3)}
+DEALT = {world: interleaved_owner(LAYERS, world, (1, 4, 7, 10), (1, 1)) for world in (2, 3, 4)}
 
 
 @pytest.mark.parametrize(
     ("world", "split", "deal"),
-    [(2, None, None), (2, (3, 8), None), (3, None, None), (4, None, None), (2, None, DEALT[2]), (3, None, DEALT[3])],
+    [*((n, None, None) for n in (2, 3, 4)), (2, (3, 8), None), *((n, None, deal) for n, deal in DEALT.items())],
 )
 def test_gradients_do_not_depend_on_the_ranks(on_one_rank, world, split, deal):
     ranks = run_ranks(every_setting, world, split, deal)

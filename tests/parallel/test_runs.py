@@ -36,7 +36,7 @@ def test_a_run_ends_at_the_rank_and_at_the_micro_batch():
 
 
 def test_layers_whose_vjp_is_needed_alone_stand_alone():
-    """The coarse adjoint of `rediscretize` goes through the last layer of an interval, that of `aggregate` through all."""
+    """The coarse adjoint of `rediscretize` takes the last layer of an interval by itself, that of `aggregate` all."""
     settings = {"strategy": "mgrit", "coarsening": 4}
     coarse = {
         operator: {t.layer for t in plan.tasks if t.kind == "step" and not t.final}
