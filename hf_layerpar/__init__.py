@@ -6,11 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_layerpar.agreement import gradient_agreement
     from hf_layerpar.config import LayerParallelConfig
     from hf_layerpar.errors import LayerParallelError
     from hf_layerpar.ode.checkpoint import from_pretrained
     from hf_layerpar.ode.convert import convert_to_ode, ode_view
-    from hf_layerpar.sharding import gradient_agreement, layer_parallel, parallelize
+    from hf_layerpar.sharding import layer_parallel, parallelize
     from hf_layerpar.training.arguments import LayerParallelTrainingArguments
     from hf_layerpar.training.trainer import LayerParallelTrainer
 
@@ -24,7 +25,7 @@ _HOME = {
     "from_pretrained": "ode.checkpoint",
     "parallelize": "sharding",
     "layer_parallel": "sharding",
-    "gradient_agreement": "sharding",
+    "gradient_agreement": "agreement",
     "LayerParallelTrainer": "training.trainer",
     "LayerParallelTrainingArguments": "training.arguments",
 }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from contextlib import AbstractContextManager, contextmanager
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from hf_layerpar.mgrit.ladder import StackShape, exact_settings
 from hf_layerpar.mgrit.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
 from hf_layerpar.mgrit.strategies import inner_grid
 from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.ode.families import shared_modules
 from hf_layerpar.ode.stack import LayerStack
 from hf_layerpar.parallel.communicator import Communicator, GroupCommunicator, LocalCommunicator
-from hf_layerpar.parallel.engine import StackEngine, SweepReport, exact_config
+from hf_layerpar.parallel.engine import StackEngine, SweepReport
 
 _ATTRIBUTE = "_hf_layerpar_parallel"
 
@@ -93,7 +94,7 @@ class LayerParallel:
         split: Sequence[int] | str | None,
     ) -> None:
         self._model, self._config, self._communicator = model, config, communicator
-        self._force_exact = False
+        self._instead: LayerParallelConfig | None = None
         self._stacks = tuple(stacks)
         owners = {stack.path: self._owner(config, stack, communicator.size, split) for stack in stacks}
         for stack in stacks:
@@ -133,6 +134,15 @@ class LayerParallel:
         return self._communicator.rank
 
     @property
+    def device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+    @property
+    def shapes(self) -> tuple[StackShape, ...]:
+        """Layers and buffers of every stack."""
+        return tuple(StackShape(len(stack.layers), stack.settings.buffers) for stack in self._stacks)
+
+    @property
     def group(self) -> dist.ProcessGroup | None:
         return self._communicator.group if isinstance(self._communicator, GroupCommunicator) else None
 
@@ -148,17 +158,25 @@ class LayerParallel:
 
     @property
     def next_config(self) -> LayerParallelConfig:
-        """The settings of the next forward: `config`, or its exact counterpart inside `exact()`."""
-        return exact_config(self._config) if self._force_exact else self._config
+        """The settings of the next forward: `config`, or what `using` says."""
+        return self._instead or self._config
 
     @contextmanager
-    def exact(self) -> Iterator[None]:
-        """Forwards inside (and their backwards) run the exact pipeline."""
-        before, self._force_exact = self._force_exact, True
+    def using(self, config: LayerParallelConfig) -> Iterator[None]:
+        """Forwards inside (and their backwards) run with `config`; the same on all lp ranks."""
+        before, self._instead = self._instead, config
         try:
             yield
         finally:
-            self._force_exact = before
+            self._instead = before
+
+    def exact(self) -> AbstractContextManager[None]:
+        """Forwards inside (and their backwards) run the exact pipeline."""
+        return self.using(exact_settings(self._config))
+
+    def all_reduce(self, tensor: Tensor) -> None:
+        """Sums `tensor` over the lp ranks, in place. Collective."""
+        self._communicator.all_reduce(tensor)
 
     def report(self) -> dict[str, dict[str, SweepReport]]:
         """What the last sweeps of every stack measured: `{stack path: {"forward": ..., "backward": ...}}`.
@@ -180,7 +198,6 @@ class LayerParallel:
         here = {name: t for name, t in self._model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
         on_host: dict[int, Tensor] = {}  # by identity, so that tied tensors stay tied
         full: dict[str, Tensor] = {}
-        device = next(self._model.parameters()).device
         for name, (shape, dtype) in self._layout.items():  # one tensor at a time: no second copy of the model
             owner = self.owner_of.get(name, 0)
             if owner == 0:
@@ -190,7 +207,7 @@ class LayerParallel:
             elif self.lp_rank == owner:
                 self._communicator.wait(self._communicator.send(here[name].detach().contiguous(), 0))
             elif self.lp_rank == 0:
-                buffer = torch.empty(shape, dtype=dtype, device=device)
+                buffer = torch.empty(shape, dtype=dtype, device=self.device)
                 self._communicator.wait(self._communicator.receive(buffer, owner))
                 full[name] = buffer.cpu()
         return full
@@ -275,41 +292,3 @@ def _naming(stack: LayerStack) -> Iterator[None]:
         yield
     except ConfigurationError as error:
         raise ConfigurationError(f"stack {stack.path}: {error}") from error
-
-
-def gradient_agreement(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:
-    """The current settings' gradient against the exact one, for one batch with the same dropout masks.
-
-    Returns cosine and norm ratio (inexact over exact) of the gradient of all trainable parameters, and both losses.
-    `.grad` is left alone. Collective over the lp ranks.
-    """
-    handle = layer_parallel(model)
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    params = [p for p in model.parameters() if p.requires_grad]
-    device = params[0].device
-    devices = [] if device.type == "cpu" else [device]
-
-    def gradient() -> tuple[list[Tensor], float]:
-        with torch.random.fork_rng(devices):  # both gradients see the same masks, the caller's stream doesn't move
-            loss = model(**inputs).loss
-        grads = torch.autograd.grad(loss, params, allow_unused=True)
-        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
-        return filled, float(loss.detach())
-
-    inexact, loss = gradient()
-    with handle.exact():
-        exact, loss_exact = gradient()
-    # ends are replicated: they count once
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
-    for name, a, b in zip(names, inexact, exact, strict=True):
-        if name in handle.owner_of or handle.lp_rank == 0:
-            a, b = a.double().flatten(), b.double().flatten()
-            sums += torch.stack([a @ b, a @ a, b @ b])
-    handle._communicator.all_reduce(sums)
-    dot, inexact_square, exact_square = sums.tolist()
-    return {
-        "cosine": dot / (inexact_square * exact_square) ** 0.5,
-        "norm_ratio": (inexact_square / exact_square) ** 0.5,
-        "loss": loss,
-        "loss_exact": loss_exact,
-    }

@@ -43,9 +43,10 @@ from transformers import (
     set_seed,
 )
 
+from hf_layerpar.agreement import gradient_agreement
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
-from hf_layerpar.sharding import gradient_agreement, layer_parallel
+from hf_layerpar.sharding import layer_parallel
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
 from recipes.glue_tasks import OFFLINE, Splits, encode, get_task, load_splits, majority_share, metrics_for

@@ -18,6 +18,7 @@ FORBIDDEN = {
     "config.py": ("torch", "transformers"),
     "errors.py": ("torch", "transformers"),
     "sharding.py": ("accelerate", "hf_layerpar.training"),
+    "agreement.py": ("accelerate", "hf_layerpar.training"),
 }
 
 

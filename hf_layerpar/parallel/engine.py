@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.mgrit.ladder import exact_settings
 from hf_layerpar.mgrit.plan import Direction, Plan
 from hf_layerpar.mgrit.strategies import build_plan
 from hf_layerpar.parallel.communicator import Communicator
@@ -82,7 +83,7 @@ class StackEngine:
         # one draw from the main stream per training forward keeps the lp ranks' streams in step
         seed = int(torch.randint(2**62, (), dtype=torch.int64)) if training else None
         config = self.settings.next_config
-        config = config if with_grad else exact_config(config)
+        config = config if with_grad else exact_settings(config)
         facts = {
             "shape": tuple(x.shape),
             "dtype": str(x.dtype),
@@ -201,8 +202,3 @@ def _rank_parts(
     }
     shared = set.intersection(*(joints(plan, rank) for plan in plans.values())) if joined else set()
     return {d: RankPart.of(plan, rank, shared) for d, plan in plans.items()}
-
-
-def exact_config(config: LayerParallelConfig) -> LayerParallelConfig:
-    """The exact solve that goes with `config`: the pipeline, with the same micro-batches."""
-    return LayerParallelConfig(strategy="pipeline", micro_batches=config.micro_batches)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import get_args
 
 from transformers import TrainingArguments
 
 from hf_layerpar.config import LayerParallelConfig, Operator, Relaxation, Strategy
+from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.parallel.mesh import check_lp_size
+from hf_layerpar.training.controller import Policy
 
 
 @dataclass
@@ -49,13 +52,50 @@ class LayerParallelTrainingArguments(TrainingArguments):
         default=LayerParallelConfig.micro_batches, metadata={"help": "Pieces the batch is cut into inside a forward."}
     )
 
+    controller: Policy = field(
+        default="off",
+        metadata={"help": "Watches MGRIT during training and moves to other settings: off, paper, raise or adaptive."},
+    )
+    check_every: int = field(default=500, metadata={"help": "Controller: optimizer steps between checks."})
+    check_gradient: bool = field(
+        default=False,
+        metadata={"help": "Controller: checks compare with the exact gradient too (adaptive always does)."},
+    )
+    controller_bound: float = field(
+        default=0.2, metadata={"help": "Controller: largest bias of the gradient, in standard deviations of its batch."}
+    )
+    controller_ranks: int | None = field(
+        default=None, metadata={"help": "Controller: lp ranks to predict step times for; default: lp_size."}
+    )
+
     def __post_init__(self) -> None:
         if not isinstance(self.coarsening, list | tuple):  # YAML and Python callers give one number
             self.coarsening = [self.coarsening]
         self.coarsening = list(self.coarsening)
         _ = self.layer_parallel_config  # validates before the process group is started
+        self._check_controller()
         super().__post_init__()
         check_lp_size(self.world_size, self.lp_size)
+
+    def _check_controller(self) -> None:
+        if self.controller not in get_args(Policy):
+            raise ConfigurationError(
+                f"controller={self.controller!r} is unknown; use one of {', '.join(get_args(Policy))}"
+            )
+        if self.check_every < 1:
+            raise ConfigurationError(f"check_every={self.check_every} must be at least 1 step")
+        if not self.controller_bound > 0:
+            raise ConfigurationError(f"controller_bound={self.controller_bound} must be positive")
+        if self.controller_ranks is not None and self.controller_ranks < 1:
+            raise ConfigurationError(
+                f"controller_ranks={self.controller_ranks} must be at least 1, or None for lp_size"
+            )
+        compares = self.controller == "adaptive" or (self.controller != "off" and self.check_gradient)
+        if compares and self.per_device_train_batch_size < 2:
+            raise ConfigurationError(
+                f"controller={self.controller!r} compares the gradient's bias with its noise, which it reads off the "
+                f"batch's halves; use per_device_train_batch_size of at least 2, not {self.per_device_train_batch_size}"
+            )
 
     @property
     def layer_parallel_config(self) -> LayerParallelConfig:

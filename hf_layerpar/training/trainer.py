@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from hf_layerpar.training.losses import depends_on_item_count
 from hf_layerpar.training.saving import ShardedSaving
 from hf_layerpar.training.streams import SeededCollator, kept_streams, main_streams, set_main_streams
 from hf_layerpar.training.support import refuse_unsupported
+from hf_layerpar.training.watching import STATE, Watch
 
 
 class LayerParallelTrainer(ShardedSaving, Trainer):
@@ -80,6 +81,10 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
         self.is_distributed_loading_by_transformers = True
         declared = getattr(unwrap_peft_model(self.model), "accepts_loss_kwargs", None)
         self._item_count_unknown = declared is None and self.model_accepts_loss_kwargs
+        self._watch: Watch | None = None
+        self._watched_run: Any = None
+        if args.controller != "off":
+            self._watch = Watch(args, self.layer_parallel, self.mesh)
 
     # ---- the model on the mesh
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -215,6 +220,7 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
 
     # ---- steps
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self._check_settings(model, inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         mesh = self.mesh
         if self.accelerator.sync_gradients and mesh.world_size > 1:
@@ -226,6 +232,29 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
                 owner_of = self.layer_parallel.owner_of
                 average_gradients([p for name, p in trainable.items() if name not in owner_of], mesh.lp_group)
         return loss
+
+    def _check_settings(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """Before a step: what the controller checks, decides and logs."""
+        watch, step = self._watch, self.state.global_step
+        if watch is None:
+            return
+        stored = self.state.stateful_callbacks
+        if self._watched_run is not self.state:  # a run begins, or goes on from a checkpoint
+            self._watched_run = self.state
+            watch.start(stored.get(STATE))
+        inputs = self._prepare_inputs(inputs)
+        if not watch.due(step, inputs):
+            return
+        model.train()
+
+        def loss(batch: Mapping[str, Any]) -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, dict(batch))  # type: ignore[return-value]
+
+        numbers, texts = watch.check(step, model, inputs, loss)
+        stored[STATE] = watch.state()
+        self.log(numbers)
+        self.state.log_history[-1] |= texts
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         norm = self._global_grad_norm(model)

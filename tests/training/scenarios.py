@@ -343,3 +343,45 @@ def train_until_a_rank_dies(directory: str, settings: dict[str, Any], when: str)
         trainer(directory, "llama", settings, callbacks=[Death(1, 2)]).train()
     else:
         DiesInStep(build("llama"), arguments(directory, **settings), train_dataset=Samples("llama", 64)).train()
+
+
+class _Swing(hf.TrainerCallback):
+    """After step `wild` the layers turn steep, after step `calm` they are what they were."""
+
+    def __init__(self, wild: int, calm: int, factor: float = 64.0) -> None:
+        self.factors = {wild: factor, calm: 1 / factor}  # a power of two: there and back changes no bit
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        factor = self.factors.get(state.global_step)
+        if factor is not None:
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if ".h." in name and parameter.dim() == 2:
+                        parameter.mul_(factor)
+
+
+def train_swinging(
+    output_dir: str, settings: dict[str, Any], wild: int, calm: int, resume: str | None = None
+) -> dict[str, Any]:
+    """A GPT-2 of 1 + 16 + 1 layers, h = 1/4, that turns unfriendly to MGRIT and friendly again."""
+    torch.manual_seed(0)
+    config = zoo.build("gpt2")[0].config
+    config.n_layer = 18
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.1
+    model = convert_to_ode(hf.GPT2LMHeadModel(config), step_size=1 / 4, num_steps=16, buffers=(1, 1))
+    run = LayerParallelTrainer(
+        model,
+        arguments(output_dir, **settings),
+        train_dataset=Samples("gpt2", 64),
+        callbacks=[_Swing(wild, calm)],
+    )
+    run.remove_callback(hf.PrinterCallback)
+    run.train(resume_from_checkpoint=resume)
+    log = run.state.log_history
+    watch = run._watch
+    return outcome(run) | {
+        "checks": [dict(entry) for entry in log if "lp_check_setting" in entry],
+        "modes": [(entry["lp_forward_mode"], entry["lp_backward_mode"]) for entry in log if "loss" in entry],
+        "settings": run.layer_parallel.config.to_dict(),
+        "shares": [] if watch is None else list(watch.shares.values()),
+    }

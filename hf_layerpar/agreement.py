@@ -1,0 +1,122 @@
+"""Gradients of one batch under several settings, compared with the exact one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.mgrit.ladder import exact_settings
+from hf_layerpar.sharding import layer_parallel
+
+
+class GradientProbe:
+    """The gradients of one batch, with the same dropout masks under all settings. `.grad` and the caller's random
+    stream are left alone. Every method is collective over the lp ranks.
+
+    inputs: the batch, the same on all lp ranks. loss: what is differentiated, a mean over the batch; the model's own
+        loss by default.
+    The exact gradient and that of half the batch are computed once, when first needed, and kept: with the one compared,
+    three times the memory of the own gradients.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: Mapping[str, Any], loss: Callable[[Mapping[str, Any]], Tensor] | None = None
+    ) -> None:
+        self.handle = layer_parallel(model)
+        self.inputs = inputs
+        self._loss = loss or (lambda batch: model(**batch).loss)
+        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self._params = [p for _, p in named]
+        # ends are replicated: they count once
+        self._counted = [name in self.handle.owner_of or self.handle.lp_rank == 0 for name, _ in named]
+        self._exact: tuple[list[Tensor], float] | None = None
+        self._noise: float | None = None
+
+    def gradient(
+        self, config: LayerParallelConfig, inputs: Mapping[str, Any] | None = None
+    ) -> tuple[list[Tensor], float]:
+        """(gradients of the trainable parameters on this rank, loss) under `config`."""
+        device = self._params[0].device
+        # every gradient sees the same masks
+        with torch.random.fork_rng([] if device.type == "cpu" else [device]), self.handle.using(config):
+            loss = self._loss(self.inputs if inputs is None else inputs)
+            grads = torch.autograd.grad(loss, self._params, allow_unused=True)
+        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(self._params, grads, strict=True)]
+        return filled, float(loss.detach())
+
+    @property
+    def exact(self) -> tuple[list[Tensor], float]:
+        """The exact gradient and loss, by the pipeline."""
+        if self._exact is None:
+            self._exact = self.gradient(exact_settings(self.handle.config))
+        return self._exact
+
+    def compare(self, config: LayerParallelConfig) -> dict[str, float]:
+        """cosine and norm_ratio (of this gradient over the exact one), bias (norm of their difference), loss and
+        loss_exact."""
+        exact, loss_exact = self.exact
+        inexact, loss = self.gradient(config)
+        dot, square, exact_square, bias = self._sums(
+            lambda a, b: torch.stack([a @ b, a @ a, b @ b, (a - b) @ (a - b)]), inexact, exact
+        )
+        return {
+            "cosine": dot / (square * exact_square) ** 0.5 if square * exact_square else 0.0,
+            "norm_ratio": (square / exact_square) ** 0.5 if exact_square else float("inf"),
+            "bias": bias**0.5,
+            "loss": loss,
+            "loss_exact": loss_exact,
+        }
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of the exact gradient that comes from the choice of the batch, as a norm.
+
+        From the batch's two halves: with means g_a and g_b, ||g_a - g_b|| / 2 estimates that of their mean.
+        Raises ConfigurationError for a batch of one.
+        """
+        noise = self._noise
+        if noise is None:
+            rows = batch_rows(self.inputs)
+            if rows < 2:
+                raise ConfigurationError(f"a batch of {rows} has no halves to compare; use at least 2 rows")
+            half = {
+                k: v[: rows // 2] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
+                for k, v in self.inputs.items()
+            }
+            part, _ = self.gradient(exact_settings(self.handle.config), half)
+            (square,) = self._sums(lambda a, b: ((a - b) @ (a - b))[None], part, self.exact[0])
+            # g_a = g + (1 - share) (g_a - g_b), whatever share of the batch the first half is
+            self._noise = noise = square**0.5 / (2 * (1 - rows // 2 / rows))
+        return noise
+
+    def _sums(self, of: Callable[[Tensor, Tensor], Tensor], left: list[Tensor], right: list[Tensor]) -> list[float]:
+        """of(a, b) `[n]` summed over all parameters of all lp ranks, in float64."""
+        parts = [
+            of(a.double().flatten(), b.double().flatten())
+            for a, b, counted in zip(left, right, self._counted, strict=True)
+            if counted
+        ]
+        probe = self._params[0].new_zeros(1, dtype=torch.float64)
+        total = torch.stack(parts).sum(0) if parts else torch.zeros_like(of(probe, probe))
+        self.handle.all_reduce(total)
+        return total.tolist()
+
+
+def batch_rows(inputs: Mapping[str, Any]) -> int:
+    """Rows of a batch: the first dimension of its tensors; 0 where it has none."""
+    return max((len(v) for v in inputs.values() if isinstance(v, Tensor) and v.ndim), default=0)
+
+
+def gradient_agreement(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, float]:
+    """The current settings' gradient against the exact one, for one batch with the same dropout masks.
+
+    Returns cosine and norm ratio (inexact over exact) of the gradient of all trainable parameters, the norm of their
+    difference (bias), and both losses. `.grad` is left alone. Collective over the lp ranks.
+    """
+    probe = GradientProbe(model, inputs)
+    return probe.compare(probe.handle.config)

@@ -1,0 +1,173 @@
+"""Checks during training: measures the settings in force on the batch of the moment, and applies what the controller
+decides, alike on all ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from hf_layerpar.agreement import GradientProbe, batch_rows
+from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.mgrit.damping import suggest_damping
+from hf_layerpar.mgrit.ladder import cheapest_first, describe, escalation, exact_settings, predicted_share
+from hf_layerpar.mgrit.strategies import inner_grid
+from hf_layerpar.parallel.communicator import peer_loss
+from hf_layerpar.parallel.engine import SweepReport
+from hf_layerpar.parallel.mesh import Mesh
+from hf_layerpar.sharding import LayerParallel
+from hf_layerpar.training.arguments import LayerParallelTrainingArguments
+from hf_layerpar.training.controller import Controller, Policy, Reading
+
+STATE = "LayerParallelController"
+"""Where a Trainer's state keeps the controller's: `state.stateful_callbacks[STATE]`."""
+
+Loss = Callable[[Mapping[str, Any]], Tensor]
+
+
+class Watch:
+    """The controller of one training run, with its measurements.
+
+    args: `controller`, `check_every`, `check_gradient`, `controller_bound` and `controller_ranks`.
+    Raises ConfigurationError for settings that leave the policy nothing to choose from.
+    """
+
+    def __init__(self, args: LayerParallelTrainingArguments, handle: LayerParallel, mesh: Mesh) -> None:
+        self.handle, self.mesh = handle, mesh
+        self.every = args.check_every
+        self.ranks = args.controller_ranks or args.lp_size
+        self.with_gradient = args.check_gradient or args.controller == "adaptive"
+        # bias adds up over the batches of a step, their noise averages out
+        self.batches_per_step = args.gradient_accumulation_steps * mesh.dp_size
+        ladder = _ladder(args.controller, args.layer_parallel_config, handle, self.ranks)
+        self.controller = Controller(args.controller, ladder, bound=args.controller_bound)
+        self.shares = {settings: predicted_share(settings, handle.shapes, self.ranks) for settings in ladder}
+        self._checked: int | None = None
+
+    def start(self, state: dict[str, Any] | None) -> None:
+        """Begins a run, or goes on with one from its stored state."""
+        self._checked = None
+        if state is not None:
+            self._checked = state["attributes"]["checked"]
+            self.controller.load_state_dict(state["attributes"]["controller"])
+        self.handle.config = self.controller.settings
+
+    def state(self) -> dict[str, Any]:
+        """In the form in which a Trainer's state keeps callbacks."""
+        return {"args": {}, "attributes": {"checked": self._checked, "controller": self.controller.state_dict()}}
+
+    def due(self, step: int, inputs: Mapping[str, Any]) -> bool:
+        """Whether to check before this step: the first, and one in every `every`. A check that the batch is too small
+        for waits for the next one. Alike on all ranks."""
+        if self.controller.is_done:
+            return False
+        if self._checked is not None and step // self.every == self._checked // self.every:
+            return False
+        return not self.with_gradient or self._least(batch_rows(inputs)) >= 2
+
+    def check(self, step: int, model: nn.Module, inputs: Mapping[str, Any], loss: Loss) -> tuple[dict, dict]:
+        """Checks, moves the model to what was decided, and returns (numbers, texts) for the log. Collective."""
+        began = time.perf_counter()
+        self._checked = step
+        probe = GradientProbe(model, inputs, loss)
+        controller = self.controller
+        reading, reason = controller.check(lambda settings, *, factors: self._measure(probe, settings, factors=factors))
+        decided = self._from_first(controller.state_dict())
+        controller.load_state_dict(decided)
+        self.handle.config = controller.settings
+        numbers = {
+            f"lp_check_{name}": value for name, value in dataclasses.asdict(reading).items() if value is not None
+        }
+        numbers |= {
+            "lp_check_setting": controller.place,
+            "lp_check_share": self.shares[controller.ladder[controller.place]],
+            "lp_check_seconds": time.perf_counter() - began,
+        }
+        texts = {"lp_check_name": describe(controller.settings)} | ({"lp_check_reason": reason} if reason else {})
+        return numbers, texts
+
+    def _measure(self, probe: GradientProbe, settings: LayerParallelConfig, *, factors: bool) -> Reading:
+        found: dict[str, float] = {}
+        if factors:
+            doubled = dataclasses.replace(
+                settings,
+                forward_iterations=2 * settings.forward_iterations,
+                backward_iterations=2 * settings.backward_iterations,
+            )
+            probe.gradient(doubled)
+            report = probe.handle.report()
+            found["damping"] = self._damping(report, settings)
+            for direction in ("forward", "backward"):
+                sweeps = [s[direction].convergence_factors for s in report.values() if direction in s]
+                if last := [sweep[-1] for sweep in sweeps if sweep]:
+                    found[f"rho_{direction}"] = self._worst(max(last))
+        if self.with_gradient:
+            compared = probe.compare(settings)
+            bias, noise = self._mean_square(compared["bias"]), self._mean_square(probe.noise)
+            found |= {
+                "cosine": self._mean(compared["cosine"]),
+                "norm_ratio": self._mean(compared["norm_ratio"]),
+                "bias_to_noise": bias / noise * self.batches_per_step**0.5 if noise else float("inf"),
+            }
+        return Reading(**found)
+
+    def _damping(self, report: Mapping[str, Mapping[str, SweepReport]], settings: LayerParallelConfig) -> float:
+        """The largest that any sweep suggests."""
+        if settings.relaxation != "F":
+            return 0.0
+        intervals = [inner_grid(settings, shape.num_layers, shape.buffers).num_steps(1) for shape in self.handle.shapes]
+        suggested = [
+            suggest_damping(sweep.residuals, n, settings.damping)
+            for n, sweeps in zip(intervals, report.values(), strict=True)
+            for sweep in sweeps.values()
+            if len(sweep.residuals) >= 2
+        ]
+        return self._worst(max(suggested, default=0.0))
+
+    # ---- over the dp ranks (the lp ranks of each have the same numbers)
+    def _reduced(self, value: float, op: dist.ReduceOp.RedOpType) -> float:
+        if self.mesh.dp_size == 1:
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.handle.device)
+        with peer_loss("the comparison of checks"):
+            dist.all_reduce(tensor, op=op, group=self.mesh.dp_group)
+        return float(tensor)
+
+    def _mean(self, value: float) -> float:
+        return self._reduced(value, dist.ReduceOp.SUM) / self.mesh.dp_size
+
+    def _mean_square(self, value: float) -> float:
+        return self._mean(value**2) ** 0.5
+
+    def _worst(self, value: float) -> float:
+        return self._reduced(value, dist.ReduceOp.MAX)
+
+    def _least(self, value: float) -> float:
+        return self._reduced(value, dist.ReduceOp.MIN)
+
+    def _from_first(self, value: Any) -> Any:
+        if self.mesh.world_size == 1:
+            return value
+        said = [value]
+        with peer_loss("the controller's decision"):
+            dist.broadcast_object_list(said, 0)
+        return said[0]
+
+
+def _ladder(
+    policy: Policy, config: LayerParallelConfig, handle: LayerParallel, ranks: int
+) -> list[LayerParallelConfig]:
+    if policy == "adaptive":
+        return cheapest_first(config, handle.shapes, ranks)
+    if config.strategy != "mgrit":
+        raise ConfigurationError(
+            f"controller={policy!r} watches MGRIT, but strategy={config.strategy!r} is exact; use strategy='mgrit' or "
+            "controller='off'"
+        )
+    return escalation(config) if policy == "raise" else [config, exact_settings(config)]

@@ -1,0 +1,249 @@
+"""The controller on made-up readings, and in training runs whose model turns unfriendly and friendly again."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.mgrit.ladder import describe, escalation, exact_settings
+from hf_layerpar.training.controller import Controller, Reading
+from tests.multiproc import RankPool
+from tests.training import runs, scenarios
+
+START = LayerParallelConfig(strategy="mgrit", coarse_operator="identity")
+LADDER = [
+    *(LayerParallelConfig(strategy="mgrit", coarse_operator=o) for o in ("identity", "rediscretize", "aggregate")),
+    exact_settings(START),
+]
+
+
+class World:
+    """Answers measurements from a table of biases (or factors), and notes what was measured."""
+
+    def __init__(self, ladder, biases=None, factors=None, damping=0.0) -> None:
+        self.ladder, self.biases, self.factors, self.damping = list(ladder), biases, factors, damping
+        self.measured: list[str] = []
+
+    def __call__(self, settings: LayerParallelConfig, *, factors: bool) -> Reading:
+        self.measured.append(describe(settings))
+        if settings.damping:
+            return Reading(rho_forward=0.5)
+        place = self.ladder.index(settings)
+        return Reading(
+            rho_forward=self.factors[place] if self.factors and factors else None,
+            bias_to_noise=self.biases[place] if self.biases else None,
+            damping=self.damping,
+        )
+
+
+def test_paper_goes_exact_for_good():
+    ladder = [START, exact_settings(START)]
+    controller = Controller("paper", ladder, bound=0.2)
+    assert controller.check(World(ladder, factors=[0.99])) == (Reading(rho_forward=0.99), None)
+    _, reason = controller.check(World(ladder, factors=[1.2]))
+    assert reason == "convergence factor 1.2 > 1"
+    assert controller.is_exact
+    assert controller.is_done
+
+
+def test_paper_looks_at_factors_only():
+    ladder = [START, exact_settings(START)]
+    controller = Controller("paper", ladder, bound=0.2)
+    assert controller.check(World(ladder, factors=[0.5], biases=[5.0]))[1] is None
+
+
+@pytest.mark.parametrize("bad", [1.5, math.nan, math.inf])
+def test_raise_climbs_one_step_a_check(bad):
+    ladder = escalation(START)
+    controller = Controller("raise", ladder, bound=0.2)
+    places = []
+    while not controller.is_done:
+        controller.check(World(ladder, factors=[bad] * len(ladder)))
+        places.append(controller.place)
+    assert places == list(range(1, len(ladder)))
+
+
+def test_raise_tries_damping_first_and_gives_it_up_on_the_way():
+    ladder = escalation(START)
+    controller = Controller("raise", ladder, bound=0.2)
+    controller.check(World(ladder, factors=[2.0] * 4, damping=0.6))
+    assert (controller.place, controller.settings.damping) == (0, 0.6)
+    world = World(ladder)
+    controller.check(lambda settings, *, factors: Reading(rho_backward=1.1))  # damped, and bad all the same
+    assert (controller.place, controller.settings.damping) == (1, 0.0)
+    assert not world.measured
+
+
+def test_adaptive_climbs_to_the_first_good_settings_in_one_check():
+    controller = Controller("adaptive", LADDER, bound=0.2)
+    world = World(LADDER, biases=[0.9, math.nan, 0.15])
+    reading, reason = controller.check(world)
+    assert reading.bias_to_noise == 0.9
+    assert reason == "bias to noise 0.9 > 0.2"
+    assert controller.settings == LADDER[2]
+    assert world.measured == [describe(s) for s in LADDER[:3]]
+
+
+def test_adaptive_comes_down_with_hysteresis_and_skips_what_is_bad_between():
+    controller = Controller("adaptive", LADDER, bound=0.2)
+    controller.check(World(LADDER, biases=[0.9, 0.9, 0.15]))
+    for _ in range(3):  # inside the bound, but not well inside
+        assert controller.check(World(LADDER, biases=[0.15, 0.15, 0.05]))[1] is None
+    reasons = [controller.check(World(LADDER, biases=[0.05, 0.9, 0.05]))[1] for _ in range(2)]
+    assert sum(reason is not None for reason in reasons) == 1
+    assert controller.place == 0
+
+
+def test_adaptive_returns_from_the_exact_solve_by_the_least_biased_settings():
+    controller = Controller("adaptive", LADDER, bound=0.2)
+    controller.check(World(LADDER, biases=[0.9, 0.3, 0.4]))
+    assert controller.is_exact
+    assert not controller.is_done
+    world = World(LADDER, biases=[0.9, 0.3, 0.4])
+    reading, reason = controller.check(world)
+    assert (reading.bias_to_noise, reason) == (0.3, None)
+    assert world.measured == [describe(LADDER[1])]
+    _, reason = controller.check(World(LADDER, biases=[0.9, 0.05, 0.4]))
+    assert reason == "bias to noise 0.05 <= 0.1 with cheaper settings"
+    assert controller.place == 1
+
+
+def test_a_restored_controller_decides_as_the_first_would():
+    biases = [[0.9, 0.3, 0.1], [0.9, 0.3, 0.1], [0.9, 0.05, 0.3], [0.01, 0.3, 0.3], [0.9, 0.9, 0.9], [0.01, 0.01, 0.01]]
+    whole = Controller("adaptive", LADDER, bound=0.2)
+    states = []
+    for row in biases:
+        states.append(json.dumps(whole.state_dict()))
+        whole.check(World(LADDER, biases=row))
+    for k, state in enumerate(states):
+        again = Controller("adaptive", LADDER, bound=0.2)
+        again.load_state_dict(json.loads(state))
+        for row in biases[k:]:
+            again.check(World(LADDER, biases=row))
+        assert again.state_dict() == whole.state_dict()
+
+
+def test_on_another_ladder_it_starts_exact():
+    controller = Controller("adaptive", LADDER, bound=0.2)
+    controller.load_state_dict(Controller("adaptive", escalation(START)[1:], bound=0.2).state_dict())
+    assert controller.is_exact
+
+
+WATCHED = {"strategy": "mgrit", "coarsening": 2, "check_every": 2, "max_steps": 16, "learning_rate": 1e-5}
+POLICIES = {
+    "paper": {"controller": "paper", "coarse_operator": "rediscretize"},
+    "raise": {"controller": "raise", "coarse_operator": "rediscretize"},
+    "adaptive": {"controller": "adaptive", "controller_ranks": 4, "controller_bound": 0.3},
+}
+WILD, CALM = 5, 10  # after these steps the layers' increments grow, and shrink again
+
+
+def names(result: dict) -> dict[int, str]:
+    """Settings in force after the check at each step."""
+    return {entry["step"]: entry["lp_check_name"] for entry in result["checks"]}
+
+
+@pytest.fixture(scope="module")
+def whole(ranks1: RankPool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict, Path]]:
+    found = {}
+    for policy, settings in POLICIES.items():
+        folder = tmp_path_factory.mktemp(policy)
+        saving = {"save_strategy": "steps", "save_steps": 7}
+        run = ranks1.run(scenarios.train_swinging, str(folder), WATCHED | settings | saving, WILD, CALM)
+        found[policy] = run[0], folder
+    return found
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_notices_within_two_checks(policy, whole):
+    result, _ = whole[policy]
+    seen = names(result)
+    before = seen[4]
+    assert any(seen.get(step, "pipeline") != before for step in (6, 8))
+    reasons = [entry["lp_check_reason"] for entry in result["checks"] if "lp_check_reason" in entry]
+    assert reasons
+    assert ("bias to noise" if policy == "adaptive" else "convergence factor") in reasons[
+        -1 if policy != "adaptive" else 0
+    ]
+
+
+def test_adaptive_comes_back_and_paper_does_not(whole):
+    adaptive = names(whole["adaptive"][0])
+    assert adaptive[8] == "pipeline" or adaptive[8] != adaptive[4]
+    assert adaptive[14] != "pipeline"
+    assert list(whole["adaptive"][0]["shares"]) == sorted(whole["adaptive"][0]["shares"])
+    paper = whole["paper"][0]
+    assert names(paper)[max(names(paper))] == "pipeline"
+    assert paper["modes"][-1] == ("exact", "exact")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_resume_in_each_mode_continues_identically(policy, whole, ranks1: RankPool, ranks2: RankPool, tmp_path: Path):
+    result, folder = whole[policy]
+    for pool in (ranks1, ranks2):
+        settings = WATCHED | POLICIES[policy] | {"lp_size": pool.world}
+        for step in (7, 14):
+            out, start = str(tmp_path / f"{pool.world}-{step}"), str(folder / f"checkpoint-{step}")
+            ranks = pool.run(scenarios.train_swinging, out, settings, WILD, CALM, start)
+            assert ranks[0]["weights"] == result["weights"]
+            assert names(ranks[0]) == names(result)
+            assert all(rank["settings"] == result["settings"] for rank in ranks)
+
+
+def test_two_by_two_ranks_agree_on_every_decision(ranks4: RankPool, tmp_path: Path):
+    settings = WATCHED | POLICIES["adaptive"] | {"lp_size": 2}
+    ranks = ranks4.run(scenarios.train_swinging, str(tmp_path), settings, WILD, CALM)
+    assert all(names(rank) == names(ranks[0]) for rank in ranks)
+    assert len(set(names(ranks[0]).values())) > 1
+    assert len({rank["ends"] for rank in ranks}) == 1
+
+
+def test_watching_changes_nothing_where_nothing_is_decided(ranks1: RankPool, tmp_path: Path):
+    settings = WATCHED | {"max_steps": 5, "coarse_operator": "aggregate"}
+    plain = ranks1.run(scenarios.train_swinging, str(tmp_path / "a"), settings, 99, 99)[0]
+    watched = ranks1.run(
+        scenarios.train_swinging,
+        str(tmp_path / "b"),
+        settings | {"controller": "paper", "check_gradient": True},
+        99,
+        99,
+    )[0]
+    assert watched["weights"] == plain["weights"]
+    check = watched["checks"][0]
+    assert 0.9 < check["lp_check_cosine"] <= 1
+    assert {"lp_check_rho_forward", "lp_check_rho_backward", "lp_check_bias_to_noise", "lp_check_seconds"} <= set(check)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"controller": "sometimes"}, r"controller='sometimes' is unknown; use one of off, paper, raise, adaptive"),
+        ({"controller": "paper", "check_every": 0}, r"check_every=0 must be at least 1"),
+        ({"controller": "adaptive", "controller_bound": 0.0}, r"controller_bound=0.0 must be positive"),
+        ({"controller": "adaptive", "controller_ranks": 0}, r"controller_ranks=0 must be at least 1"),
+        (
+            {"controller": "adaptive", "per_device_train_batch_size": 1},
+            r"per_device_train_batch_size of at least 2, not 1",
+        ),
+    ],
+)
+def test_arguments_are_checked(settings, message, tmp_path: Path):
+    with pytest.raises(ConfigurationError, match=message):
+        runs.arguments(str(tmp_path), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"controller": "raise", "strategy": "pipeline"}, r"controller='raise' watches MGRIT, but strategy='pipeline'"),
+        ({"controller": "adaptive"}, r"no MGRIT setting .* on 1 ranks"),
+    ],
+)
+def test_policies_need_something_to_choose_from(settings, message, tmp_path: Path):
+    with pytest.raises(ConfigurationError, match=message):
+        runs.trainer(str(tmp_path), "llama", settings)
