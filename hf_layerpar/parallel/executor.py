@@ -20,10 +20,14 @@ class Evaluator:
 
     step: (layer, micro-batch, state, final) -> state; a layer forward, or an input-vjp.
     weights: (layer, micro-batch); the weight gradients that the layer's final vjp left to do.
+    fit: (span, state) -> state; the running fit of an interval (first layer, last + 1).
+    observe: (span, micro-batch, state, state); shows that fit both ends of its interval.
     """
 
     step: Callable[[int, int, Tensor, bool], Tensor]
     weights: Callable[[int, int], None]
+    fit: Callable[[tuple[int, int], Tensor], Tensor]
+    observe: Callable[[tuple[int, int], int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,11 @@ def execute(part: RankPart, starts: Sequence[Tensor], evaluate: Evaluator, commu
             result = _combine(task.coefficients, [values[v] for v in task.inputs])
         elif task.kind == "weights":
             evaluate.weights(task.layer, task.micro_batch)
+            result = None
+        elif task.kind == "fit":
+            result = evaluate.fit(task.span, values[task.inputs[0]])
+        elif task.kind == "observe":
+            evaluate.observe(task.span, task.micro_batch, *(values[v] for v in task.inputs))
             result = None
         else:
             assert residuals is not None

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.parallel.deferral import PendingGradient, collecting, recording
+from hf_layerpar.parallel.increments import Increments
 
 
 class LayerCall(Protocol):
@@ -41,6 +42,7 @@ class Program:
     split_weights: weight gradients of linear modules (see `deferral`) wait for `weights` after the final vjp.
     seed: the stack's draw for this forward, or None when no layer is in training mode. Each layer of each micro-batch
         has a stream of its own, set before every evaluation: all sweeps, levels and ranks see the same dropout masks.
+    increments: what watches and penalises the increments of the final steps, if anything does.
     """
 
     def __init__(
@@ -52,7 +54,9 @@ class Program:
         seed: int | None,
         recompute: bool,
         split_weights: bool = False,
+        increments: Increments | None = None,
     ) -> None:
+        self.increments = increments
         self.calls, self.seed, self.recompute, self.split_weights = calls, seed, recompute, split_weights
         self.device, self.batch_size = x.device, x.shape[0]
         self.micro_batches = micro_batches
@@ -102,10 +106,14 @@ class Program:
         if self.recompute:
             self._tape[layer, micro_batch] = x
             with torch.no_grad():
-                return self._evaluate(layer, micro_batch, x, self._sides(layer, micro_batch))
-        entry = self._with_graph(layer, micro_batch, x)
-        self._tape[layer, micro_batch] = entry
-        return entry[2].detach()
+                y = self._evaluate(layer, micro_batch, x, self._sides(layer, micro_batch))
+        else:
+            entry = self._with_graph(layer, micro_batch, x)
+            self._tape[layer, micro_batch] = entry
+            y = entry[2].detach()
+        if self.increments is not None:
+            self.increments.note(layer, micro_batch, x, y)
+        return y
 
     @contextmanager
     def running(self, *, keep_graphs: bool) -> Iterator[None]:
@@ -131,14 +139,21 @@ class Program:
         return taken
 
     def backward_step(self, layer: int, micro_batch: int, lam: Tensor, final: bool) -> Tensor:
-        """The input-vjp of a step at its final state; if final also the gradients of parameters and side tensors."""
+        """The input-vjp of a step at its final state; if final also the gradients of parameters and side tensors.
+
+        With a penalty on its increment d, the step's adjoint is affine: lam -> J^T (lam + s) - s, s = dR/dd.
+        """
         entry = self._tape[layer, micro_batch]
         if isinstance(entry, Tensor):
             entry = self._with_graph(layer, micro_batch, entry)
         x, sides, y = entry
+        source = self.increments.source(layer, x, y) if self.increments is not None else None
+        if source is not None:
+            lam = lam + source
         if not final:
             with collecting(None):
-                return torch.autograd.grad(y, x, lam, retain_graph=True)[0]
+                grad = torch.autograd.grad(y, x, lam, retain_graph=True)[0]
+            return grad if source is None else grad - source
         params = self._layer_params[layer]
         places = list(dict.fromkeys(self._arguments[layer][2].values()))
         pending: list[PendingGradient] = []
@@ -155,7 +170,7 @@ class Program:
             if grad is not None:
                 self._add_gradient(param, grad)
         assert grads[0] is not None, f"layer {layer} doesn't depend on its state"
-        return grads[0]
+        return grads[0] if source is None else grads[0] - source
 
     def weights(self, layer: int, micro_batch: int) -> None:
         """The weight gradients that the final vjp of this layer left to do."""
