@@ -14,8 +14,8 @@ Shapes: a state is `[B, T, D]` (any dimensions but the last count as tokens), W 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ Key = tuple[str, Direction, int, int]
 
 _DECAY = 0.9  # of the moments from one training solve to the next
 _RIDGE = 1e-3  # relative to each regressor's own second moment
-_TOKENS = 4  # observed per channel and micro-batch: more change a fit over several solves little, and cost
+_TOKENS = 4  # observed per channel, of every micro-batch: more change a fit over several solves little, and cost
 
 
 class RunningFits:
@@ -57,12 +57,9 @@ class RunningFits:
 
     def observe(self, key: Key, micro_batch: int, start: Tensor, end: Tensor) -> None:
         """The interval maps `start` to `end`."""
-        *_, positions, channels = start.shape
-        stride = max(1, start.numel() // (_TOKENS * channels**2))
-        while math.gcd(stride, positions) > 1:  # or some positions would never be seen
-            stride += 1
+        chosen = _sample(start[..., 0].numel(), _TOKENS * start.shape[-1], start.device)
         wide = wide_dtype(start.dtype)
-        x, y = (state.flatten(0, -2)[::stride].to(wide) for state in (start, end))
+        x, y = (state.flatten(0, -2)[chosen].to(wide) for state in (start, end))
         regressors = _regressors(key, x)
         if regressors is None:
             regressors = torch.ones_like(x[:, :1])
@@ -91,6 +88,14 @@ class RunningFits:
     def load_state_dict(self, state: Mapping[Any, tuple[Tensor, Tensor]]) -> None:
         self._moments = {key: (a.clone(), b.clone()) for key, (a, b) in state.items()}
         self._observed, self._solutions = {}, {}
+
+
+@lru_cache(maxsize=16)
+def _sample(tokens: int, most: int, device: torch.device) -> Tensor:
+    """Indices of the tokens to observe: at random, as a regular choice could miss positions; always the same ones."""
+    if tokens <= most:
+        return torch.arange(tokens, device=device)
+    return torch.randperm(tokens, generator=torch.Generator().manual_seed(0))[:most].sort().values.to(device)
 
 
 def _regressors(key: Key, x: Tensor) -> Tensor | None:
