@@ -43,7 +43,8 @@ class GradientProbe:
         """(gradients of the trainable parameters on this rank, loss) under `config`."""
         device = self._params[0].device
         # every gradient sees the same masks
-        with torch.random.fork_rng([] if device.type == "cpu" else [device]), self.handle.using(config):
+        streams = torch.random.fork_rng([] if device.type == "cpu" else [device])
+        with streams, self.handle.diagnosing(), self.handle.using(config):
             loss = self._loss(self.inputs if inputs is None else inputs)
             grads = torch.autograd.grad(loss, self._params, allow_unused=True)
         filled = [torch.zeros_like(p) if g is None else g for p, g in zip(self._params, grads, strict=True)]
@@ -119,4 +120,4 @@ def gradient_agreement(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str,
     difference (bias), and both losses. `.grad` is left alone. Collective over the lp ranks.
     """
     probe = GradientProbe(model, inputs)
-    return probe.compare(probe.handle.config)
+    return probe.compare(probe.handle.next_config)

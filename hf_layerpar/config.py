@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -15,7 +16,7 @@ Form = Literal["euler", "split"]
 Interpolation = Literal["constant", "linear"]
 Strategy = Literal["serial", "pipeline", "mgrit"]
 Relaxation = Literal["F", "FCF"]
-Operator = Literal["rediscretize", "aggregate", "identity"]
+Operator = Literal["rediscretize", "aggregate", "identity", "mean", "linear"]
 
 
 def _one_of(name: str, value: str, choices: Any) -> None:
@@ -80,6 +81,8 @@ class LayerParallelConfig:
     coarse_operator: see `hf_layerpar.mgrit.coarse`.
     damping: gamma in [0, 1); a correction is scaled by 1 - gamma.
     micro_batches: pieces the batch is cut into (fewer when the batch is smaller).
+    increment_penalty: alpha >= 0; adds alpha/2 sum_n mean |x_{n+1} - x_n|^2 over the steps between the buffers to the
+        loss of a training forward, whether it is solved exactly or not (see `hf_layerpar.parallel.increments`).
     """
 
     strategy: Strategy = "pipeline"
@@ -91,6 +94,7 @@ class LayerParallelConfig:
     coarse_operator: Operator = "aggregate"
     damping: float = 0.0
     micro_batches: int = 1
+    increment_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, Strategy)
@@ -102,6 +106,10 @@ class LayerParallelConfig:
         _at_least("micro_batches", self.micro_batches, 1)
         if not 0 <= self.damping < 1:
             raise ConfigurationError(f"damping={self.damping!r} must be in [0, 1); 0 applies the whole correction")
+        if not 0 <= self.increment_penalty < math.inf:
+            raise ConfigurationError(
+                f"increment_penalty={self.increment_penalty!r} must be finite and at least 0; 0 is no penalty"
+            )
         if isinstance(self.coarsening, list):  # YAML and JSON have no tuples
             object.__setattr__(self, "coarsening", tuple(self.coarsening))
         for c in self.factors:

@@ -20,6 +20,7 @@ from hf_layerpar.ode.families import shared_modules
 from hf_layerpar.ode.stack import LayerStack
 from hf_layerpar.parallel.communicator import Communicator, GroupCommunicator, LocalCommunicator
 from hf_layerpar.parallel.engine import StackEngine, SweepReport
+from hf_layerpar.parallel.fits import Key
 
 _ATTRIBUTE = "_hf_layerpar_parallel"
 
@@ -81,6 +82,8 @@ class LayerParallel:
     """A model whose layers live on lp ranks.
 
     config: the settings of the next forward; assign the same value on all lp ranks.
+    loss_scale: what the loss of the next forward is multiplied by before its backward, such as 1 over the accumulation
+        steps, so that the increment penalty's gradient is scaled alike. The Trainer sets it.
     owner_of: lp rank of every parameter and buffer that only one rank holds, by its full name; the others (the ends)
         are replicated in the lp group.
     """
@@ -95,6 +98,7 @@ class LayerParallel:
     ) -> None:
         self._model, self._config, self._communicator = model, config, communicator
         self._instead: LayerParallelConfig | None = None
+        self.loss_scale = 1.0
         self._stacks = tuple(stacks)
         owners = {stack.path: self._owner(config, stack, communicator.size, split) for stack in stacks}
         for stack in stacks:
@@ -181,7 +185,8 @@ class LayerParallel:
     def report(self) -> dict[str, dict[str, SweepReport]]:
         """What the last sweeps of every stack measured: `{stack path: {"forward": ..., "backward": ...}}`.
 
-        Collective over the lp ranks when a sweep was inexact (residuals are summed here, not in every solve).
+        Collective over the lp ranks when a sweep was inexact or increments are penalised (residuals and penalties are
+        summed here, not in every solve).
         """
         reports: dict[str, dict[str, SweepReport]] = {}
         for stack in self._stacks:
@@ -211,6 +216,34 @@ class LayerParallel:
                 self._communicator.wait(self._communicator.receive(buffer, owner))
                 full[name] = buffer.cpu()
         return full
+
+    def fits(self) -> dict[str, dict[Key, tuple[Tensor, Tensor]]] | None:
+        """The running fits of the coarse operators `mean` and `linear` that live on this rank, by stack path, on the
+        CPU; None when no lp rank has any. Training state, as the optimizer's. Collective over the lp ranks."""
+        found = {stack.path: self._engine(stack).fits.state_dict() for stack in self._stacks}
+        count = torch.tensor(float(sum(map(len, found.values()))), device=next(self._model.parameters()).device)
+        self._communicator.all_reduce(count)
+        return found if count else None
+
+    def load_fits(self, fits: Mapping[str, Mapping[Key, tuple[Tensor, Tensor]]]) -> None:
+        """Replaces the running fits, given those of all lp ranks (of any lp size) together; {} forgets them all."""
+        for stack in self._stacks:
+            self._engine(stack).load_fits(fits.get(stack.path, {}))
+
+    @contextmanager
+    def diagnosing(self) -> Iterator[None]:
+        """Forwards inside leave no trace in the running fits, and their losses are not scaled."""
+        engines = [self._engine(stack) for stack in self._stacks]
+        before, scale = [engine.learning for engine in engines], self.loss_scale
+        self.loss_scale = 1.0
+        for engine in engines:
+            engine.learning = False
+        try:
+            yield
+        finally:
+            self.loss_scale = scale
+            for engine, learning in zip(engines, before, strict=True):
+                engine.learning = learning
 
     def load_state_dict(self, full: Mapping[str, Tensor]) -> None:
         """Copies what this rank holds out of a full state dict.

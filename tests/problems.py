@@ -60,6 +60,7 @@ class Fixed:
 
     next_config: LayerParallelConfig
     needs_recompute: bool = False
+    loss_scale: float = 1.0
 
 
 def blocks(num_layers: int, dim: int = 6, h: float = 0.25, dropout: float = 0.0, seed: int = 0) -> nn.ModuleList:

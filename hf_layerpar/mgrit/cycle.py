@@ -51,6 +51,9 @@ class Cycle:
             c_points = self._correct(0, c_points, ends)
             points, ends = self._relax(0, c_points, None)
         self._residuals(c_points, ends, iterations)
+        if self.operator.fitted(self.builder.direction, False):
+            for j, (x, end) in enumerate(zip(c_points[:-1], ends, strict=False)):  # no coarse step spans the last one
+                self.builder.observe(self._interval_layers(j), x, end)
         for layer, x in zip(self.layers, points, strict=True):
             self.builder.mark_final(layer, x)
         return ends[-1]
@@ -71,9 +74,8 @@ class Cycle:
         return self._relax(level, self._correct(level, c_points, ends), corrections)[0]
 
     def _correct(self, level: int, c_points: list[int], ends: list[int]) -> list[int]:
-        corrections = [
-            (end, self._coarse_step(level + 1, j, x)) for j, (x, end) in enumerate(zip(c_points, ends, strict=True))
-        ]
+        befores = [self._coarse_step(level + 1, j, x, True) for j, x in enumerate(c_points)]
+        corrections = list(zip(ends, befores, strict=True))
         return self._coarse_solve(level + 1, c_points, corrections)
 
     def _serial(self, level: int, x: int, corrections: list[Correction] | None) -> list[int]:
@@ -106,16 +108,23 @@ class Cycle:
     def _advance(self, level: int, s: int, x: int, corrections: list[Correction] | None) -> int:
         if level == 0:
             return self.builder.step(self.layers[s], x)
-        y = self._coarse_step(level, s, x)
+        y = self._coarse_step(level, s, x, corrections is not None)
         if corrections is None:
             return y
         end, before = corrections[s]
         weight = 1.0 - self.damping
         return self.builder.combine([(1.0, end), (weight, y), (-weight, before)], self.builder.home(end))
 
-    def _coarse_step(self, level: int, s: int, x: int) -> int:
-        """G(x) = x + sum_i w_i (S_i(x) - x) over the span of step s, partial sums formed where the layers live."""
+    def _coarse_step(self, level: int, s: int, x: int, correcting: bool) -> int:
+        """G(x) = x + sum_i w_i (S_i(x) - x) over the span of step s, partial sums formed where the layers live; or the
+        fits of the intervals in it."""
         build = self.builder
+        if self.operator.fitted(build.direction, correcting):
+            span = self.grid.span(level, s)
+            for j, point in enumerate(self.grid.levels[1][:-1]):
+                if point in span:
+                    x = build.fit(self._interval_layers(j), x)
+            return x
         span = [self.layers[i] for i in self.grid.span(level, s)]
         parts: dict[int, list[tuple[float, int]]] = {}
         for layer, weight in self.operator.terms(range(min(span), max(span) + 1)):
@@ -127,6 +136,11 @@ class Cycle:
         terms = [(1.0, x), *parts.pop(rank, [])]
         terms += [(1.0, build.combine(part, other)) for other, part in parts.items()]
         return build.combine(terms, rank)
+
+    def _interval_layers(self, j: int) -> tuple[int, int]:
+        """First layer of the fine level's interval j and last + 1."""
+        span = [self.layers[i] for i in self.grid.span(1, j)]
+        return min(span), max(span) + 1
 
     def _residuals(self, c_points: list[int], ends: list[int], iteration: int) -> None:
         """C-point residuals of the fine level; at F-points a relaxed state has none."""

@@ -25,8 +25,10 @@ class StackShape:
 
 
 def exact_settings(config: LayerParallelConfig) -> LayerParallelConfig:
-    """The exact solve that goes with `config`: the pipeline, with the same micro-batches."""
-    return LayerParallelConfig(strategy="pipeline", micro_batches=config.micro_batches)
+    """The exact solve that goes with `config`: the pipeline, with the same micro-batches and the same loss."""
+    return LayerParallelConfig(
+        strategy="pipeline", micro_batches=config.micro_batches, increment_penalty=config.increment_penalty
+    )
 
 
 def predicted_share(config: LayerParallelConfig, stacks: Sequence[StackShape], num_ranks: int) -> float:

@@ -21,14 +21,16 @@ class Task:
     """One piece of work on one rank.
 
     kind: "step" evaluates fine step `layer` (backward: its input-vjp); "combine" is the linear combination of its
-        inputs with `coefficients`; "residual" adds ||inputs[0] - inputs[1]||^2 to the residual of `iteration`;
-        "weights" takes the weight gradients of `layer`, whose final vjp made inputs[0].
+        inputs with `coefficients`; "fit" is the running fit of the interval `span` at inputs[0], and "observe" shows
+        that fit that the interval maps inputs[0] to inputs[1]; "residual" adds ||inputs[0] - inputs[1]||^2 to the
+        residual of `iteration`; "weights" takes the weight gradients of `layer`, whose final vjp made inputs[0].
     final: a step of the last relaxation. Forward it keeps its graph, backward it takes the weight gradients too, unless
         the plan has "weights" tasks for that.
-    inputs, output: value numbers; a residual and weight gradients have no output (None).
+    inputs, output: value numbers; a residual, an observation and weight gradients have no output (None).
+    span: first layer of the interval and last + 1, whatever the direction.
     """
 
-    kind: Literal["step", "combine", "residual", "weights"]
+    kind: Literal["step", "combine", "fit", "observe", "residual", "weights"]
     rank: int
     micro_batch: int
     inputs: tuple[int, ...]
@@ -37,6 +39,7 @@ class Task:
     final: bool = False
     coefficients: tuple[float, ...] = ()
     iteration: int = 0
+    span: tuple[int, int] = (0, 0)
 
     def __str__(self) -> str:
         where = f"rank {self.rank} micro-batch {self.micro_batch}"
@@ -46,6 +49,10 @@ class Task:
         if self.kind == "combine":
             terms = " ".join(f"{c:+g} {v}" for c, v in zip(self.coefficients, values, strict=True))
             return f"{where}: v{self.output} = {terms}"
+        if self.kind == "fit":
+            return f"{where}: v{self.output} = fit {self.span}({values[0]})"
+        if self.kind == "observe":
+            return f"{where}: fit {self.span} observes {values[0]} -> {values[1]}"
         if self.kind == "weights":
             return f"{where}: weight gradients of layer {self.layer} (after {values[0]})"
         return f"{where}: residual {self.iteration} += |{values[0]} - {values[1]}|^2"
@@ -200,6 +207,17 @@ class PlanBuilder:
             ]
         return self.combine([*terms, *(term for group in groups for term in group)], *ranks)
 
+    def fit(self, span: tuple[int, int], x: int) -> int:
+        """The running fit of an interval at value x, on the rank that makes the interval's end."""
+        return self._make(("fit", span, x), "fit", self._fit_home(span), (x,), span=span)
+
+    def observe(self, span: tuple[int, int], start: int, end: int) -> None:
+        """Shows the interval's fit what it stands for."""
+        self.tasks.append(Task("observe", self._fit_home(span), self._micro_batch, (start, end), None, span=span))
+
+    def _fit_home(self, span: tuple[int, int]) -> int:
+        return self.owner[span[1] - 1 if self.direction == "forward" else span[0]]
+
     def residual(self, a: int, b: int, iteration: int) -> None:
         if a != b:  # the same value leaves no residual
             rank = self.home(a)
@@ -253,7 +271,9 @@ class PlanBuilder:
         self._home[value] = rank
         return value
 
-    def _make(self, key: tuple, kind: Literal["step", "combine"], rank: int, inputs: tuple[int, ...], **more) -> int:
+    def _make(
+        self, key: tuple, kind: Literal["step", "combine", "fit"], rank: int, inputs: tuple[int, ...], **more
+    ) -> int:
         task = self._made.get(key)
         if task is None:
             inputs = tuple(self._nearest(value, rank) for value in inputs)

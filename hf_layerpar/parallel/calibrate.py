@@ -121,7 +121,12 @@ def _layer_times(
 def _executor_times(x: Tensor) -> tuple[float, float, float]:
     """What a task takes beside its work; and above that, one term of a combination, and one residual."""
 
-    no_work = Evaluator(step=lambda layers, micro_batch, state, final: state, weights=lambda layer, micro_batch: None)
+    no_work = Evaluator(
+        step=lambda layers, micro_batch, state, final: state,
+        weights=lambda layer, micro_batch: None,
+        fit=lambda span, state: state,
+        observe=lambda span, micro_batch, start, end: None,
+    )
 
     def plan_of(kind: str) -> Plan:
         builder = PlanBuilder("forward", [0] * _CHAIN)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -19,6 +19,8 @@ from hf_layerpar.mgrit.strategies import build_plan
 from hf_layerpar.parallel.communicator import Communicator
 from hf_layerpar.parallel.deferral import make_deferrable
 from hf_layerpar.parallel.executor import Evaluator, RankPart, execute
+from hf_layerpar.parallel.fits import Key, RunningFits
+from hf_layerpar.parallel.increments import Increments
 from hf_layerpar.parallel.program import LayerCall, Program
 from hf_layerpar.parallel.runs import joints
 
@@ -30,6 +32,7 @@ class SweepReport:
     residuals: C-point residual norm ||r|| after each iteration, over all lp ranks (empty for an exact sweep).
     convergence_factors: ||r^(k+1)|| / ||r^(k)|| (arXiv 2601.09026, section 4); above 1 the sweep diverges.
     seconds, waited: wall time of the solve on this rank, and the part of it spent waiting for messages.
+    penalty: the increment penalty that the forward adds to the loss, alpha included; None where it is off.
     """
 
     mode: Literal["exact", "mgrit"]
@@ -37,15 +40,19 @@ class SweepReport:
     residuals: tuple[float, ...]
     seconds: float
     waited: float
+    penalty: float | None = None
 
     @property
     def convergence_factors(self) -> tuple[float, ...]:
         return tuple(b / a if a else 0.0 for a, b in pairwise(self.residuals))
 
 
-class HasNextConfig(Protocol):
+class Settings(Protocol):
     @property
     def next_config(self) -> LayerParallelConfig: ...
+
+    @property
+    def loss_scale(self) -> float: ...
 
 
 class HasNeedsRecompute(Protocol):
@@ -56,8 +63,9 @@ class HasNeedsRecompute(Protocol):
 class StackEngine:
     """The solver of one stack; called in the place of the layer loop with every layer's recorded call.
 
-    `settings.next_config` is asked for the settings of each solve, `stack.needs_recompute` for whether graphs are
-    recomputed in the backward (gradient checkpointing).
+    `settings.next_config` is asked for the settings of each solve and `settings.loss_scale` for what its loss will be
+    multiplied by, `stack.needs_recompute` for whether graphs are recomputed in the backward (gradient checkpointing).
+    fits: those of the fitted coarse operators. learning: whether training solves add to them.
     """
 
     def __init__(
@@ -65,13 +73,15 @@ class StackEngine:
         communicator: Communicator,
         owner: Sequence[int],
         buffers: tuple[int, int],
-        settings: HasNextConfig,
+        settings: Settings,
         stack: HasNeedsRecompute,
     ) -> None:
         self.communicator, self.owner, self.buffers = communicator, tuple(owner), buffers
         self.settings, self.stack = settings, stack
         self._prepared = False
+        self.fits, self.learning = RunningFits(), True
         self._reports: dict[Direction, tuple[Tensor | None, float, float]] = {}
+        self._penalty: Tensor | None = None
 
     def __call__(self, calls: Sequence[LayerCall], x: Tensor) -> Tensor:
         """x_N `[B, T, D]` from x_0 `[B, T, D]`. Collective over the lp ranks.
@@ -90,19 +100,35 @@ class StackEngine:
             "gradients": with_grad,
             "seed": seed,
             "settings": config,
+            "loss scale": self.settings.loss_scale,
         }
         self.communicator.agree(facts, x.device)
         micro_batches = max(1, min(config.micro_batches, x.shape[0]))
         recompute = with_grad and self.stack.needs_recompute
-        # without graphs runs gain nothing, and recomputed they would bring back all their graphs at once
-        parts = self._parts(config, micro_batches, joined=with_grad and not recompute)
+        # without graphs runs gain nothing, and recomputed they would bring back all their graphs at once; a penalty on
+        # every step's increment needs the states inside
+        joined = with_grad and not recompute and not config.increment_penalty
+        parts = self._parts(config, micro_batches, joined=joined)
         split_weights = with_grad and parts["backward"].plan.split_weights
         if split_weights:
             self._prepare(calls)
+        increments = None
+        if with_grad and config.increment_penalty:
+            inner = range(self.buffers[0], len(calls) - self.buffers[1])
+            increments = Increments(inner, x.numel(), config.increment_penalty, self.settings.loss_scale)
+        learning = training and with_grad and self.learning
+        if learning:
+            self.fits.commit()
         program = Program(
-            calls, x, micro_batches=micro_batches, seed=seed, recompute=recompute, split_weights=split_weights
+            calls,
+            x,
+            micro_batches=micro_batches,
+            seed=seed,
+            recompute=recompute,
+            split_weights=split_weights,
+            increments=increments,
         )
-        solve = _Solve(self, parts, program)
+        solve = _Solve(self, config, parts, program, learning)
         if not with_grad:
             return solve.forward(x)
         # the anchor makes the result require grad on every rank, also where nothing local is trainable: all ranks
@@ -127,41 +153,82 @@ class StackEngine:
     def record(self, direction: Direction, residuals: Tensor | None, seconds: float, waited: float) -> None:
         self._reports[direction] = (residuals, seconds, waited)
 
+    def record_penalty(self, penalty: Tensor | None) -> None:
+        self._penalty = penalty
+
+    def load_fits(self, state: Mapping[Key, tuple[Tensor, Tensor]]) -> None:
+        """Takes from the fits of all lp ranks those of the intervals whose ends this rank makes."""
+
+        def is_mine(key: Key) -> bool:
+            _, direction, first, stop = key
+            return self.owner[stop - 1 if direction == "forward" else first] == self.communicator.rank
+
+        self.fits.load_state_dict({key: moments for key, moments in state.items() if is_mine(key)})
+
     def report(self, direction: Direction) -> SweepReport | None:
-        """The last sweep of this direction, None before the first. Collective when that sweep was inexact."""
+        """The last sweep of this direction, None before the first. Collective when that sweep was inexact or penalised
+        increments."""
         if direction not in self._reports:
             return None
         residuals, seconds, waited = self._reports[direction]
+        penalty = None
+        if direction == "forward" and self._penalty is not None:
+            penalty = float(self._sum(self._penalty))
         if residuals is None:
-            return SweepReport("exact", 0, (), seconds, waited)
-        total = residuals.clone()
+            return SweepReport("exact", 0, (), seconds, waited, penalty)
+        total = self._sum(residuals)
+        return SweepReport("mgrit", len(total), tuple(total.sqrt().tolist()), seconds, waited, penalty)
+
+    def _sum(self, mine: Tensor) -> Tensor:
+        total = mine.clone()
         self.communicator.all_reduce(total)
-        return SweepReport("mgrit", len(total), tuple(total.sqrt().tolist()), seconds, waited)
+        return total
 
 
 class _Solve:
-    """One forward and its backward(s)."""
+    """One forward and its backward(s). learning: what they observe enters the fits of the next one."""
 
-    def __init__(self, engine: StackEngine, parts: dict[Direction, RankPart], program: Program) -> None:
-        self.engine, self.parts, self.program = engine, parts, program
+    def __init__(
+        self,
+        engine: StackEngine,
+        config: LayerParallelConfig,
+        parts: dict[Direction, RankPart],
+        program: Program,
+        learning: bool,
+    ) -> None:
+        self.engine, self.config, self.parts, self.program, self.learning = engine, config, parts, program, learning
 
     def forward(self, x: Tensor, *, keep_graphs: bool = False) -> Tensor:
         with self.program.running(keep_graphs=keep_graphs):
-            return self._run("forward", x, Evaluator(self.program.forward_step, self.program.weights))
+            y = self._run("forward", x, self.program.forward_step)
+        increments = self.program.increments
+        self.engine.record_penalty(None if increments is None else increments.penalty(y))
+        return y
 
     def backward(self, lam: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
         """lam_0, the gradients of the side tensors (summed over the lp ranks) and those of the own parameters."""
         program = self.program
         program.begin_backward()
         with program.running(keep_graphs=True):
-            lam = self._run("backward", lam.contiguous(), Evaluator(program.backward_step, program.weights))
+            lam = self._run("backward", lam.contiguous(), program.backward_step)
         side_grads, param_grads = program.take_gradients()
         for grad in side_grads:
             self.engine.communicator.all_reduce(grad)
         return lam, side_grads, param_grads
 
-    def _run(self, direction: Direction, x: Tensor, evaluate: Evaluator) -> Tensor:
-        engine = self.engine
+    def _run(
+        self, direction: Direction, x: Tensor, step: Callable[[Sequence[int], int, Tensor, bool], Tensor]
+    ) -> Tensor:
+        engine, operator = self.engine, self.config.coarse_operator
+
+        def fit(span: tuple[int, int], x: Tensor) -> Tensor:
+            return engine.fits.apply((operator, direction, *span), x)
+
+        def observe(span: tuple[int, int], micro_batch: int, start: Tensor, end: Tensor) -> None:
+            if self.learning:
+                engine.fits.observe((operator, direction, *span), micro_batch, start, end)
+
+        evaluate = Evaluator(step, self.program.weights, fit, observe)
         began = time.perf_counter()
         outcome = execute(self.parts[direction], self.program.split(x), evaluate, engine.communicator)
         engine.record(direction, outcome.residuals, time.perf_counter() - began, outcome.waited)

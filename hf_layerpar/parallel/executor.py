@@ -14,6 +14,8 @@ from hf_layerpar.mgrit.plan import EVERYWHERE, Plan, Task
 from hf_layerpar.parallel.communicator import Communicator
 from hf_layerpar.parallel.runs import Joint, join_runs
 
+StepFunction = Callable[[Sequence[int], int, Tensor, bool], Tensor]
+
 
 @dataclass(frozen=True)
 class Evaluator:
@@ -21,10 +23,14 @@ class Evaluator:
 
     step: (layers, micro-batch, state, final) -> state; forwards one after the other, or input-vjps.
     weights: (layer, micro-batch); the weight gradients that the layer's final vjp left to do.
+    fit: (span, state) -> state; the running fit of an interval (first layer, last + 1).
+    observe: (span, micro-batch, state, state); shows that fit both ends of its interval.
     """
 
-    step: Callable[[Sequence[int], int, Tensor, bool], Tensor]
+    step: StepFunction
     weights: Callable[[int, int], None]
+    fit: Callable[[tuple[int, int], Tensor], Tensor]
+    observe: Callable[[tuple[int, int], int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,11 @@ def execute(part: RankPart, starts: Sequence[Tensor], evaluate: Evaluator, commu
             result = _combine(task.coefficients, [values[v] for v in task.inputs])
         elif task.kind == "weights":
             evaluate.weights(task.layer, task.micro_batch)
+            result = None
+        elif task.kind == "fit":
+            result = evaluate.fit(task.span, values[task.inputs[0]])
+        elif task.kind == "observe":
+            evaluate.observe(task.span, task.micro_batch, *(values[v] for v in task.inputs))
             result = None
         else:
             assert residuals is not None

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.parallel.deferral import PendingGradient, collecting, recording
+from hf_layerpar.parallel.increments import Increments
 
 
 class LayerCall(Protocol):
@@ -52,6 +53,7 @@ class Program:
     split_weights: weight gradients of linear modules (see `deferral`) wait for `weights` after the final vjp.
     seed: the stack's draw for this forward, or None when no layer is in training mode. Each layer of each micro-batch
         has a stream of its own, set before every evaluation: all sweeps, levels and ranks see the same dropout masks.
+    increments: what watches and penalises the increments of the final steps, if anything does.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class Program:
         seed: int | None,
         recompute: bool,
         split_weights: bool = False,
+        increments: Increments | None = None,
     ) -> None:
+        self.increments = increments
         self.calls, self.seed, self.recompute, self.split_weights = calls, seed, recompute, split_weights
         self.device, self.batch_size = x.device, x.shape[0]
         self.micro_batches = micro_batches
@@ -106,17 +110,25 @@ class Program:
 
     # ---- forward
     def forward_step(self, layers: Sequence[int], micro_batch: int, x: Tensor, final: bool) -> Tensor:
-        """The steps of a run of layers, without graph, or (final, in grad mode) with one that is kept for the vjps."""
-        if final and self._keep_graphs and not self.recompute:
+        """The steps of a run of layers, without graph, or (final, in grad mode) with one that is kept for the vjps.
+
+        With a penalty on increments every run is a single layer.
+        """
+        kept = final and self._keep_graphs
+        if kept and not self.recompute:
             entry = self._with_graph(layers, micro_batch, x)
             self._tape[min(layers), micro_batch] = entry
-            return entry.y.detach()
-        if final and self._keep_graphs:
-            self._tape[min(layers), micro_batch] = x
-        with torch.no_grad():
-            for layer in layers:
-                x = self._evaluate(layer, micro_batch, x, self._sides(layer, micro_batch))
-        return x
+            y = entry.y.detach()
+        else:
+            if kept:
+                self._tape[min(layers), micro_batch] = x
+            y = x
+            with torch.no_grad():
+                for layer in layers:
+                    y = self._evaluate(layer, micro_batch, y, self._sides(layer, micro_batch))
+        if kept and self.increments is not None:
+            self.increments.note(layers[0], micro_batch, x, y)
+        return y
 
     @contextmanager
     def running(self, *, keep_graphs: bool) -> Iterator[None]:
@@ -143,14 +155,21 @@ class Program:
 
     def backward_step(self, layers: Sequence[int], micro_batch: int, lam: Tensor, final: bool) -> Tensor:
         """The input-vjp of a run of layers (the last one first) at its final states; if final also the gradients of
-        parameters and side tensors. The run must be one that `forward_step` was given."""
+        parameters and side tensors. The run must be one that `forward_step` was given.
+
+        With a penalty on its increment d, a step's adjoint is affine: lam -> J^T (lam + s) - s, s = dR/dd.
+        """
         key = min(layers), micro_batch
         entry = self._tape[key]
         if isinstance(entry, Tensor):
             entry = self._with_graph(sorted(layers), micro_batch, entry)
+        source = self.increments.source(layers[0], entry.x, entry.y) if self.increments is not None else None
+        if source is not None:
+            lam = lam + source
         if not final:
             with collecting(None):
-                return torch.autograd.grad(entry.y, entry.x, lam, retain_graph=True)[0]
+                grad = torch.autograd.grad(entry.y, entry.x, lam, retain_graph=True)[0]
+            return grad if source is None else grad - source
         # the last layer's first, the order in which the plain model's backward sums them up
         places = [place for place, _ in reversed(entry.sides)]
         sides = [side for _, side in reversed(entry.sides)]
@@ -169,7 +188,7 @@ class Program:
             if grad is not None:
                 self._add_gradient(param, grad)
         assert grads[0] is not None, f"layers {tuple(layers)} don't depend on their state"
-        return grads[0]
+        return grads[0] if source is None else grads[0] - source
 
     def weights(self, layer: int, micro_batch: int) -> None:
         """The weight gradients that the final vjp of this layer (of its own, not in a run) left to do."""

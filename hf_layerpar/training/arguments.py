@@ -43,13 +43,17 @@ class LayerParallelTrainingArguments(TrainingArguments):
     )
     coarse_operator: Operator = field(
         default=LayerParallelConfig.coarse_operator,
-        metadata={"help": "MGRIT: an interval's coarse stand-in: rediscretize, aggregate or identity."},
+        metadata={"help": "MGRIT: an interval's coarse stand-in, see hf_layerpar.mgrit.coarse."},
     )
     damping: float = field(
         default=LayerParallelConfig.damping, metadata={"help": "MGRIT: a correction is scaled by 1 - damping."}
     )
     micro_batches: int = field(
         default=LayerParallelConfig.micro_batches, metadata={"help": "Pieces the batch is cut into inside a forward."}
+    )
+    increment_penalty: float = field(
+        default=LayerParallelConfig.increment_penalty,
+        metadata={"help": "Weight of the penalty on what the layers between the buffers add to the state; 0 is off."},
     )
 
     controller: Policy = field(

@@ -12,11 +12,15 @@ def solver_log(report: Mapping[str, Mapping[str, SweepReport]]) -> tuple[dict[st
 
     numbers: lp_forward_seconds and lp_forward_waited (the part spent waiting for other ranks), summed over the stacks;
         where the sweep was inexact also lp_forward_residual (after its last iteration) and lp_forward_factor (the
-        largest convergence factor), the worst over the stacks; the same for backward.
+        largest convergence factor), the worst over the stacks; the same for backward. Where increments are penalised
+        also lp_penalty, which the logged loss doesn't contain, summed over the stacks.
     modes: lp_forward_mode and lp_backward_mode, "exact" or "mgrit". Apart, because trackers take numbers only.
     """
     numbers: dict[str, float] = {}
     modes: dict[str, str] = {}
+    penalties = [s["forward"].penalty for s in report.values() if "forward" in s]
+    if any(penalty is not None for penalty in penalties):
+        numbers["lp_penalty"] = sum(penalty for penalty in penalties if penalty is not None)
     for direction in ("forward", "backward"):
         sweeps = [stack[direction] for stack in report.values() if direction in stack]
         if sweeps:

@@ -3,6 +3,8 @@
 Beside the weights, which are an ordinary HuggingFace checkpoint, a `checkpoint-N` directory holds
 
     optimizer-<lp rank>-of-<lp size>.pt   states by parameter name: of that lp rank's layers; lp rank 0 adds the ends
+    coarse_fits-<dp rank>-<lp rank>-of-<lp size>.pt
+                                          running fits of the coarse operators `mean` and `linear`, where there are any
     scheduler.pt, trainer_state.json      as stock
     rng_state_<dp rank>.pth               random streams; the lp ranks of one dp rank share theirs
     exact_weights.safetensors             only where folding h into the stock weights (split form) rounds them
@@ -40,6 +42,7 @@ from hf_layerpar.training.streams import kept_streams, main_streams, set_main_st
 
 EXACT_WEIGHTS = "exact_weights.safetensors"
 _OPTIMIZER = re.compile(r"optimizer-(\d{5})-of-(\d{5})\.pt")
+_FITS = r"coarse_fits-{dp_rank:05d}-(\d{{5}})-of-(\d{{5}})\.pt"
 
 
 # ---- directories
@@ -201,16 +204,13 @@ def load_optimizer(optimizer: Any, model: nn.Module, directory: Path) -> bool:
 
     Raises CheckpointError when one of the files is missing, or the parameter groups differ.
     """
-    found = {int(m[1]): (int(m[2]), p) for p in directory.iterdir() if (m := _OPTIMIZER.fullmatch(p.name))}
-    if not found:
+    parts = _parts(directory, _OPTIMIZER)
+    if not parts:
         return False
-    size = next(iter(found.values()))[0]
-    if sorted(found) != list(range(size)):
-        raise CheckpointError(f"{directory} has optimizer files of lp ranks {sorted(found)} of {size}; all are needed")
     states: dict[str, Any] = {}
     saved_groups: list[tuple[dict[str, Any], set[str]]] = []
-    for rank in range(size):
-        part = torch.load(found[rank][1], map_location="cpu", weights_only=True, mmap=True)
+    for path in parts:
+        part = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         states |= part["state"]
         saved_groups = saved_groups or [(group["options"], set()) for group in part["groups"]]
         for (_, members), group in zip(saved_groups, part["groups"], strict=True):
@@ -234,9 +234,42 @@ def load_optimizer(optimizer: Any, model: nn.Module, directory: Path) -> bool:
     return True
 
 
+def _parts(directory: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """The files of all lp ranks in their order, or none at all. Raises CheckpointError when some are lost."""
+    found = {int(m[1]): (int(m[2]), p) for p in directory.iterdir() if (m := pattern.fullmatch(p.name))}
+    size = next(iter(found.values()))[0] if found else 0
+    if sorted(found) != list(range(size)):
+        names = pattern.pattern.split("-")[0]
+        raise CheckpointError(f"{directory} has {names} files of lp ranks {sorted(found)} of {size}; all are needed")
+    return [found[rank][1] for rank in range(size)]
+
+
 def _names_by_group(optimizer: Any, model: nn.Module) -> list[list[str]]:
     names = {id(p): name for name, p in model.named_parameters()}
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+# ---- running fits
+def save_fits(model: nn.Module, mesh: Mesh, directory: Path) -> None:
+    """Writes the running fits of this process, if any in its lp group has some. Collective over the group."""
+    fits = layer_parallel(model).fits()
+    if fits is not None:
+        name = f"coarse_fits-{mesh.dp_rank:05d}-{mesh.lp_rank:05d}-of-{mesh.lp_size:05d}.pt"
+        torch.save(fits, directory / name)
+
+
+def load_fits(model: nn.Module, mesh: Mesh, directory: Path) -> None:
+    """Restores the running fits of this dp rank, or those of dp rank 0 where it has none, from any number of lp ranks.
+    Without any they start anew, as they did in the saved run.
+
+    Raises CheckpointError when one of the files is missing.
+    """
+    own, first = (_parts(directory, re.compile(_FITS.format(dp_rank=rank))) for rank in (mesh.dp_rank, 0))
+    fits: dict[str, dict[Any, Any]] = {}
+    for path in own or first:
+        for stack, found in torch.load(path, map_location="cpu", weights_only=True).items():
+            fits.setdefault(stack, {}).update(found)
+    layer_parallel(model).load_fits(fits)
 
 
 # ---- random streams

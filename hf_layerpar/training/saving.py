@@ -84,6 +84,7 @@ class ShardedSaving(Trainer):
             checkpoints.save_optimizer(self.optimizer, self.model, self.mesh, Path(output_dir))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+        checkpoints.save_fits(self.model, self.mesh, Path(output_dir))
 
     def _save_rng_state(self, output_dir: str) -> None:
         if self.mesh.lp_rank == 0:
@@ -115,6 +116,7 @@ class ShardedSaving(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        checkpoints.load_fits(self.model, self.mesh, Path(checkpoint))
         schedule = Path(checkpoint) / SCHEDULER_NAME
         if not checkpoints.load_optimizer(self.optimizer, self.model, Path(checkpoint)) or not schedule.is_file():
             logger.warning(f"{checkpoint} has no optimizer or scheduler state (save_only_model?); they start anew.")

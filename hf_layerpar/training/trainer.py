@@ -221,6 +221,7 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
     # ---- steps
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._check_settings(model, inputs)
+        self.layer_parallel.loss_scale = 1 / self.current_gradient_accumulation_steps
         loss = super().training_step(model, inputs, num_items_in_batch)
         mesh = self.mesh
         if self.accelerator.sync_gradients and mesh.world_size > 1:

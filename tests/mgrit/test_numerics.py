@@ -10,7 +10,7 @@ from torch import nn
 from hf_layerpar.config import LayerParallelConfig
 from tests.problems import F64, Linear, blocks, engine, gradients, loss_of, relative, serial, solve, state
 
-OPERATORS = ("rediscretize", "aggregate", "identity")
+OPERATORS = ("rediscretize", "aggregate", "identity", "mean", "linear")
 GRIDS = ((2, 4), (2, 3), (3, (3, 2)), (3, 2), (4, 2))
 
 

@@ -63,7 +63,7 @@ def test_grid_too_deep():
             mgrit(levels=lv, coarsening=c, relaxation=r, coarse_operator=o, forward_iterations=k, backward_iterations=k)
             for lv, c in ((2, 4), (3, (3, 2)))
             for r in ("F", "FCF")
-            for o in ("rediscretize", "aggregate", "identity")
+            for o in ("rediscretize", "aggregate", "identity", "mean", "linear")
             for k in (1, 3)
         ),
     ],
@@ -114,6 +114,36 @@ def test_nothing_converged_is_computed_again():
     forward, _ = plans(mgrit(coarsening=4, coarse_operator="identity", forward_iterations=4), 16, 1)
     evaluations = [sum(t.kind == "step" and t.layer == n for t in forward.tasks) for n in range(16)]
     assert evaluations == [1] * 4 + [2] * 4 + [3] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("owner", [(0,) * 6 + (1,) * 6, interleaved_owner(12, 2, (0, 4, 8, 12), (0, 0))])
+def test_a_fit_lives_where_its_interval_ends(owner):
+    """Fits and what they observe: on one rank, for every interval but the last, which no coarse step spans."""
+    config = mgrit(coarse_operator="linear", forward_iterations=2, backward_iterations=2)
+    for direction, spans, last in (("forward", {(0, 4), (4, 8)}, 1), ("backward", {(4, 8), (8, 12)}, 0)):
+        plan = build_plan(config, direction, owner, num_ranks=2)
+        fits = [t for t in plan.tasks if t.kind in ("fit", "observe")]
+        assert {t.span for t in fits if t.kind == "observe"} == spans == {t.span for t in fits if t.kind == "fit"}
+        assert all(t.rank == owner[t.span[last] - last] for t in fits)
+        assert f"fit {min(spans)}(v" in str(plan)
+        assert "observes v" in str(plan)
+
+
+def test_a_mean_only_moves_the_nested_start_of_the_forward():
+    forward, backward = plans(mgrit(coarse_operator="mean", forward_iterations=3, backward_iterations=3), 16, 1)
+    identity, _ = plans(mgrit(coarse_operator="identity", forward_iterations=3, backward_iterations=3), 16, 1)
+    assert sum(t.kind == "fit" for t in forward.tasks) == 3
+    assert not any(t.kind in ("fit", "observe") for t in backward.tasks)
+    # a first guess of its own is all it adds: the corrections are the identity's
+    assert sum(t.kind == "combine" for t in forward.tasks) == sum(t.kind == "combine" for t in identity.tasks)
+
+
+def test_coarser_levels_chain_the_fits_of_the_fine_intervals():
+    config = mgrit(coarse_operator="linear", levels=3, coarsening=(2, 2))
+    plan = plans(config, 12, 1)[0]
+    # the nested start visits every C-point of the fine level once, whatever the levels above
+    assert sorted(t.span for t in plan.tasks if t.kind == "fit") == [(n, n + 2) for n in range(0, 10, 2)]
+    assert {t.span for t in plan.tasks if t.kind == "observe"} == {(n, n + 2) for n in range(0, 10, 2)}
 
 
 def test_rediscretize_shares_its_evaluation_with_the_relaxation():
@@ -173,6 +203,8 @@ def test_ownership():
         ({"coarsening": 1}, "coarsening=1"),
         ({"coarsening": (2, 2)}, "gives 2 factors for levels=2"),
         ({"damping": 1.0}, "damping=1.0"),
+        ({"increment_penalty": -1.0}, "increment_penalty=-1.0 must be finite and at least 0"),
+        ({"increment_penalty": float("inf")}, "increment_penalty=inf"),
         ({"micro_batches": 0}, "micro_batches=0"),
         ({"strategy": "serial", "micro_batches": 2}, "use strategy='pipeline'"),
         ({"forward_iterations": -1}, "forward_iterations=-1"),

@@ -131,7 +131,12 @@ def test_peak_states_are_what_the_executor_holds(config, owner, direction, monke
 
     monkeypatch.setattr(executor.torch, "empty_like", noting(torch.empty_like))
     monkeypatch.setattr(executor, "_combine", noting(executor._combine))
-    evaluate = Evaluator(noting(lambda layer, micro_batch, x, final: x.clone()), lambda layer, micro_batch: None)
+    evaluate = Evaluator(
+        step=noting(lambda layer, micro_batch, x, final: x.clone()),
+        weights=lambda layer, micro_batch: None,
+        fit=noting(lambda span, x: x.clone()),
+        observe=lambda span, micro_batch, start, end: None,
+    )
     whole = plan(config, direction, owner, 3, 2)
     for rank, peak in enumerate(simulate(whole).peaks):
         counts.clear()

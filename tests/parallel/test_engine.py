@@ -13,6 +13,7 @@ from tests.problems import F64, Call, blocks, engine, gradients, loss_of, relati
 
 EXACT = LayerParallelConfig()
 MGRIT = LayerParallelConfig(strategy="mgrit", coarsening=3, forward_iterations=2, backward_iterations=2)
+FITTED = LayerParallelConfig(strategy="mgrit", coarsening=3, coarse_operator="linear")
 
 
 def test_two_backwards_accumulate():
@@ -26,7 +27,7 @@ def test_two_backwards_accumulate():
         assert torch.equal(grad, expected + expected)
 
 
-@pytest.mark.parametrize("config", [EXACT, MGRIT])
+@pytest.mark.parametrize("config", [EXACT, MGRIT, FITTED])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_second_backward_through_a_retained_graph(config, recompute):
     layers, x = blocks(8, dropout=0.2).train(), state()

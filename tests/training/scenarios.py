@@ -100,6 +100,19 @@ def resume_with_a_tensor_lost(checkpoint: str, settings: dict[str, Any]) -> str:
     return "no error"
 
 
+def resume_with_fits_lost(checkpoint: str, settings: dict[str, Any]) -> str:
+    """The error of resuming without the running fits of lp rank 0 of dp rank 0 and 1."""
+    run = trainer(checkpoint, "llama", settings)
+    run.mesh.barrier()
+    (Path(checkpoint) / f"coarse_fits-{run.mesh.dp_rank:05d}-00000-of-00002.pt").unlink()
+    run.mesh.barrier()
+    try:
+        run.train(resume_from_checkpoint=checkpoint)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
 def train_for_the_best(output_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
     hashes: list[str | None] = []
 
