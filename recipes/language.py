@@ -49,7 +49,7 @@ class TokenBlocks(Dataset):
 
 
 def offline_blocks(text: str, length: int, max_eval_blocks: int) -> Blocks:
-    """Blocks of UTF-8 bytes, numbered as by ByT5's tokenizer. Validation blocks come, evenly spaced, from the text's end.
+    """Blocks of UTF-8 bytes, numbered as ByT5's tokenizer does; the validation blocks, evenly spaced, from the end.
 
     Raises ConfigurationError where the text is too short for one block on each side.
     """
@@ -68,8 +68,8 @@ def offline_blocks(text: str, length: int, max_eval_blocks: int) -> Blocks:
 def hub_blocks(
     name: str, config: str | None, tokenizer_name: str, length: int, max_eval_blocks: int, streaming: bool, seed: int
 ) -> Blocks:
-    """Blocks of a hub data set's column "text", documents joined by the tokenizer's end-of-text. The first blocks of its
-    train split are the validation blocks.
+    """Blocks of a hub data set's column "text", each document ended by the tokenizer's end-of-text token. The first
+    blocks of its train split are the validation blocks.
 
     streaming: read while training (give max_steps then), instead of downloading and cutting everything first.
     Raises DownloadError where the hub or its cache don't have the data or the tokenizer.
@@ -89,8 +89,8 @@ def hub_blocks(
         raise ConfigurationError(f"dataset_name={name!r} has the columns {columns}; it needs one called 'text'")
 
     def cut(rows: dict[str, list]) -> dict[str, list]:
-        found = tokenizer([text + tokenizer.eos_token for text in rows["text"]])["input_ids"]
-        tokens = [token for document in found for token in document]
+        found = tokenizer(rows["text"], add_special_tokens=False)["input_ids"]
+        tokens = [token for document in found for token in (*document, tokenizer.eos_token_id)]
         blocks = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
         return {"input_ids": blocks, "labels": blocks}
 

@@ -105,8 +105,12 @@ def build_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase, see
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), recipe.dropout),
     )
     set_seed(seed)
+    model = GPT2LMHeadModel(config)
+    # transformers can't tell it from the name of this class; without it the Trainer divides the loss by all T tokens of
+    # a row, though only T - 1 are predicted
+    model.loss_type = "ForCausalLM"
     return convert_to_ode(
-        GPT2LMHeadModel(config),
+        model,
         step_size=recipe.step_size,
         num_steps=recipe.inner_layers,
         form=recipe.form,  # type: ignore[arg-type]
