@@ -1,4 +1,4 @@
-"""The `hf-layerpar` command: `plan` predicts one training step of a layer stack, without running any."""
+"""The `hf-layerpar` command: `plan` predicts one training step of a layer stack, `report` shows a run's logs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hf_layerpar.mgrit.ownership import contiguous_owner, interleaved_owner
 from hf_layerpar.mgrit.planner import Accuracy, Choice, plan_step, predict_step
 from hf_layerpar.mgrit.simulate import Costs, StepTimeline
 from hf_layerpar.mgrit.strategies import inner_grid
+from hf_layerpar.report.command import add_report
 from hf_layerpar.report.timeline import as_text, draw
 
 
@@ -30,8 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-layerpar", description="Layer-parallel training: predict a step.")
+    parser = argparse.ArgumentParser(prog="hf-layerpar", description="Layer-parallel training, planned and reviewed.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_report(commands)
     plan = commands.add_parser(
         "plan",
         help="time line, idle share, traffic and memory of one training step",

@@ -15,8 +15,6 @@ Every run ends with a table, <output_dir>/result.json and the model in <output_d
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import re
 import sys
 import time
@@ -27,38 +25,28 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout runs without being installed
 
-import torch
 import torch.distributed as dist
-import yaml
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
     PrinterCallback,
     Trainer,
-    TrainerCallback,
     set_seed,
 )
 
-from hf_layerpar.agreement import gradient_agreement
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.ode.convert import convert_to_ode, ode_view
-from hf_layerpar.sharding import layer_parallel
+from hf_layerpar.ode.convert import convert_to_ode
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
+from recipes.common import ProgressLine, agreement, common_settings, parse_settings, rank_settings, settings_of
 from recipes.glue_tasks import OFFLINE, Splits, encode, get_task, load_splits, majority_share, metrics_for
 from recipes.offline import minilm
 from recipes.results import print_table, versions, write_json
 
 MINILM_NAME = "minilm"
-TRAINING_SETTINGS = (
-    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16"),
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "gradient_checkpointing"),
-)
-"""The training arguments that result.json records."""
 
 
 @dataclass
@@ -85,9 +73,8 @@ class RecipeArguments:
 
 def default_settings() -> dict[str, Any]:
     """What this recipe sets differently from the training arguments' own defaults."""
-    return {
+    return common_settings() | {
         "output_dir": "runs/glue_bert",
-        "lp_size": int(os.environ.get("WORLD_SIZE", "1")),
         "micro_batches": 4,
         "max_steps": 150,
         "per_device_train_batch_size": 32,
@@ -95,28 +82,12 @@ def default_settings() -> dict[str, Any]:
         "learning_rate": 1e-4,
         "warmup_steps": 0.1,
         "logging_steps": 1,  # result.json has the loss of every step
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": not torch.cuda.is_available(),  # without it, processes on the CPU would not find each other
     }
 
 
 def parse(argv: Sequence[str]) -> tuple[RecipeArguments, LayerParallelTrainingArguments]:
     """Settings from an optional YAML file (first) and options (after it)."""
-    parser = HfArgumentParser((RecipeArguments, LayerParallelTrainingArguments))  # type: ignore[arg-type]
-    known = {action.dest for action in parser._actions}
-    settings = default_settings()
-    argv = list(argv)
-    if argv and argv[0].endswith((".yaml", ".yml")):
-        path = argv.pop(0)
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        unknown = sorted(set(loaded) - known)
-        if unknown:
-            raise ConfigurationError(f"{path} sets {unknown}, which no option is called; see --help for the options")
-        settings |= loaded
-    parser.set_defaults(**settings)
-    recipe, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    recipe, args = parse_settings(RecipeArguments, default_settings(), argv)
     if recipe.stock:
         asked_for = {
             "processes": args.world_size,
@@ -160,57 +131,6 @@ def build_model(recipe: RecipeArguments, seed: int) -> tuple[nn.Module, Any]:
         )
         model.accepts_loss_kwargs = False  # a refined model is a new object
     return model, AutoTokenizer.from_pretrained(name)
-
-
-class ProgressLine(TrainerCallback):
-    """One short line every `every` steps, on the main process."""
-
-    def __init__(self, every: int = 20) -> None:
-        self.every = every
-        self.start = time.monotonic()
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.start = time.monotonic()
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if logs and "loss" in logs and state.is_world_process_zero and state.global_step % self.every == 0:
-            pace = (time.monotonic() - self.start) / state.global_step
-            print(
-                f"step {state.global_step}/{state.max_steps}  loss {logs['loss']:.4f}  {pace:.2f} s a step", flush=True
-            )
-
-
-def agreement(trainer: Trainer, model: nn.Module, rows: list[dict], batches: int) -> list[dict[str, float]]:
-    """Cosine and norm ratio of the MGRIT gradient with the exact one, for each of the first training batches."""
-    size = trainer.args.per_device_train_batch_size
-    found = []
-    for start in range(0, min(batches * size, len(rows)), size):
-        inputs = trainer._prepare_inputs(trainer.data_collator(rows[start : start + size]))
-        found.append(gradient_agreement(model, inputs))
-    return found
-
-
-def rank_settings(args: LayerParallelTrainingArguments, model: nn.Module, stock: bool) -> list[dict[str, Any]]:
-    """One entry a rank: its place, its device and threads, and the layers and parameters it holds."""
-    entry = {
-        "rank": args.process_index,
-        "device": str(args.device),
-        "threads": torch.get_num_threads(),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
-    if not stock:
-        parallel = layer_parallel(model)
-        held = {n for n, _ in model.named_parameters()}
-        stacks = {
-            stack.path: [i for i in range(len(stack.layers)) if any(n.startswith(f"{stack.path}.{i}.") for n in held)]
-            for stack in ode_view(model).stacks
-        }
-        entry |= {"lp_rank": parallel.lp_rank, "lp_size": parallel.lp_size, "layers": stacks}
-    if args.world_size == 1:
-        return [entry]
-    entries: list[Any] = [None] * args.world_size
-    dist.all_gather_object(entries, entry)
-    return entries
 
 
 def evaluate(trainer: Trainer, splits: Splits, features: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
@@ -265,8 +185,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
     assert trainer.model is not None
     model = trainer.model
-    parallel = None if recipe.stock else layer_parallel(model)
-    measure = parallel is not None and parallel.config.strategy == "mgrit" and recipe.agreement_batches > 0
+    measure = not recipe.stock and args.strategy == "mgrit" and recipe.agreement_batches > 0
     cosines = {}
     if measure:
         cosines["before"] = agreement(trainer, model, features["train"], recipe.agreement_batches)
@@ -280,12 +199,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     trainer.save_model(str(folder / "model"))
 
     result = {
-        "settings": {
-            "recipe": dataclasses.asdict(recipe),
-            "ode": None if recipe.stock else ode_view(model).settings.to_dict(),
-            "layer_parallel": None if parallel is None else parallel.config.to_dict(),
-            "training": {k: v for k, v in args.to_sanitized_dict().items() if k in TRAINING_SETTINGS},
-        },
+        "settings": settings_of(recipe, args, model, recipe.stock),
         "rows": {name: len(rows) for name, rows in features.items()},
         "metrics": metrics,
         "metric_origin": metric_origin,

