@@ -80,6 +80,8 @@ class LayerParallelConfig:
     coarse_operator: see `hf_layerpar.mgrit.coarse`.
     damping: gamma in [0, 1); a correction is scaled by 1 - gamma.
     micro_batches: pieces the batch is cut into (fewer when the batch is smaller).
+    sliced_ends: in a forward with gradient and labels, each lp rank computes the ends (embeddings, head, loss) for its
+        rows of the batch alone; see `hf_layerpar.ends` for what then is another and when it is not done.
     """
 
     strategy: Strategy = "pipeline"
@@ -91,6 +93,7 @@ class LayerParallelConfig:
     coarse_operator: Operator = "aggregate"
     damping: float = 0.0
     micro_batches: int = 1
+    sliced_ends: bool = False
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, Strategy)
@@ -111,6 +114,8 @@ class LayerParallelConfig:
                 f"coarsening={self.coarsening!r} gives {len(self.factors)} factors for levels={self.levels}; "
                 f"give one number or {self.levels - 1} of them"
             )
+        if not isinstance(self.sliced_ends, bool):
+            raise ConfigurationError(f"sliced_ends={self.sliced_ends!r} must be True or False")
         if self.strategy == "serial" and self.micro_batches != 1:
             raise ConfigurationError(
                 f"strategy='serial' with micro_batches={self.micro_batches}; use strategy='pipeline' for micro-batches"

@@ -200,4 +200,6 @@ def _rank_part(
 
 def exact_config(config: LayerParallelConfig) -> LayerParallelConfig:
     """The exact solve that goes with `config`: the pipeline, with the same micro-batches."""
-    return LayerParallelConfig(strategy="pipeline", micro_batches=config.micro_batches)
+    return LayerParallelConfig(
+        strategy="pipeline", micro_batches=config.micro_batches, sliced_ends=config.sliced_ends
+    )

@@ -48,6 +48,10 @@ class LayerParallelTrainingArguments(TrainingArguments):
     micro_batches: int = field(
         default=LayerParallelConfig.micro_batches, metadata={"help": "Pieces the batch is cut into inside a forward."}
     )
+    sliced_ends: bool = field(
+        default=LayerParallelConfig.sliced_ends,
+        metadata={"help": "Each lp rank computes embeddings, head and loss for its rows of the training batch alone."},
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.coarsening, list | tuple):  # YAML and Python callers give one number
