@@ -57,19 +57,18 @@ class SlicedEnds:
         if batch_size is None:
             return stock(*args, **kwargs)
         device = next(model.parameters()).device
-        seed = int(torch.randint(2**62, (), dtype=torch.int64))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         facts = {
             "sliced ends of a batch": batch_size,
             "inputs": [(tuple(t.shape), str(t.dtype), t.requires_grad) for t in tensors],
-            "seed": seed,
         }
         self.communicator.agree(facts, device)
         given = _by_name(stock, args, kwargs)
         _check_rows(given, batch_size)
         modules = list(self._end_modules(model))
         _refuse_coupled_rows(modules)
-        slices = Slices(self.communicator, batch_size, seed)
+        # one draw from the main stream per forward keeps the lp ranks' streams in step
+        slices = Slices(self.communicator, batch_size, seed=int(torch.randint(2**62, (), dtype=torch.int64)))
         try:
             with _explicit_masks(_has_padding(given)):
                 return self._sliced(slices, modules, stock, args, kwargs, device)

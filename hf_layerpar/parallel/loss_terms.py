@@ -93,12 +93,12 @@ class LossTerms(TorchFunctionMode):
         mine = [torch.stack([t.total.detach().double(), _double(t.count, t.total)]) for t in used]
         totals = torch.stack(mine)
         communicator.all_reduce(totals)
-        value, share = 0.0, 0.0
-        for term, factor, (total, count) in zip(used, factors, totals.unbind(), strict=True):
-            divisor = 1 if term.count is None else count
-            value = value + factor.double() * total / divisor
-            share = share + factor * term.total / (divisor if term.count is None else count.to(term.total.dtype))
-        return _WithGradientOf.apply(share, value)  # type: ignore[return-value]
+        value, share = totals.new_zeros(()), totals.new_zeros(())
+        for term, factor, (total, count) in zip(used, factors, totals, strict=True):
+            weight = factor.double() / (1 if term.count is None else count)
+            value = value + weight * total
+            share = share + weight * term.total.double()
+        return _WithGradientOf.apply(share.to(loss.dtype), value.to(loss.dtype))  # type: ignore[return-value]
 
     def _terms_in(self, loss: Tensor) -> list[Term] | None:
         """The terms that the loss is a linear combination of; None where it holds anything else."""
@@ -133,7 +133,7 @@ class _WithGradientOf(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, share: Tensor, value: Tensor) -> Tensor:
-        return value.to(share.dtype).clone()
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
@@ -144,10 +144,14 @@ def _double(count: Tensor | None, like: Tensor) -> Tensor:
     return like.new_zeros((), dtype=torch.float64) if count is None else count.double()
 
 
+def _integer(number: int, like: Tensor) -> Tensor:
+    return torch.tensor(number, device=like.device)
+
+
 def _valid_labels(given: dict[str, Any]) -> Tensor | None:
     logits, target, weight = given["input"], given["target"], given["weight"]
     if target.is_floating_point():  # class probabilities
-        return logits.new_tensor(target.numel() // target.shape[1 if target.ndim > 1 else 0])
+        return _integer(target.numel() // target.shape[1 if target.ndim > 1 else 0], logits)
     valid = target != given["ignore_index"]
     if weight is None:
         return valid.sum()
@@ -156,7 +160,7 @@ def _valid_labels(given: dict[str, Any]) -> Tensor | None:
 
 def _elements(given: dict[str, Any]) -> Tensor | None:
     logits, target = given["input"], given["target"]
-    return logits.new_tensor(torch.broadcast_shapes(logits.shape, target.shape).numel(), dtype=torch.float64)
+    return _integer(torch.broadcast_shapes(logits.shape, target.shape).numel(), logits)
 
 
 def _unweighted_elements(given: dict[str, Any]) -> Tensor | None:
