@@ -43,9 +43,7 @@ class SlicedEnds:
     def __init__(self, communicator: Communicator, stacks: Sequence[LayerStack], settings: HasNextConfig) -> None:
         self.communicator, self.stacks, self.settings = communicator, tuple(stacks), settings
 
-    def __call__(
-        self, model: PreTrainedModel, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]
-    ) -> Any:
+    def __call__(self, model: PreTrainedModel, stock: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """The output of the model's stock forward, with sliced ends where they are asked for and can be had.
 
         Raises:
@@ -119,8 +117,8 @@ class SlicedEnds:
         loss = output[0] if isinstance(output, tuple) else output.get("loss")
         if not isinstance(loss, Tensor) or loss.ndim:
             raise UnsupportedModelError(
-                f"sliced_ends=True needs the model's loss, a scalar, but its forward returned {type(loss).__name__} for "
-                "the labels given; give it all labels that its loss needs, or use sliced_ends=False"
+                f"sliced_ends=True needs the model's loss, a scalar, but its forward returned a {type(loss).__name__} "
+                "for the labels given; give it all labels that its loss needs, or use sliced_ends=False"
             )
         counted = kwargs.get("num_items_in_batch") is not None
         loss = terms.whole(loss, self.communicator, sums_are_divided=counted)

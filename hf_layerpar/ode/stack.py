@@ -118,10 +118,7 @@ class ModelForward:
             stack.serial_reason = stack.serial_reason or reason
         runner = solved[0].runner
         try:
-            if runner is None:
-                output = self.stock(*args, **kwargs)
-            else:
-                output = runner(self.model, self.stock, args, kwargs)
+            output = self.stock(*args, **kwargs) if runner is None else runner(self.model, self.stock, args, kwargs)
             for stack in solved:
                 stack.check_complete()
         finally:

@@ -43,6 +43,7 @@ class Slices:
         self.communicator, self.seed = communicator, seed
         self.counts = [stop - start for start, stop in pairwise(bounds)]
         self.own = slice(bounds[communicator.rank], bounds[communicator.rank + 1])
+        self._even = len(set(self.counts)) == 1
         self._solves = 0
 
     def cut(self, whole: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class Slices:
         largest = max(self.counts)
         padded = own.new_zeros(largest - len(own), *own.shape[1:])
         whole = self.communicator.all_gather(torch.cat([own, padded]) if len(padded) else own.contiguous())
-        if len(set(self.counts)) == 1:
+        if self._even:
             return whole
         return torch.cat([rows[:count] for rows, count in zip(whole.split(largest), self.counts, strict=True)])
 
@@ -94,14 +95,14 @@ class Slices:
         place = {key: i for i, key in enumerate(tensors)}
         facts = {
             "layer arguments": list(dict.fromkeys(tuple(_kind(leaf, place) for leaf in leaves) for leaves, _ in flat)),
-            "tensors": [(str(t.dtype), tuple(t.shape[1:]), t.requires_grad) for t in tensors.values()],
+            "tensors": [
+                (str(t.dtype), tuple(t.shape if self._even else t.shape[1:]), t.requires_grad) for t in tensors.values()
+            ],
         }
         if not self.communicator.same(facts, device):
             raise CannotSlice
-        first_dims = torch.tensor([len(t) if t.ndim else 0 for t in tensors.values()], device=device)
-        of_ranks = self.communicator.all_gather(first_dims).view(self.communicator.size, -1).t().tolist()
         whole: dict[int, Tensor] = {}
-        for (key, tensor), dims in zip(tensors.items(), of_ranks, strict=True):
+        for (key, tensor), dims in zip(tensors.items(), self._first_dims(tensors.values(), device), strict=True):
             if self._has_rows(tensor, dims):
                 whole[key] = self.gather(tensor)
             else:
@@ -113,13 +114,21 @@ class Slices:
             found.append(call)
         return found
 
+    def _first_dims(self, tensors: Iterable[Tensor], device: torch.device) -> list[list[int]]:
+        """Dim 0 of each tensor on every rank (0 where it has none)."""
+        own = [len(tensor) if tensor.ndim else 0 for tensor in tensors]
+        if self._even:  # shapes were compared
+            return [[dim] * self.communicator.size for dim in own]
+        every = self.communicator.all_gather(torch.tensor(own, device=device))
+        return every.view(self.communicator.size, -1).t().tolist()
+
     def _has_rows(self, tensor: Tensor, first_dims: list[int]) -> bool:
         """Whether an argument's first dim is the slice, by that dim on every rank."""
         if first_dims != self.counts:
             if len(set(first_dims)) > 1:
                 raise CannotSlice
             return False
-        if len(set(self.counts)) > 1:
+        if not self._even:
             return True
         # slices are alike, so a table may have as many rows by chance: DeBERTa's relative embeddings `[2k, D]`, or,
         # where slices have one row, its relative positions `[1, T, T]`. Others `[1, ...]` may be repeated for all rows

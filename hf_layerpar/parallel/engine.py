@@ -200,6 +200,4 @@ def _rank_part(
 
 def exact_config(config: LayerParallelConfig) -> LayerParallelConfig:
     """The exact solve that goes with `config`: the pipeline, with the same micro-batches."""
-    return LayerParallelConfig(
-        strategy="pipeline", micro_batches=config.micro_batches, sliced_ends=config.sliced_ends
-    )
+    return LayerParallelConfig(strategy="pipeline", micro_batches=config.micro_batches, sliced_ends=config.sliced_ends)

@@ -76,8 +76,8 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
             )
         if args.sliced_ends and self.compute_loss_func is not None:
             raise ConfigurationError(
-                "compute_loss_func with sliced_ends=True would be given the logits of this process's rows, not the whole "
-                "batch's; use sliced_ends=False, or let the model compute its loss"
+                "compute_loss_func with sliced_ends=True would be given the logits of this process's rows, not of "
+                "the whole batch; use sliced_ends=False, or let the model compute its loss"
             )
         # kernels may differ in the last bits on accelerators, and the replicas would part
         self.average_ends = self.args.device.type != "cpu"
