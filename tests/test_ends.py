@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers as hf
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
 
@@ -192,6 +193,10 @@ def in_a_loop():
     found = {}
     inputs = rows("bert", 5)
     found["accumulated"] = compare(zoo.build("bert")[0], inputs, steps=3)
+    adapters = LoraConfig(r=2, target_modules=["query", "word_embeddings", "decoder"], init_lora_weights=False)
+    torch.manual_seed(0)
+    found["adapters"] = compare(get_peft_model(zoo.build("bert", tie_word_embeddings=False)[0], adapters), inputs)
+
     model, handle = made(zoo.build("bert")[0], LayerParallelConfig(sliced_ends=True, **INEXACT))
     sliced = gradient_agreement(model, inputs)
     handle.config = LayerParallelConfig(**INEXACT)
@@ -226,7 +231,8 @@ def in_a_loop():
 
 def test_in_a_loop():
     results = run_ranks(in_a_loop, 2)
-    check([found["accumulated"] for found in results], 5)
+    for name in ("accumulated", "adapters"):
+        check([found[name] for found in results], 5)
     for found in results:
         assert 0 < found["cosine"] < 1 - 1e-6
         assert found["agreement"] < 1e-6
