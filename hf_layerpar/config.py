@@ -83,6 +83,8 @@ class LayerParallelConfig:
     micro_batches: pieces the batch is cut into (fewer when the batch is smaller).
     increment_penalty: alpha >= 0; adds alpha/2 sum_n mean |x_{n+1} - x_n|^2 over the steps between the buffers to the
         loss of a training forward, whether it is solved exactly or not (see `hf_layerpar.parallel.increments`).
+    sliced_ends: in a forward with gradient and labels, each lp rank computes the ends (embeddings, head, loss) for its
+        rows of the batch alone; see `hf_layerpar.ends` for what then is another and when it is not done.
     """
 
     strategy: Strategy = "pipeline"
@@ -95,6 +97,7 @@ class LayerParallelConfig:
     damping: float = 0.0
     micro_batches: int = 1
     increment_penalty: float = 0.0
+    sliced_ends: bool = False
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, Strategy)
@@ -119,6 +122,8 @@ class LayerParallelConfig:
                 f"coarsening={self.coarsening!r} gives {len(self.factors)} factors for levels={self.levels}; "
                 f"give one number or {self.levels - 1} of them"
             )
+        if not isinstance(self.sliced_ends, bool):
+            raise ConfigurationError(f"sliced_ends={self.sliced_ends!r} must be True or False")
         if self.strategy == "serial" and self.micro_batches != 1:
             raise ConfigurationError(
                 f"strategy='serial' with micro_batches={self.micro_batches}; use strategy='pipeline' for micro-batches"

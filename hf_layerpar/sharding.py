@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.ends import SlicedEnds
 from hf_layerpar.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from hf_layerpar.mgrit.ladder import StackShape, exact_settings
 from hf_layerpar.mgrit.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
@@ -128,6 +129,10 @@ class LayerParallel:
         for stack in stacks:
             self._drop_layers(stack, owners[stack.path], names)
             stack.solver = StackEngine(communicator, owners[stack.path], stack.settings.buffers, self, stack)
+        if communicator.size > 1:
+            ends = SlicedEnds(communicator, self._stacks, self)
+            for stack in stacks:
+                stack.runner = ends
 
     @property
     def lp_size(self) -> int:

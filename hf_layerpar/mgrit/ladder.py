@@ -25,9 +25,12 @@ class StackShape:
 
 
 def exact_settings(config: LayerParallelConfig) -> LayerParallelConfig:
-    """The exact solve that goes with `config`: the pipeline, with the same micro-batches and the same loss."""
+    """The exact solve that goes with `config`: the pipeline, with all else (micro-batches, ends, loss) the same."""
     return LayerParallelConfig(
-        strategy="pipeline", micro_batches=config.micro_batches, increment_penalty=config.increment_penalty
+        strategy="pipeline",
+        micro_batches=config.micro_batches,
+        increment_penalty=config.increment_penalty,
+        sliced_ends=config.sliced_ends,
     )
 
 

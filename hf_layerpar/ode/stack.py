@@ -50,6 +50,9 @@ class RecordedCall:
 Solver = Callable[[Sequence[RecordedCall], Tensor], Tensor]
 """Maps (the calls of all layers of a stack, buffers included; x_0) to x_N."""
 
+ModelRunner = Callable[[PreTrainedModel, Callable[..., Any], tuple, dict[str, Any]], Any]
+"""Maps (a model, its stock forward, the forward's arguments) to the forward's output."""
+
 
 @dataclass(slots=True, eq=False)
 class LayerForward:
@@ -113,8 +116,9 @@ class ModelForward:
         before = [stack.serial_reason for stack in solved]
         for stack in solved:
             stack.serial_reason = stack.serial_reason or reason
+        runner = solved[0].runner
         try:
-            output = self.stock(*args, **kwargs)
+            output = self.stock(*args, **kwargs) if runner is None else runner(self.model, self.stock, args, kwargs)
             for stack in solved:
                 stack.check_complete()
         finally:
@@ -139,6 +143,7 @@ class LayerStack:
     path: name of the ModuleList in the HuggingFace model, as in its `named_modules()`.
     step_sizes: h of each layer; buffer layers have 1.
     solver: None evaluates each layer in line; otherwise it gets the recorded calls of the whole stack.
+    runner: runs the forwards of the models that hold the stack, where the solver wants something done around them.
     sharded: this rank lacks the parameters of some layers, so the stack can't be evaluated in line here.
     serial_reason: what the running model forward asked for that needs each layer's own value, if anything.
     """
@@ -151,6 +156,7 @@ class LayerStack:
         inner = len(self.layers) - opening - closing
         self.step_sizes = (1.0,) * opening + (settings.step_size,) * inner + (1.0,) * closing
         self.solver: Solver | None = None
+        self.runner: ModelRunner | None = None
         self.sharded = False
         self.serial_reason: str | None = None
         self._family = family_of(self.layers[0])

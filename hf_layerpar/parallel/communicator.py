@@ -45,8 +45,19 @@ class Communicator(Protocol):
 
     def all_reduce(self, tensor: Tensor) -> None: ...
 
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """The tensors of all ranks, of one shape, one after the other along dim 0."""
+        ...
+
     def agree(self, facts: dict[str, Any], device: torch.device) -> None:
         """Raises RankMismatchError on every rank if `facts` differ between the ranks."""
+        ...
+
+    def same(self, facts: dict[str, Any], device: torch.device) -> bool:
+        """Whether `facts` are alike on all ranks, where they may differ.
+
+        Raises RankMismatchError on every rank where others state facts of another kind (other names).
+        """
         ...
 
 
@@ -68,7 +79,13 @@ class LocalCommunicator:
 
     def all_reduce(self, tensor: Tensor) -> None: ...
 
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return tensor
+
     def agree(self, facts: dict[str, Any], device: torch.device) -> None: ...
+
+    def same(self, facts: dict[str, Any], device: torch.device) -> bool:
+        return True
 
 
 class GroupCommunicator:
@@ -112,18 +129,40 @@ class GroupCommunicator:
         with peer_loss("a sum over the lp ranks"):
             dist.all_reduce(tensor, group=self.group)
 
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        every = tensor.new_empty(self.size * tensor.shape[0], *tensor.shape[1:])
+        with peer_loss("a collection from the lp ranks"):
+            dist.all_gather_single(every, tensor.contiguous(), group=self.group)
+        return every
+
     def agree(self, facts: dict[str, Any], device: torch.device) -> None:
+        said = self._said_by_all(facts, device)
+        if said is not None:
+            self._raise_mismatch(said)
+
+    def same(self, facts: dict[str, Any], device: torch.device) -> bool:
+        said = self._said_by_all(facts, device)
+        if said is not None and any(set(s) != set(facts) for s in said):
+            self._raise_mismatch(said)
+        return said is None
+
+    def _said_by_all(self, facts: dict[str, Any], device: torch.device) -> list[dict[str, Any]] | None:
+        """Everybody's facts, or None where they are alike."""
         device = torch.device("cpu") if self._on_host else device
         mine = torch.tensor(_fingerprint(facts), dtype=torch.int64, device=device)
         every = torch.empty(self.size * mine.numel(), dtype=torch.int64, device=device)
         with peer_loss("the comparison of inputs"):
             dist.all_gather_single(every, mine, group=self.group)
         if bool((every.view(self.size, -1) == mine).all()):
-            return
+            return None
         said: list[Any] = [None] * self.size
         with peer_loss("the comparison of inputs"):
             dist.all_gather_object(said, facts, group=self.group)
-        differing = {k: [s[k] for s in said] for k in facts if len({repr(s[k]) for s in said}) > 1}
+        return said
+
+    def _raise_mismatch(self, said: list[dict[str, Any]]) -> None:
+        names = dict.fromkeys(name for s in said for name in s)
+        differing = {n: [s.get(n) for s in said] for n in names if len({repr(s.get(n)) for s in said}) > 1}
         remedy = (
             "the ranks of one lp group must get the same batch and settings, and the same random seed "
             "(torch.manual_seed) before training"

@@ -234,7 +234,7 @@ class Program:
         else:
             args, kwargs = self.calls[layer].args, self.calls[layer].kwargs
         if self.seed is not None:
-            self._seed(_mix(self.seed, layer, micro_batch))
+            self._seed(mix(self.seed, layer, micro_batch))
         # no autocast cache: a weight cast made without graph would lose its gradient in the final relaxation
         cast = (
             nullcontext()
@@ -287,9 +287,9 @@ class Program:
             torch.get_device_module(self.device).manual_seed(seed)
 
 
-def _mix(seed: int, layer: int, micro_batch: int) -> int:
-    """A well-spread seed for each layer of each micro-batch (the finaliser of splitmix64)."""
-    z = (seed + 0x9E3779B97F4A7C15 * (layer + 1) + 0xD1B54A32D192ED03 * micro_batch) & 0xFFFFFFFFFFFFFFFF
+def mix(seed: int, first: int, second: int) -> int:
+    """A well-spread seed for every pair of small numbers (the finaliser of splitmix64)."""
+    z = (seed + 0x9E3779B97F4A7C15 * (first + 1) + 0xD1B54A32D192ED03 * second) & 0xFFFFFFFFFFFFFFFF
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
     return (z ^ (z >> 31)) & 0x7FFFFFFFFFFFFFFF

@@ -55,6 +55,10 @@ class LayerParallelTrainingArguments(TrainingArguments):
         default=LayerParallelConfig.increment_penalty,
         metadata={"help": "Weight of the penalty on what the layers between the buffers add to the state; 0 is off."},
     )
+    sliced_ends: bool = field(
+        default=LayerParallelConfig.sliced_ends,
+        metadata={"help": "Each lp rank computes embeddings, head and loss for its rows of the training batch alone."},
+    )
 
     controller: Policy = field(
         default="off",

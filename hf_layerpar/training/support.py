@@ -57,6 +57,11 @@ def refuse_unsupported(args: LayerParallelTrainingArguments, model: nn.Module | 
             args.fp16,
             "its loss scaler would skip steps on one lp rank and not on another; use bf16=True",
         ),
+        f"label_smoothing_factor={args.label_smoothing_factor} with sliced_ends": (
+            args.sliced_ends and args.label_smoothing_factor != 0,
+            "that loss is computed from the whole batch's logits, and a process would have those of its own rows; use "
+            "sliced_ends=False",
+        ),
         "save_on_each_node": (
             args.save_on_each_node and args.lp_size > 1,
             "only lp rank 0 has the whole model to write; save to a directory that all nodes share",

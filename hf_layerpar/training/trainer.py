@@ -75,6 +75,11 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
                 "optimizers=(optimizer, ...) holds parameters of layers that other processes own; pass "
                 "optimizer_cls_and_kwargs=(class, kwargs), or override create_optimizer"
             )
+        if args.sliced_ends and self.compute_loss_func is not None:
+            raise ConfigurationError(
+                "compute_loss_func with sliced_ends=True would be given the logits of this process's rows, not of "
+                "the whole batch; use sliced_ends=False, or let the model compute its loss"
+            )
         # kernels may differ in the last bits on accelerators, and the replicas would part
         self.average_ends = self.args.device.type != "cpu"
         # accelerate must neither wrap the model in DDP nor shard it: gradients are averaged here

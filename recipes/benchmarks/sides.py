@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -105,6 +105,14 @@ def only_first(place: Place, step: Callable[[], None]) -> Callable[[], None]:
     return step if place.rank == 0 else lambda: None
 
 
+_SLICED_TOO = (
+    "ours pipeline M=1",
+    "mgrit rediscretize 2 levels 1/1 M=1",
+    "mgrit identity 2 levels 1/1 M=1",
+)
+"""Settings that are measured with replicated and with sliced ends."""
+
+
 def our_configs(num_ranks: int, *, with_ends: bool = False) -> list[tuple[str, LayerParallelConfig]]:
     """The settings of ours to measure, with their names in the table. One rank: only what shows our own cost."""
     configs: list[tuple[str, LayerParallelConfig]] = []
@@ -135,6 +143,12 @@ def our_configs(num_ranks: int, *, with_ends: bool = False) -> list[tuple[str, L
         mgrit(operator, 0, 1)
         for m in (4,) if with_ends else (2, 4):
             mgrit(operator, 1, 1, micro_batches=m)
+    if with_ends:
+        configs += [
+            (f"{name}, sliced ends", replace(config, sliced_ends=True))
+            for name, config in configs
+            if name in _SLICED_TOO
+        ]
     return configs
 
 

@@ -32,7 +32,7 @@ def test_every_setting_is_an_argument_with_the_same_default() -> None:
 def test_command_line() -> None:
     words = (
         "--use_cpu --strategy mgrit --levels 3 --coarsening 4 2 --relaxation FCF --forward_iterations 2 "
-        "--backward_iterations 0 --coarse_operator identity --damping 0.25 --micro_batches 2"
+        "--backward_iterations 0 --coarse_operator identity --damping 0.25 --micro_batches 2 --sliced_ends"
     )
     assert parse(*shlex.split(words)).layer_parallel_config == LayerParallelConfig(
         strategy="mgrit",
@@ -44,6 +44,7 @@ def test_command_line() -> None:
         coarse_operator="identity",
         damping=0.25,
         micro_batches=2,
+        sliced_ends=True,
     )
     assert parse("--use_cpu", "--coarsening", "8").layer_parallel_config.coarsening == 8
 
@@ -96,6 +97,7 @@ def test_more_lp_ranks_than_layers(ranks3: RankPool) -> None:
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint"),
         ({"fp16": True}, "fp16"),
+        ({"sliced_ends": True, "label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 with sliced_ends"),
     ],
 )
 def test_refused_arguments(settings: dict, name: str, tmp_path: Path) -> None:
@@ -124,6 +126,12 @@ def test_refused_between_ranks(ranks2: RankPool) -> None:
     for settings, name in refused:
         assert all(name in m for m in ranks2.run(scenarios.construction_error, settings | {"lp_size": 2}))
     assert all("optimizer_cls_and_kwargs" in m for m in ranks2.run(scenarios.own_optimizer_error))
+
+
+def test_loss_function_with_sliced_ends_is_refused(tmp_path: Path) -> None:
+    args = runs.arguments(str(tmp_path), sliced_ends=True)
+    with pytest.raises(ConfigurationError, match="compute_loss_func with sliced_ends=True"):
+        LayerParallelTrainer(runs.build("llama"), args, compute_loss_func=lambda *given, **counts: None)
 
 
 def test_plain_arguments_and_unknown_models_are_refused(tmp_path: Path) -> None:

@@ -135,3 +135,42 @@ def test_the_worst_stack_is_logged() -> None:
         "lp_backward_residual": 1.0,
         "lp_backward_factor": 0.5,
     }
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("llama", {"gradient_accumulation_steps": 2}),
+        ("llama", {"bf16": True, "micro_batches": 2}),
+        ("bert_classifier", {"per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}),
+        ("bart", {"strategy": "mgrit", "coarsening": 2, "coarse_operator": "identity"}),
+    ],
+)
+def test_sliced_ends_train_as_replicated_ones(family: str, settings: dict, ranks2: RankPool, tmp_path) -> None:
+    settings = {"lp_size": 2, "max_steps": 6, "max_grad_norm": 0.5, "dropout": 0.0, "optim": "sgd"} | settings
+    whole = ranks2.run(runs.train, str(tmp_path), family, settings | {"learning_rate": 0.1})
+    sliced = ranks2.run(runs.train, str(tmp_path), family, settings | {"learning_rate": 0.1, "sliced_ends": True})
+    tolerance = 2e-3 if "bf16" in settings else 1e-5
+    assert sliced[0]["losses"] == sliced[1]["losses"] == pytest.approx(whole[0]["losses"], rel=tolerance)
+    assert sliced[0]["norms"] == pytest.approx(whole[0]["norms"], rel=20 * tolerance)
+    assert sliced[0]["largest"] == pytest.approx(whole[0]["largest"], rel=10 * tolerance, abs=tolerance)
+    assert sliced[0]["ends"] == sliced[1]["ends"]
+    assert sliced[0]["weights"] != whole[0]["weights"], "the test slices nothing"
+    assert len(set(sliced[0]["losses"])) == 6
+
+
+def test_sliced_ends_on_a_mesh(ranks2: RankPool, ranks4: RankPool, tmp_path) -> None:
+    settings = {"max_steps": 4, "gradient_accumulation_steps": 2, "dropout": 0.0, "optim": "sgd", "learning_rate": 0.1}
+    flat = ranks2.run(runs.train, str(tmp_path), "llama", settings)[0]
+    grid = ranks4.run(runs.train, str(tmp_path), "llama", settings | {"lp_size": 2, "sliced_ends": True})[0]
+    assert grid["losses"] == pytest.approx(flat["losses"], abs=1e-5)
+    assert grid["norms"] == pytest.approx(flat["norms"], rel=1e-4)
+
+
+def test_sliced_ends_evaluate_whole_batches(ranks2: RankPool, tmp_path) -> None:
+    whole, sliced = (
+        ranks2.run(scenarios.evaluate, str(tmp_path), "bert_classifier", {"lp_size": 2, "sliced_ends": asked}, 7)[0]
+        for asked in (False, True)
+    )
+    assert sliced["eval_loss"] == whole["eval_loss"]
+    assert (sliced["predictions"] == whole["predictions"]).all()
