@@ -81,8 +81,8 @@ class LayerParallelConfig:
     coarse_operator: see `hf_layerpar.mgrit.coarse`.
     damping: gamma in [0, 1); a correction is scaled by 1 - gamma.
     micro_batches: pieces the batch is cut into (fewer when the batch is smaller).
-    increment_penalty: alpha >= 0; adds alpha/2 sum_n mean |x_{n+1} - x_n|^2 over the steps between the buffers to the
-        loss of a training forward, whether it is solved exactly or not (see `hf_layerpar.parallel.increments`).
+    increment_penalty: alpha >= 0; adds alpha/2 sum_n mean |x_{n+1} - x_n|^2 / |x_n|^2, over the steps between buffers
+        and over tokens, to the loss whose gradient is computed, exactly or not (`hf_layerpar.parallel.increments`).
     sliced_ends: in a forward with gradient and labels, each lp rank computes the ends (embeddings, head, loss) for its
         rows of the batch alone; see `hf_layerpar.ends` for what then is another and when it is not done.
     """

@@ -115,7 +115,8 @@ class StackEngine:
         increments = None
         if with_grad and config.increment_penalty:
             inner = range(self.buffers[0], len(calls) - self.buffers[1])
-            increments = Increments(inner, x.numel(), config.increment_penalty, self.settings.loss_scale)
+            tokens = x[..., 0].numel()
+            increments = Increments(inner, tokens, config.increment_penalty, self.settings.loss_scale)
         learning = training and with_grad and self.learning
         if learning:
             self.fits.commit()

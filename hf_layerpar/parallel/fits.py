@@ -52,7 +52,8 @@ class RunningFits:
             self._solutions[key] = _solve(*(moment.to(x.device) for moment in self._moments[key]))
         solution = self._solutions[key]
         regressors = _regressors(key, x.to(solution.dtype))
-        increment = solution[0] if regressors is None else regressors @ solution
+        with torch.autocast(x.device.type, enabled=False):
+            increment = solution[0] if regressors is None else regressors @ solution
         return (x + increment).to(x.dtype)
 
     def observe(self, key: Key, micro_batch: int, start: Tensor, end: Tensor) -> None:
@@ -63,7 +64,9 @@ class RunningFits:
         regressors = _regressors(key, x)
         if regressors is None:
             regressors = torch.ones_like(x[:, :1])
-        self._observed.setdefault(key, {})[micro_batch] = (regressors.T @ regressors, regressors.T @ (y - x))
+        with torch.autocast(x.device.type, enabled=False):  # sums over many tokens
+            moments = (regressors.T @ regressors, regressors.T @ (y - x))
+        self._observed.setdefault(key, {})[micro_batch] = moments
 
     def commit(self) -> None:
         """What has been observed since the last call enters the fits."""

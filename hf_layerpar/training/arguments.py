@@ -53,7 +53,9 @@ class LayerParallelTrainingArguments(TrainingArguments):
     )
     increment_penalty: float = field(
         default=LayerParallelConfig.increment_penalty,
-        metadata={"help": "Weight of the penalty on what the layers between the buffers add to the state; 0 is off."},
+        metadata={
+            "help": "Weight of the penalty on what layers between the buffers add to the state, relative to it; 0: off."
+        },
     )
     sliced_ends: bool = field(
         default=LayerParallelConfig.sliced_ends,

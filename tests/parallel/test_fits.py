@@ -181,3 +181,25 @@ def test_a_channel_that_never_moves_is_no_obstacle():
     fits.observe(key, 0, start, 1.5 * start)
     fits.commit()
     assert relative(fits.apply(key, start), 1.5 * start) < 1e-2
+
+
+@pytest.mark.parametrize("operator", FITTED)
+def test_autocast_does_not_narrow_the_fits(operator):
+    fits, key = (RunningFits(), RunningFits()), (operator, "forward", 0, 4)
+    start = torch.randn(4, 8, 3, generator=torch.Generator().manual_seed(0))
+    results = []
+    for one, cast in zip(fits, (False, True), strict=True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            one.observe(key, 0, start, 1.5 * start + 1)
+            one.commit()
+            results.append(one.apply(key, start))
+    assert torch.equal(*results)
+
+
+def test_sixteen_bit_states_keep_their_dtype():
+    fits, key = RunningFits(), ("linear", "forward", 0, 4)
+    start = torch.randn(4, 8, 3, generator=torch.Generator().manual_seed(0)).bfloat16()
+    fits.observe(key, 0, start, 1.5 * start)
+    fits.commit()
+    assert fits.apply(key, start).dtype == torch.bfloat16
+    assert relative(fits.apply(key, start).float(), 1.5 * start.float()) < 1e-2

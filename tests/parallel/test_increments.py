@@ -11,13 +11,14 @@ from tests.problems import blocks, engine, gradients, loss_of, relative, solve, 
 ALPHA = 3.0
 
 
-def serial_with_penalty(layers: nn.ModuleList, x: Tensor, buffers=(0, 0)) -> tuple[Tensor, Tensor]:
-    """(x_N, R) by plain autograd."""
+def serial_with_penalty(layers: nn.ModuleList, x: Tensor, buffers=(0, 0), sizes=None) -> tuple[Tensor, Tensor]:
+    """(x_N, R) by plain autograd; `sizes`: the |x_n,t|^2 to divide by, those of this trajectory by default."""
     penalty = torch.zeros((), dtype=x.dtype)
     for n, layer in enumerate(layers):
         y = layer(x)
         if buffers[0] <= n < len(layers) - buffers[1]:
-            penalty = penalty + ALPHA / 2 * (y - x).square().mean()
+            size = x.detach().square().sum(-1) if sizes is None else sizes[n]
+            penalty = penalty + ALPHA / 2 * ((y - x).square().sum(-1) / size).mean()
         x = y
     return x, penalty
 
@@ -74,9 +75,13 @@ def test_gradcheck_of_the_penalty_alone():
     layers, x = blocks(4, dim=3), state(batch=2, tokens=2, dim=3)
     y = solve(layers, x, penalised(x, 4))
     (grad,) = torch.autograd.grad(y, x, torch.zeros_like(y))
+    points = [x.detach()]
+    for layer in layers:
+        points.append(layer(points[-1]).detach())
+    sizes = [point.square().sum(-1) for point in points]
     direction = torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
     step = 1e-6
-    up, down = (serial_with_penalty(layers, x + sign * step * direction)[1] for sign in (1, -1))
+    up, down = (serial_with_penalty(layers, x + sign * step * direction, sizes=sizes)[1] for sign in (1, -1))
     assert float((grad * direction).sum()) == pytest.approx(float((up - down).detach()) / (2 * step), rel=1e-7)
 
 
@@ -88,6 +93,18 @@ def test_the_penalty_is_scaled_as_the_loss():
     solver.settings.loss_scale = 0.5
     parts = [torch.autograd.grad(0.5 * loss_of(solve(layers, x, solver)), list(layers.parameters())) for _ in range(2)]
     assert all(relative(a + b, c) < 1e-14 for a, b, c in zip(*parts, whole, strict=True))
+
+
+def test_a_token_whose_state_is_zero_counts_nothing():
+    layers, x = blocks(4), state().detach()
+    x[0, 0] = 0
+    x.requires_grad_()
+    solver = penalised(x, 4, strategy="pipeline", buffers=(0, 3))
+    grads = gradients(solve(layers, x, solver), [x, *layers.parameters()])
+    report = solver.report("forward")
+    assert report is not None
+    assert 0 < report.penalty < float("inf")
+    assert all(grad.isfinite().all() for grad in grads)
 
 
 def test_evaluation_has_no_penalty():

@@ -24,16 +24,17 @@ def test_logged_beside_the_loss(ranks1: RankPool, ranks2: RankPool, tmp_path: Pa
     assert 0 < penalties[0][-1] < penalties[0][0]
 
 
-@pytest.mark.parametrize("family", ["bert_classifier", "llama"])
+@pytest.mark.parametrize(("family", "alpha"), [("bert_classifier", 5.0), ("llama", 5.0)])
 def test_accumulated_pieces_and_dp_ranks_count_as_one_batch(
-    family: str, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
+    family: str, alpha: float, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
 ) -> None:
     """For heads that divide their loss by the number of items (Llama) and for those that don't (BERT)."""
-    whole = ranks1.run(runs.train, str(tmp_path), family, SETTINGS)[0]
-    plain = ranks1.run(runs.train, str(tmp_path), family, SETTINGS | {"increment_penalty": 0.0})[0]
+    settings = SETTINGS | {"increment_penalty": alpha}
+    whole = ranks1.run(runs.train, str(tmp_path), family, settings)[0]
+    plain = ranks1.run(runs.train, str(tmp_path), family, settings | {"increment_penalty": 0.0})[0]
     assert whole["norms"] != pytest.approx(plain["norms"], rel=0.02)
-    pieces = SETTINGS | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    pieces = settings | {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     accumulated = ranks1.run(runs.train, str(tmp_path), family, pieces)[0]
-    spread = ranks2.run(runs.train, str(tmp_path), family, SETTINGS | {"per_device_train_batch_size": 4})[0]
+    spread = ranks2.run(runs.train, str(tmp_path), family, settings | {"per_device_train_batch_size": 4})[0]
     for run in (accumulated, spread):
         assert run["norms"] == pytest.approx(whole["norms"], rel=1e-3)
