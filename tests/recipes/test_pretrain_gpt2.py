@@ -93,7 +93,7 @@ def test_network_of_the_defaults():
     assert list(stack.step_sizes) == [1.0, 1.0, *[1 / 16] * 16, 1.0, 1.0]
     assert ode_view(model).settings.form == "split"
     assert (model.config.n_embd, model.config.n_head, model.config.n_positions) == (128, 4, 64)
-    assert float(model.transformer.wte.weight.std()) == pytest.approx(128**-0.5, rel=0.05)
+    assert model.transformer.wte.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
     assert (args.learning_rate, args.weight_decay, args.max_steps) == (1e-3, 0.1, 2000)
 
 
