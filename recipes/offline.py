@@ -236,6 +236,7 @@ def _apt_download(package: Package, folder: Path) -> Path:
             f"{package.requirement} is a Debian package, and this machine has no {' and no '.join(missing)}; set "
             f"{CACHE_VARIABLE} to a cache folder filled on a machine with Debian or a relative of it"
         )
+    folder = folder.resolve()  # apt runs inside it
     lists, cache = folder / "lists", folder / "cache"
     for path in (lists, cache):
         (path / "partial").mkdir(parents=True)

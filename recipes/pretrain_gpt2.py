@@ -56,6 +56,9 @@ class RecipeArguments:
     max_eval_blocks: int = field(default=256, metadata={"help": "Rows of the validation slice, the same each time."})
     width: int = field(default=128, metadata={"help": "Hidden size; the MLPs are four times as wide."})
     heads: int = field(default=4, metadata={"help": "Attention heads."})
+    initializer_range: float | None = field(
+        default=None, metadata={"help": "Standard deviation of new weights; default: 1 / sqrt(width)."}
+    )
     inner_layers: int = field(default=16, metadata={"help": "Layers between the buffers, one Euler step each."})
     buffers: list[int] = field(default_factory=lambda: [2, 2], metadata={"help": "Open and close layers kept exact."})
     step_size: float = field(default=1 / 16, metadata={"help": "h of the inner layers."})
@@ -98,6 +101,8 @@ def build_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase, see
         n_positions=recipe.block_size,
         n_embd=recipe.width,
         n_head=recipe.heads,
+        # GPT-2's own 0.02 is for wide networks: it leaves the projections of narrow ones close to zero
+        initializer_range=recipe.width**-0.5 if recipe.initializer_range is None else recipe.initializer_range,
         n_layer=recipe.inner_layers + sum(recipe.buffers),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -93,12 +93,13 @@ def test_network_of_the_defaults():
     assert list(stack.step_sizes) == [1.0, 1.0, *[1 / 16] * 16, 1.0, 1.0]
     assert ode_view(model).settings.form == "split"
     assert (model.config.n_embd, model.config.n_head, model.config.n_positions) == (128, 4, 64)
+    assert model.transformer.wte.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
     assert (args.learning_rate, args.weight_decay, args.max_steps) == (1e-3, 0.1, 2000)
 
 
 def test_network_of_the_paper():
     recipe, args = pretrain_gpt2.parse([str(PAPER), "--max_steps", "7"])
-    assert (recipe.width, recipe.heads, recipe.block_size) == (768, 12, 1024)
+    assert (recipe.width, recipe.heads, recipe.block_size, recipe.initializer_range) == (768, 12, 1024, 0.02)
     assert recipe.inner_layers + sum(recipe.buffers) == 20
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 256
     config = args.layer_parallel_config
