@@ -58,8 +58,8 @@ class GradientProbe:
         return self._exact
 
     def compare(self, config: LayerParallelConfig) -> dict[str, float]:
-        """cosine and norm_ratio (of this gradient over the exact one), bias (norm of their difference), loss and
-        loss_exact."""
+        """cosine and norm_ratio (of this gradient over the exact one), bias (norm of their difference), exact_norm,
+        loss and loss_exact."""
         exact, loss_exact = self.exact
         inexact, loss = self.gradient(config)
         dot, square, exact_square, bias = self._sums(
@@ -69,6 +69,7 @@ class GradientProbe:
             "cosine": dot / (square * exact_square) ** 0.5 if square * exact_square else 0.0,
             "norm_ratio": (square / exact_square) ** 0.5 if exact_square else float("inf"),
             "bias": bias**0.5,
+            "exact_norm": exact_square**0.5,
             "loss": loss,
             "loss_exact": loss_exact,
         }
@@ -117,7 +118,7 @@ def gradient_agreement(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str,
     """The current settings' gradient against the exact one, for one batch with the same dropout masks.
 
     Returns cosine and norm ratio (inexact over exact) of the gradient of all trainable parameters, the norm of their
-    difference (bias), and both losses. `.grad` is left alone. Collective over the lp ranks.
+    difference (bias) and of the exact one, and both losses. `.grad` is left alone. Collective over the lp ranks.
     """
     probe = GradientProbe(model, inputs)
     return probe.compare(probe.handle.next_config)

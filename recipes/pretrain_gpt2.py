@@ -31,6 +31,7 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    TrainerCallback,
     default_data_collator,
     set_seed,
 )
@@ -135,7 +136,7 @@ def report(result: dict[str, Any]) -> None:
     print_table(rows)
 
 
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Train, evaluate, save; returns what result.json holds (on every rank)."""
     begin = time.monotonic()
     recipe, args = parse(sys.argv[1:] if argv is None else argv)
@@ -155,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         eval_dataset=blocks.validation,
         data_collator=default_data_collator,
         processing_class=blocks.tokenizer,
-        callbacks=[ProgressLine()],
+        callbacks=[ProgressLine(), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)  # ProgressLine says enough
 
@@ -183,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "evaluation": [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry],
         "gradient_agreement": cosines,
         "steps": [entry for entry in log if "loss" in entry],
+        "checks": [entry for entry in log if "lp_check_setting" in entry],
         "seconds": {"training": train_end - train_begin, "all": time.monotonic() - begin},
         "ranks": rank_settings(args, model, stock=False),
         "versions": versions(),

@@ -72,7 +72,7 @@ class LayerParallelTrainingArguments(TrainingArguments):
         metadata={"help": "Controller: checks compare with the exact gradient too (adaptive always does)."},
     )
     controller_bound: float = field(
-        default=0.2, metadata={"help": "Controller: largest bias of the gradient, in standard deviations of its batch."}
+        default=0.3, metadata={"help": "Controller: largest bias of the gradient, as a share of a step's gradient."}
     )
     controller_ranks: int | None = field(
         default=None, metadata={"help": "Controller: lp ranks to predict step times for; default: lp_size."}

@@ -31,8 +31,11 @@ class Reading:
 
     rho_forward, rho_backward: the last convergence factor ||r^(k+1)|| / ||r^(k)|| with twice the iterations.
     cosine, norm_ratio: of the setting's gradient with the exact one.
-    bias_to_noise: ||setting's gradient - exact|| over the standard deviation of the step's exact gradient, which is
-        that of its batch.
+    bias_to_noise: ||setting's gradient - exact|| over the standard deviation that the step's exact gradient has from
+        the choice of its batch.
+    bias: the same over the root mean square of the step's exact gradient, signal and noise. When noise is most of a
+        gradient, as later in training, both are alike; where it is not (a new network), this one asks for a direction
+        that is right and not for less error than there is noise.
     damping: what the residuals suggest (`hf_layerpar.mgrit.damping`); 0: none.
     """
 
@@ -41,6 +44,7 @@ class Reading:
     cosine: float | None = None
     norm_ratio: float | None = None
     bias_to_noise: float | None = None
+    bias: float | None = None
     damping: float = 0.0
 
     @property
@@ -118,29 +122,29 @@ class Controller:
         tried = self._measured(measure, self._trial, factors=self.is_exact)
         if self.is_exact:
             reading = tried
-        bias = tried.bias_to_noise
+        bias = tried.bias
         if bias is None or not bias <= limit:
             return reading, None
         self.place = self._trial
-        return reading, f"bias to noise {bias:.3g} <= {limit:g} with cheaper settings"
+        return reading, f"bias {bias:.3g} <= {limit:g} with cheaper settings"
 
     def _measured(self, measure: Measure, place: int, *, factors: bool) -> Reading:
         reading = measure(self.settings if place == self.place else self.ladder[place], factors=factors)
-        if reading.bias_to_noise is not None:
+        if reading.bias is not None:
             # what is no number is the worst there is, and sorts so
-            self._biases[place] = reading.bias_to_noise if reading.bias_to_noise < math.inf else math.inf
+            self._biases[place] = reading.bias if reading.bias < math.inf else math.inf
         return reading
 
     def _is_good(self, reading: Reading) -> bool:
         """What is no number (a solve that overflowed) is not good."""
         converges = reading.rho is None or reading.rho <= 1
-        unbiased = reading.bias_to_noise is None or reading.bias_to_noise <= self.bound
+        unbiased = reading.bias is None or reading.bias <= self.bound
         return {"paper": converges, "raise": converges and unbiased, "adaptive": unbiased}[self.policy]
 
     def _fault(self, reading: Reading) -> str:
         if self.policy != "adaptive" and reading.rho is not None and not reading.rho <= 1:
             return f"convergence factor {reading.rho:.3g} > 1"
-        return f"bias to noise {reading.bias_to_noise:.3g} > {self.bound:g}"
+        return f"bias {reading.bias:.3g} > {self.bound:g}"
 
     # ---- checkpoints
     def state_dict(self) -> dict[str, Any]:

@@ -109,11 +109,16 @@ class Watch:
                     found[f"rho_{direction}"] = self._worst(max(last))
         if self.with_gradient:
             compared = probe.compare(settings)
-            bias, noise = self._mean_square(compared["bias"]), self._mean_square(probe.noise)
+            bias, noise, norm = (
+                self._mean_square(value) for value in (compared["bias"], probe.noise, compared["exact_norm"])
+            )
+            of_step = noise**2 / self.batches_per_step
+            whole = max(0.0, norm**2 - noise**2) + of_step
             found |= {
                 "cosine": self._mean(compared["cosine"]),
                 "norm_ratio": self._mean(compared["norm_ratio"]),
-                "bias_to_noise": bias / noise * self.batches_per_step**0.5 if noise else float("inf"),
+                "bias_to_noise": bias / of_step**0.5 if of_step else float("inf"),
+                "bias": bias / whole**0.5 if whole else float("inf"),
             }
         return Reading(**found)
 

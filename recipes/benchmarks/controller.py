@@ -1,0 +1,220 @@
+"""Training with inexact gradients: pure MGRIT, each policy of the controller, and serial, from the same seeds.
+
+    python recipes/benchmarks/controller.py [--seeds 0 1 2] [--steps 2000] [--processes 2] [--only TEXT ...]
+
+The network is `recipes/pretrain_gpt2.py`'s, 2 open layers, 16 Euler steps and 2 close layers on English text, at
+h = 1/16 and at h = 1, 64 wide so that a run takes minutes. Every run is one process of one thread: which settings
+train doesn't depend on the number of ranks, and the share of serial time that they would take on 4, 8 and 16 ranks is
+the simulator's. The serial runs of the first seed also compare the gradients of every operator, coarsening and
+iteration count with the exact one as training goes on.
+
+Written to recipes/benchmarks/results/controller.json and .png after every run; a command that is started again goes on
+with the runs that are missing there. `--fresh` forgets them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing as mp
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout runs without being installed
+
+from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.mgrit.ladder import StackShape, cheapest_first, describe, escalation, predicted_share
+from recipes.benchmarks.controller_picture import draw
+from recipes.benchmarks.launch import RESULTS
+from recipes.results import print_table, versions, write_json
+
+NETWORK = ("--width", "64", "--heads", "4", "--block_size", "32", "--max_eval_blocks", "128")
+TRAINING = ("--per_device_train_batch_size", "8", "--micro_batches", "1", "--agreement_batches", "0")
+STEP_SIZES = {"h=1/16": 1 / 16, "h=1": 1.0}
+RANKS = (4, 8, 16)
+SHAPE = StackShape(20, (2, 2))
+LADDER_RANKS = 8
+PROBE_EVERY = 200
+LONG = 5000
+
+
+def mgrit(operator: str, c: int = 4, forward: int = 1, backward: int = 1) -> tuple[str, ...]:
+    settings = {"coarse_operator": operator, "coarsening": c}
+    settings |= {"forward_iterations": forward, "backward_iterations": backward}
+    return ("--strategy", "mgrit", *(text for k, v in settings.items() for text in (f"--{k}", str(v))))
+
+
+WATCH = ("--check_every", "100", "--check_gradient", "true", "--controller_ranks", str(LADDER_RANKS))
+SIDES: dict[str, tuple[str, ...]] = {
+    "serial": ("--strategy", "pipeline"),
+    **{f"pure {operator} c=4 1/1": mgrit(operator) for operator in ("rediscretize", "aggregate", "identity", "mean")},
+    "pure linear c=4 1/1": mgrit("linear"),
+    "pure identity c=8 1/1": mgrit("identity", 8),
+    "pure aggregate c=8 1/1": mgrit("aggregate", 8),
+    "paper": (*mgrit("rediscretize"), *WATCH, "--controller", "paper"),
+    "raise": (*mgrit("rediscretize"), *WATCH, "--controller", "raise"),
+    "adaptive": (*mgrit("aggregate"), *WATCH, "--controller", "adaptive"),
+}
+PENALTIES = (0.3, 3.0)
+ONE_SEED: dict[str, tuple[str, ...]] = {  # with the first seed only
+    f"{name}, penalty {alpha:g}": (*SIDES[name], "--increment_penalty", str(alpha))
+    for alpha in PENALTIES
+    for name in ("serial", "pure identity c=4 1/1")
+}
+
+
+FIRST = ("serial", "adaptive", "paper", "raise", "pure aggregate c=4 1/1", "pure identity c=4 1/1")
+"""The sides to run first; with several seeds at h = 1/16 before anything else is repeated."""
+
+
+def jobs(steps: int, seeds: Sequence[int], only: Sequence[str]) -> list[dict[str, Any]]:
+    """What to run, the most telling first."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def add(label: str, name: str, options: Sequence[str], seed: int, length: int = steps) -> None:
+        run = f"{label} {name}, seed {seed}, {length} steps"
+        if not only or any(text in run for text in only):
+            job = {"run": run, "h": label, "side": name, "seed": seed, "steps": length, "options": list(options)}
+            found.setdefault(run, job)
+
+    for name in FIRST:
+        add("h=1/16", name, SIDES[name], seeds[0])
+    for name in FIRST:
+        add("h=1", name, SIDES[name], seeds[0])
+    for seed in seeds:
+        for name in FIRST:
+            add("h=1/16", name, SIDES[name], seed)
+    for name, options in SIDES.items():
+        add("h=1/16", name, options, seeds[0])
+    for name, options in ONE_SEED.items():
+        add("h=1/16", name, options, seeds[0])
+    add("h=1/16", "serial", SIDES["serial"], seeds[0], LONG)
+    add("h=1/16", "pure aggregate c=4 1/1", SIDES["pure aggregate c=4 1/1"], seeds[0], LONG)
+    for seed in seeds:
+        for label in STEP_SIZES:
+            for name, options in SIDES.items():
+                add(label, name, options, seed)
+    return list(found.values())
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """One training run, in this process."""
+    import torch
+
+    torch.set_num_threads(1)
+    from recipes import pretrain_gpt2
+    from recipes.benchmarks.probing import GradientTable
+
+    began = time.perf_counter()
+    probes = [GradientTable(PROBE_EVERY)] if job["side"].startswith("serial") and job["seed"] == 0 else []
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [*NETWORK, *TRAINING, *job["options"], "--seed", str(job["seed"])]
+        argv += ["--step_size", str(STEP_SIZES[job["h"]]), "--max_steps", str(job["steps"])]
+        argv += ["--eval_steps", "200", "--output_dir", folder]
+        result = pretrain_gpt2.main(argv, callbacks=probes)
+    kept = {k: result[k] for k in ("evaluation", "settings", "checks")}
+    kept["losses"] = [(entry["step"], entry["loss"]) for entry in result["steps"]]
+    kept["training_seconds"] = result["seconds"]["training"]
+    return job | kept | {"gradients": probes[0].rows if probes else [], "seconds": time.perf_counter() - began}
+
+
+def modes(run: dict[str, Any], shares: dict[str, list[float]]) -> dict[str, Any]:
+    """In how many of a controlled run's steps which settings were in force, and the time a step takes on average."""
+    edges = [(entry["step"], entry["lp_check_name"]) for entry in run["checks"]]
+    ends = [*(step for step, _ in edges[1:]), run["steps"]]
+    steps: dict[str, int] = {}
+    for (start, name), end in zip(edges, ends, strict=True):
+        steps[name] = steps.get(name, 0) + end - start
+    return {
+        "layer_parallel": 1 - steps.get("pipeline", 0) / run["steps"],
+        "settings": {name: count / run["steps"] for name, count in steps.items()},
+        "predicted_share": [
+            sum(count / run["steps"] * shares[name][i] for name, count in steps.items()) for i in range(len(RANKS))
+        ],
+        "check_seconds": sum(entry["lp_check_seconds"] for entry in run["checks"]),
+    }
+
+
+def known_settings(runs: list[dict[str, Any]]) -> dict[str, LayerParallelConfig]:
+    """Every setting that trained in some run, by its name."""
+    named: dict[str, LayerParallelConfig] = {}
+    for operator in ("rediscretize", "aggregate"):
+        start = LayerParallelConfig(strategy="mgrit", coarse_operator=operator)
+        named |= {describe(s): s for s in (*escalation(start), *cheapest_first(start, [SHAPE], LADDER_RANKS))}
+    for run in runs:
+        config = LayerParallelConfig.from_dict(run["settings"]["layer_parallel"])
+        named[describe(config)] = config
+        for entry in run["checks"]:
+            if entry["lp_check_name"] not in named:  # damped: the same tasks
+                named[entry["lp_check_name"]] = named[entry["lp_check_name"].split(" damping")[0]]
+    return named
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Per step size and side: final losses, their distance from serial, modes and predicted times."""
+    shares = {
+        name: [predicted_share(settings, [SHAPE], ranks) for ranks in RANKS]
+        for name, settings in known_settings(runs).items()
+    }
+    table: dict[str, Any] = {}
+    for label in STEP_SIZES:
+        here = [run for run in runs if run["h"] == label and run["steps"] != LONG]
+        serial = {run["seed"]: run["evaluation"][-1][1] for run in here if run["side"] == "serial"}
+        spread = max(serial.values()) - min(serial.values()) if serial else 0.0
+        for side in dict.fromkeys(run["side"] for run in here):
+            of_side = [run for run in here if run["side"] == side]
+            finals = {run["seed"]: run["evaluation"][-1][1] for run in of_side}
+            row: dict[str, Any] = {"final_losses": finals}
+            row["minus_serial"] = {seed: loss - serial[seed] for seed, loss in finals.items() if seed in serial}
+            if of_side[0]["checks"]:
+                row["runs"] = [modes(run, shares) for run in of_side]
+            else:
+                config = LayerParallelConfig.from_dict(of_side[0]["settings"]["layer_parallel"])
+                row["predicted_share"] = shares[describe(config)]
+            table.setdefault(label, {"serial_spread": spread, "sides": {}})["sides"][side] = row
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--processes", type=int, default=2, help="runs at the same time, one thread each")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="runs whose name contains one of these")
+    parser.add_argument("--output", type=Path, default=RESULTS / "controller.json")
+    parser.add_argument("--fresh", action="store_true", help="run again what the output has")
+    options = parser.parse_args()
+
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    wanted = {job["run"]: job for job in jobs(options.steps, options.seeds, options.only)}
+    done: dict[str, dict[str, Any]] = {}
+    if options.output.exists() and not options.fresh:
+        done = {run["run"]: run for run in json.loads(options.output.read_text())["runs"]}
+    missing = [job for name, job in wanted.items() if name not in done]
+    with mp.get_context("spawn").Pool(options.processes) as pool:
+        for count, run in enumerate(pool.imap_unordered(run_job, missing), start=1):
+            done[run["run"]] = run
+            print(f"{count}/{len(missing)}  {run['run']}", flush=True)
+            runs = [done[name] for name in wanted if name in done]
+            content = {"summary": summarise(runs), "ranks": RANKS, "runs": runs, "versions": versions()}
+            write_json(options.output, content)
+    draw(json.loads(options.output.read_text()), options.output.with_suffix(".png"))
+    print_summary(json.loads(options.output.read_text())["summary"])
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    rows = [
+        (f"{label} {side}", ", ".join(f"{loss:.4f}" for loss in row["final_losses"].values()))
+        for label, found in summary.items()
+        for side, row in found["sides"].items()
+    ]
+    print_table([("final validation loss", "by seed"), *rows])
+
+
+if __name__ == "__main__":
+    main()
