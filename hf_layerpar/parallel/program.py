@@ -135,6 +135,8 @@ class Program:
         entry = self._tape[layer, micro_batch]
         if isinstance(entry, Tensor):
             entry = self._with_graph(layer, micro_batch, entry)
+            if not self.recompute:  # this backward's earlier vjps and its final one share the graph
+                self._tape[layer, micro_batch] = entry
         x, sides, y = entry
         if not final:
             with collecting(None):
