@@ -1,4 +1,5 @@
-"""The `hf-layerpar` command: `plan` predicts one training step of a layer stack, without running any."""
+"""The `hf-layerpar` command: `plan` predicts one training step of a layer stack, without running any; `check` diagnoses
+a model."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from hf_layerpar.cli_check import add_check
 from hf_layerpar.config import LayerParallelConfig, OdeSettings, Operator, Relaxation, Strategy
 from hf_layerpar.errors import ConfigurationError, LayerParallelError
 from hf_layerpar.mgrit.ownership import contiguous_owner, interleaved_owner
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-layerpar", description="Layer-parallel training: predict a step.")
+    parser = argparse.ArgumentParser(prog="hf-layerpar", description="Layer-parallel training: predict, diagnose.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan = commands.add_parser(
         "plan",
@@ -66,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"search for the fastest setting instead, of accuracy {', '.join(get_args(Accuracy))}; tries 1, 2, 4 ... "
         "up to --micro-batches",
     )
+    add_check(commands, _positive)
     return parser
 
 

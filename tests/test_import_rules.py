@@ -18,6 +18,10 @@ FORBIDDEN = {
     "config.py": ("torch", "transformers"),
     "errors.py": ("torch", "transformers"),
     "sharding.py": ("accelerate", "hf_layerpar.training"),
+    "diagnosis": ("accelerate", "hf_layerpar.training"),
+    "diagnosis/readings.py": ("torch", "transformers"),
+    "diagnosis/suggest.py": ("torch", "transformers"),
+    "diagnosis/predict.py": ("torch", "transformers"),
 }
 
 

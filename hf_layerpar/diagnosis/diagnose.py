@@ -16,14 +16,13 @@ from hf_layerpar.diagnosis.layers import LayerReader
 from hf_layerpar.diagnosis.measure import (
     EXACT,
     Bench,
-    Reference,
     batch_rows,
     exact_reference,
     preserved_random_stream,
     read_settings,
 )
 from hf_layerpar.diagnosis.predict import Predictor
-from hf_layerpar.diagnosis.readings import Diagnosis, LayerReading, SettingReading, setting_name
+from hf_layerpar.diagnosis.readings import Diagnosis, SettingReading
 from hf_layerpar.diagnosis.suggest import suggest, suggest_buffers
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.mgrit.coarse import OPERATORS
@@ -124,9 +123,7 @@ def diagnose(
             settings = _with_factors(found, configs)
             del reference  # its graph and gradient
             while True:  # until the setting that the verdict rests on was measured on every batch
-                suggestion = suggest(
-                    list(settings.values()), predictions, pipeline, layers, buffers, ranks
-                )
+                suggestion = suggest(list(settings.values()), predictions, pipeline, layers, buffers, ranks)
                 best = suggestion.best
                 if best is None or best.batches == len(batches):
                     break

@@ -35,7 +35,7 @@ class Predictor:
         self._sweeps: dict[tuple, float] = {}
 
     def fastest(self, config: LayerParallelConfig) -> Prediction:
-        """The step of `config` with the number of micro-batches, and the split of `parallelize`, that make it fastest."""
+        """The step of `config` with the micro-batches, and the split of `parallelize`, that make it fastest."""
         serial = sum(self.costs[path].serial(depth) for path, depth in self.depths.items())
         found = []
         splits: tuple[Literal["interleaved"] | None, ...] = (None,)

@@ -1,8 +1,8 @@
 """From readings to buffers, a setting and a verdict. Pure: no model, no torch.
 
-What counts as friendly was read off networks trained to the end with inexact gradients (README, "Which setting"): those
-whose gradient kept a cosine of 0.95 with the exact one trained like the exact ones, those at 0.8 drifted away. A bias is
-the same in every step while noise averages out, so it must also stay well below the noise of a batch.
+Friendly is a setting whose gradient trains like the exact one. Noise averages out over steps while a bias returns in
+each, so both the direction and the size of the bias against a batch's noise are bounded, in the worst of the batches.
+recipes/benchmarks/diagnose_models.py checks the verdicts against short training runs.
 """
 
 from __future__ import annotations

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from hf_layerpar.errors import LayerParallelError
 from hf_layerpar.mgrit.plan import Plan, Task
 from hf_layerpar.mgrit.simulate import StepTimeline
+from hf_layerpar.report.figure import matplotlib_classes
 
 KINDS: dict[str, tuple[str, str]] = {
     "forward step": ("F", "#2b6cb0"),
@@ -73,7 +72,7 @@ def draw(
 
     Micro-batches of a kind differ in shade. Raises LayerParallelError when matplotlib is missing.
     """
-    figure_class, patch = _matplotlib()
+    figure_class, patch = matplotlib_classes()
     ranks = [step.forward.plan.num_ranks for step in steps.values()]
     heights = [max(0.9, min(0.26 * n, 6.0)) for n in ranks]  # inches; rows get thinner where there are many
     figure = figure_class(figsize=(10.0, sum(heights) + 0.62 * len(steps) + 0.9), dpi=150, layout="constrained")
@@ -115,15 +114,3 @@ def draw(
 def _shade(colour: str, amount: float) -> tuple[float, ...]:
     """The colour with a share of white mixed in."""
     return tuple(v + (1.0 - v) * amount for v in (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)))
-
-
-def _matplotlib() -> tuple[Any, Any]:
-    """matplotlib's Figure (which writes files without any window system) and Patch."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise LayerParallelError(
-            "drawing needs matplotlib, which is not installed; pip install 'hf_layerpar[report]'"
-        ) from error
-    return Figure, Patch
