@@ -39,26 +39,34 @@ def lipschitz(
         y = function(x)
         if not y.requires_grad:  # a constant
             return 0.0
-        u = torch.zeros_like(y, requires_grad=True)
+        u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator).requires_grad_()
         (pulled,) = torch.autograd.grad(y, x, u, create_graph=True, materialize_grads=True)
     v = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
     sigma = x.new_zeros(x.shape[0])
-    try:
-        for _ in range(iterations):
-            v = v / _row_norms(v).clamp_min(torch.finfo(v.dtype).tiny).view(-1, *[1] * (v.ndim - 1))
-            if not pulled.requires_grad:
-                return 0.0
-            (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True, materialize_grads=True)
-            sigma = torch.maximum(sigma, _row_norms(pushed))
-            (v,) = torch.autograd.grad(y, x, pushed, retain_graph=True, materialize_grads=True)
-    except RuntimeError as error:
-        if "derivative" not in str(error) and "differentiable" not in str(error):
-            raise
-        raise UnsupportedModelError(
-            f"the Lipschitz estimate needs second derivatives, which the layer doesn't have ({error}); load the model "
-            "with attn_implementation='sdpa' or 'eager'"
-        ) from error
+    for _ in range(iterations):
+        v = v / _row_norms(v).clamp_min(torch.finfo(v.dtype).tiny).view(-1, *[1] * (v.ndim - 1))
+        pushed = _derivative(pulled, u, v)
+        sigma = torch.maximum(sigma, _row_norms(pushed))
+        (v,) = torch.autograd.grad(y, x, pushed, retain_graph=True, materialize_grads=True)
     return float(sigma.max())
+
+
+def _derivative(pulled: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """J v, from J^T u and its graph."""
+    cause: RuntimeError | None = None
+    if pulled.requires_grad:
+        try:
+            (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True, allow_unused=True)
+            if pushed is not None:
+                return pushed
+        except RuntimeError as error:  # "derivative for aten::... is not implemented"
+            if "derivative" not in str(error):
+                raise
+            cause = error
+    raise UnsupportedModelError(
+        "the Lipschitz estimate needs second derivatives, which a part of the layer doesn't have; load the model with "
+        "attn_implementation='sdpa' or 'eager'"
+    ) from cause
 
 
 def increment_of(call: RecordedCall) -> Callable[[Tensor], Tensor]:

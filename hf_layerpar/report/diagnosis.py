@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 from typing import TextIO
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -14,8 +15,8 @@ from hf_layerpar.diagnosis.readings import Diagnosis, LayerReading, SettingReadi
 from hf_layerpar.diagnosis.suggest import LEAST_COSINE, is_friendly, standing_out
 from hf_layerpar.report.figure import matplotlib_classes
 
-_WIDTH = 132
-"""Columns where there is no terminal to ask."""
+_WIDTH = 120
+"""Least columns: what the tables need."""
 
 OPERATOR_COLOURS = {"rediscretize": "#2b6cb0", "aggregate": "#6b8e4e", "identity": "#c05621"}
 ITERATION_MARKS = {(1, 1): "o", (2, 1): "s", (2, 2): "D", (0, 1): "^", (0, 2): "v"}
@@ -24,7 +25,8 @@ ITERATION_MARKS = {(1, 1): "o", (2, 1): "s", (2, 2): "D", (0, 1): "^", (0, 2): "
 def print_diagnosis(diagnosis: Diagnosis, file: TextIO | None = None) -> None:
     """The layers, the settings and the verdict, as tables fitted to the terminal (or to a file)."""
     target: TextIO = file or sys.stdout
-    console = Console(file=target, width=None if target.isatty() else _WIDTH, highlight=False)
+    console = Console(file=target, highlight=False)
+    console = Console(file=target, width=max(console.width, _WIDTH), highlight=False)
     d = diagnosis
     console.print(
         f"{d.model}: {d.batches} batch{'es' if d.batches > 1 else ''} of {d.rows} x {d.tokens}, "
@@ -41,7 +43,7 @@ def print_diagnosis(diagnosis: Diagnosis, file: TextIO | None = None) -> None:
 
 
 def _layer_table(diagnosis: Diagnosis) -> Table:
-    table = Table(title="layers", title_justify="left")
+    table = Table(title="layers", title_justify="left", box=box.SIMPLE, pad_edge=False)
     for name in ("layer", "h", "increment", "Lipschitz", "growth", "outlier token", ""):
         table.add_column(name, justify="left" if name in ("layer", "") else "right")
     for path, own in _stacks(diagnosis).items():
@@ -56,15 +58,15 @@ def _layer_table(diagnosis: Diagnosis) -> Table:
 
 
 def _setting_table(diagnosis: Diagnosis) -> Table:
-    table = Table(title="settings against the exact gradient", title_justify="left")
+    table = Table(title="settings against the exact gradient", title_justify="left", box=box.SIMPLE, pad_edge=False)
     names = ("setting", "state err", "loss err", "cosine", "norm", "bias/noise", "fwd rho", "bwd rho", "step", "")
     for name in names:
         left = name in ("setting", "")
-        table.add_column(name, justify="left" if left else "right", no_wrap=left)
+        table.add_column(name, justify="left" if left else "right", no_wrap=True)
     for reading, prediction in zip(diagnosis.settings, diagnosis.predictions, strict=True):
         notes = ["friendly"] if is_friendly(reading) else []
         notes += ["faster"] if prediction.seconds < diagnosis.pipeline.seconds else []
-        notes += ["every batch"] if 1 < reading.batches == diagnosis.batches else []
+        notes += ["all batches"] if 1 < reading.batches == diagnosis.batches else []
         table.add_row(
             reading.name,
             f"{reading.state_error:.2g}",

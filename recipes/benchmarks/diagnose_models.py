@@ -88,7 +88,7 @@ def classifier(count: int, rows: int = 16, tokens: int = 32) -> tuple[Any, list[
     return model, batches
 
 
-def control(count: int, rows: int = 8, tokens: int = 64, pretraining: int = 300) -> tuple[Any, list[Batch]]:
+def control(count: int, rows: int = 8, tokens: int = 64, pretraining: int = 100) -> tuple[Any, list[Batch]]:
     """A GPT-2 over bytes, made for MGRIT and trained exactly for `pretraining` steps on text of its own."""
     data = " ".join(sentence.text for sentence in sentiment("movies")).encode("ascii", "replace")
     blocks = torch.tensor(list(data[: (count + pretraining) * rows * tokens])).view(-1, rows, tokens)
@@ -155,7 +155,8 @@ def validate(model: Any, batches: Sequence[Batch]) -> float:
 
 
 def check(model: Any, diagnosis: Diagnosis, batches: Sequence[Batch], rate: float) -> dict[str, Any]:
-    """Short trainings from the same weights. `progress`: how much the validation loss fell, over exact training."""
+    """Short trainings from the same weights. Against exact training: `progress`, how much the validation loss fell, as
+    a share of its fall there; `loss_difference`, the largest of a step."""
     for p in model.parameters():
         p.requires_grad_(False)
     handle = parallelize(model)
@@ -169,9 +170,11 @@ def check(model: Any, diagnosis: Diagnosis, batches: Sequence[Batch], rate: floa
         handle.config = config
         runs[name] = train(model, training, validation, rate, handle)
         print(f"{name}: validation loss {start:.4f} -> {runs[name]['validation_loss']:.4f}", flush=True)
-    gain = start - runs["exact"]["validation_loss"]
+    exact = runs["exact"]
     for run in runs.values():
-        run["progress"] = round((start - run["validation_loss"]) / gain, 4)
+        fall = (start - run["validation_loss"]) / (start - exact["validation_loss"])
+        apart = max(abs(a - b) for a, b in zip(run["losses"], exact["losses"], strict=True))
+        run |= {"progress": round(fall, 4), "loss_difference": round(apart, 5)}
     return {"steps": len(training), "learning_rate": rate, "validation_loss_before": start, "runs": runs}
 
 
@@ -183,7 +186,7 @@ def run(name: str, steps: int) -> dict[str, Any]:
     diagnosis = diagnose(model, batches[:DIAGNOSED], ranks=RANKS, progress=lambda text: print(text, flush=True))
     processor = time.process_time() - processor
     print_diagnosis(diagnosis)
-    RESULTS.joinpath("diagnosis").mkdir(exist_ok=True)
+    (RESULTS / "diagnosis").mkdir(exist_ok=True)
     draw_diagnosis(diagnosis, RESULTS / "diagnosis" / f"{name}.png")
     if not case.converted:
         model = convert_to_ode(model, buffers=diagnosis.buffers)
