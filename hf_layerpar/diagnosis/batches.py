@@ -78,15 +78,27 @@ def text_batches(
     lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if task == "sequence-classification":
         return _classification(tokenizer, _labelled(lines, file), count, rows, tokens)
-    ids = [token for line in lines for token in tokenizer(line + "\n", add_special_tokens=False)["input_ids"]]
-    needed = count * rows * tokens
-    if len(ids) < needed:
+    text = "\n".join(lines)
+    blocks = token_blocks(tokenizer, text, task, count * rows, tokens).view(count, rows, tokens)
+    return [_language_batch(tokenizer, task, block, seed) for seed, block in enumerate(blocks)]
+
+
+def token_blocks(tokenizer: PreTrainedTokenizerBase, text: str, task: Task, rows: int, tokens: int) -> Tensor:
+    """`[rows, T]`: one run of text cut into rows. For a causal model whose tokenizer begins texts with its BOS token so
+    does every row.
+
+    Raises ConfigurationError when there is too little text.
+    """
+    bos = tokenizer.bos_token_id
+    start = [bos] if task == "causal-lm" and bos is not None and tokenizer("a")["input_ids"][0] == bos else []
+    width = tokens - len(start)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) < rows * width:
         raise ConfigurationError(
-            f"{file} has {len(ids)} tokens, but {count} batches of {rows} x {tokens} take {needed}; give more text, or "
+            f"the text has {len(ids)} tokens, but {rows} rows of {tokens} take {rows * width}; give more text, or "
             "smaller or fewer batches"
         )
-    blocks = torch.tensor(ids[:needed]).view(count, rows, tokens)
-    return [_language_batch(tokenizer, task, block, seed) for seed, block in enumerate(blocks)]
+    return torch.tensor([[*start, *ids[row * width : (row + 1) * width]] for row in range(rows)])
 
 
 def random_batches(

@@ -80,7 +80,7 @@ def diagnose(
     rows = batch_rows(batches[0])
     note = progress or (lambda text: None)
     device = next(model.parameters()).device
-    with borrowed_view(model) as view, preserved_random_stream(device):
+    with borrowed_view(model) as view:
         for stack in view.stacks:
             if stack.sharded:
                 raise UnsupportedModelError(
@@ -88,7 +88,8 @@ def diagnose(
                     "parallelize"
                 )
         note("reading the layers")
-        readers = _read(model, view.stacks, batches[0], costs)
+        with preserved_random_stream(device):
+            readers = _read(model, view.stacks, batches[0], costs)
         layers = tuple(reading for reader in readers for reading in reader.layers.readings)
         if buffers is None:
             own = view.settings.buffers
@@ -97,6 +98,10 @@ def diagnose(
         buffers = OdeSettings(buffers=buffers).buffers
         depths = {stack.path: len(stack.layers) for stack in view.stacks}
         shortest = min(depths.values())
+        if sum(buffers) >= shortest:
+            raise ConfigurationError(
+                f"buffers={buffers} leave {shortest - sum(buffers)} of {shortest} layers to MGRIT; use fewer buffers"
+            )
         ranks = min(ranks, shortest)
         configs = _candidates(shortest - sum(buffers), coarsenings)
         predictor = Predictor(

@@ -105,7 +105,7 @@ class _InputOnly(torch.autograd.Function):
             weight = weight.t()
         ctx.module = module
         ctx.save_for_backward(x, weight)
-        # the result may be a view of a matrix, which nobody could change in place outside (as DeBERTa does); .data is none
+        # a view made in here could not be changed in place outside, as DeBERTa does; .data is none
         return functional.linear(x, weight, bias).data
 
     @staticmethod

@@ -15,7 +15,7 @@ from hf_layerpar.diagnosis.readings import Diagnosis, LayerReading, SettingReadi
 from hf_layerpar.diagnosis.suggest import LEAST_COSINE, is_friendly, standing_out
 from hf_layerpar.report.figure import matplotlib_classes
 
-_WIDTH = 120
+_WIDTH = 140
 """Least columns: what the tables need."""
 
 OPERATOR_COLOURS = {"rediscretize": "#2b6cb0", "aggregate": "#6b8e4e", "identity": "#c05621"}
@@ -58,8 +58,9 @@ def _layer_table(diagnosis: Diagnosis) -> Table:
 
 
 def _setting_table(diagnosis: Diagnosis) -> Table:
-    table = Table(title="settings against the exact gradient", title_justify="left", box=box.SIMPLE, pad_edge=False)
-    names = ("setting", "state err", "loss err", "cosine", "norm", "bias/noise", "fwd rho", "bwd rho", "step", "")
+    title = "settings: state and loss error; the gradient's cosine, norm and bias over batch noise; step of serial"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    names = ("setting", "state", "loss", "cosine", "norm", "bias", "rho fwd", "rho bwd", "step", "")
     for name in names:
         left = name in ("setting", "")
         table.add_column(name, justify="left" if left else "right", no_wrap=True)
@@ -73,7 +74,7 @@ def _setting_table(diagnosis: Diagnosis) -> Table:
             f"{reading.loss_error:.2g}",
             f"{reading.cosine:.4f}",
             f"{reading.norm_ratio:.3f}",
-            *("-" if v is None else f"{v:.3g}" for v in _optional(reading)),
+            *("-" if v is None else f"{v:.2g}" for v in _optional(reading)),
             f"{prediction.share:.3f}",
             ", ".join(notes),
         )

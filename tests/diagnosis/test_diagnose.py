@@ -29,6 +29,7 @@ def small(name: str, layers: int = 6, **changes):
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5", "whisper", "deberta", "vit"])
 def test_a_model_comes_back_as_it_was(name):
     model, inputs = small(name)
+    model(**inputs)  # stock ViT notes the kind of its labels in its config
     untouched = copy.deepcopy(model)
     forwards = {path: "forward" in vars(module) for path, module in model.named_modules()}
     torch.manual_seed(7)
@@ -59,7 +60,7 @@ def replace_pieces(config: LayerParallelConfig) -> LayerParallelConfig:
 
 def test_settings_are_those_of_the_solver_and_the_exact_gradient():
     """Against `gradient_agreement`, with everything but the layers frozen, dropout on."""
-    model, inputs = small("gpt2", layers=8)
+    model, inputs = small("gpt2", layers=11)
     found = diagnose(model, inputs, ranks=4, buffers=(1, 1), coarsenings=[3], costs=UNIT)
     model = convert_to_ode(model, buffers=(1, 1)).requires_grad_(False)
     handle = parallelize(model)
@@ -77,19 +78,21 @@ def test_settings_are_those_of_the_solver_and_the_exact_gradient():
 
 def test_factors_are_read_with_a_second_iteration():
     model, inputs = small("llama", layers=8)
+    before = torch.get_rng_state()
     found = diagnose(model, inputs, coarsenings=[2], costs=UNIT)
     settings = {
         (r.config.coarse_operator, r.config.forward_iterations, r.config.backward_iterations): r for r in found.settings
     }
     handle = parallelize(convert_to_ode(model, buffers=found.buffers), settings["aggregate", 2, 2].config)
-    torch.manual_seed(0)
+    torch.set_rng_state(before)  # the same dropout masks
     model(**inputs).loss.backward()
     report = handle.report()["model.layers"]
-    one = settings["aggregate", 1, 1]
-    # dropout masks differ between the two runs, so the factors only agree roughly
-    assert one.forward_factor == pytest.approx(report["forward"].convergence_factors[0], rel=0.2)
-    assert one.backward_factor == pytest.approx(report["backward"].convergence_factors[0], rel=0.2)
-    assert settings["aggregate", 2, 1].forward_factor == one.forward_factor
+    for iterations in ((1, 1), (2, 1), (2, 2)):
+        reading = settings["aggregate", *iterations]
+        assert reading.forward_factor == pytest.approx(report["forward"].convergence_factors[0], rel=1e-4)
+    for iterations in ((1, 1), (2, 2)):
+        reading = settings["aggregate", *iterations]
+        assert reading.backward_factor == pytest.approx(report["backward"].convergence_factors[0], rel=1e-4)
 
 
 def test_noise_is_half_the_distance_of_the_halves():
