@@ -124,7 +124,7 @@ def _accuracy(reading: SettingReading) -> str:
 
 
 def _unruly(layers: Sequence[LayerReading]) -> str:
-    """The layer that multiplies the state most, where it says why nothing converges."""
+    """The layer that amplifies errors most, for a verdict that nothing converges."""
     if not layers:
         return ""
     most = max(layers, key=lambda layer: layer.lipschitz)
