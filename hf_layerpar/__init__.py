@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_layerpar.agreement import gradient_agreement
     from hf_layerpar.config import LayerParallelConfig
+    from hf_layerpar.diagnosis.diagnose import diagnose
     from hf_layerpar.errors import LayerParallelError
     from hf_layerpar.ode.checkpoint import from_pretrained
     from hf_layerpar.ode.convert import convert_to_ode, ode_view
@@ -26,6 +27,7 @@ _HOME = {
     "parallelize": "sharding",
     "layer_parallel": "sharding",
     "gradient_agreement": "agreement",
+    "diagnose": "diagnosis.diagnose",
     "LayerParallelTrainer": "training.trainer",
     "LayerParallelTrainingArguments": "training.arguments",
 }
@@ -38,6 +40,7 @@ __all__ = [  # noqa: RUF022 (in the order a user meets them)
     "parallelize",
     "layer_parallel",
     "gradient_agreement",
+    "diagnose",
     "LayerParallelTrainer",
     "LayerParallelTrainingArguments",
     "LayerParallelError",

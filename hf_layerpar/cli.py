@@ -1,4 +1,4 @@
-"""The `hf-layerpar` command: `plan` predicts one training step of a layer stack, `report` shows a run's logs."""
+"""The `hf-layerpar` command: `check` diagnoses a model, `plan` predicts a step, `report` shows a run's logs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
+from hf_layerpar.cli_check import add_check
 from hf_layerpar.config import LayerParallelConfig, OdeSettings, Operator, Relaxation, Strategy
 from hf_layerpar.errors import ConfigurationError, LayerParallelError
 from hf_layerpar.mgrit.ownership import contiguous_owner, interleaved_owner
@@ -31,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="hf-layerpar", description="Layer-parallel training, planned and reviewed.")
+    parser = argparse.ArgumentParser(
+        prog="hf-layerpar", description="Layer-parallel training: models diagnosed, steps predicted, runs reviewed."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_report(commands)
     plan = commands.add_parser(
@@ -68,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"search for the fastest setting instead, of accuracy {', '.join(get_args(Accuracy))}; tries 1, 2, 4 ... "
         "up to --micro-batches",
     )
+    add_check(commands, _positive)
     return parser
 
 

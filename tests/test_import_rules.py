@@ -19,6 +19,10 @@ FORBIDDEN = {
     "errors.py": ("torch", "transformers"),
     "sharding.py": ("accelerate", "hf_layerpar.training"),
     "agreement.py": ("accelerate", "hf_layerpar.training"),
+    "diagnosis": ("accelerate", "hf_layerpar.training"),
+    "diagnosis/readings.py": ("torch", "transformers"),
+    "diagnosis/suggest.py": ("torch", "transformers"),
+    "diagnosis/predict.py": ("torch", "transformers"),
 }
 
 

@@ -81,3 +81,6 @@ OPERATORS: dict[str, CoarseOperator] = {
     "mean": Mean(),
     "linear": Linear(),
 }
+
+OF_LAYERS = tuple(name for name, operator in OPERATORS.items() if not operator.fitted("forward", False))
+"""Those made of the layers alone: fitted ones know nothing before some training."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -13,7 +15,7 @@ from hf_layerpar.config import CONFIG_KEY, Form, Interpolation, OdeSettings
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode import fold
 from hf_layerpar.ode.families import check_supported, find_stacks
-from hf_layerpar.ode.stack import LayerStack, intercept
+from hf_layerpar.ode.stack import FORWARDS, LayerStack, intercept
 
 _VIEW = "_hf_layerpar_view"
 
@@ -114,6 +116,39 @@ def convert_to_ode(
         base = refined(base, steps, settings)
         return _attach(base, base, settings)  # pyright: ignore[reportReturnType]
     return _attach(model, base, settings)
+
+
+@contextmanager
+def borrowed_view(model: nn.Module) -> Iterator[OdeView]:
+    """The view of a converted model, or of any other one at step size 1 that lasts only inside.
+
+    Afterwards every module has the `forward` that it came with, whatever was put on it inside.
+
+    Raises:
+        UnsupportedModelError: as `convert_to_ode`; or the model's config carries settings that were not applied.
+    """
+    before = {module: {k: v for k, v in vars(module).items() if k in FORWARDS} for module in model.modules()}
+    view = _find_view(model)
+    if view is None:
+        base = _hf_model(model)
+        check_supported(base)
+        if getattr(base.config, CONFIG_KEY, None) is not None:
+            raise UnsupportedModelError(
+                f"the config of this {type(base).__name__} carries settings of an earlier conversion, but the model "
+                "isn't converted; call convert_to_ode(model), or load it with hf_layerpar.from_pretrained"
+            )
+        settings = OdeSettings()
+        view = OdeView(
+            settings, tuple(LayerStack(path, layers, settings) for path, layers in find_stacks(base).items())
+        )
+        intercept(base, view.stacks)
+    try:
+        yield view
+    finally:
+        for module, kept in before.items():
+            for name in FORWARDS:
+                vars(module).pop(name, None)
+            vars(module).update(kept)
 
 
 def _attach(model: Model, base: PreTrainedModel, settings: OdeSettings) -> Model:

@@ -134,6 +134,8 @@ class ModelForward:
 
 
 _MODEL_FORWARD = "_hf_layerpar_forward"
+FORWARDS = ("forward", _MODEL_FORWARD)
+"""Attributes that `intercept` puts on modules."""
 _PER_LAYER_OUTPUTS = ("output_hidden_states", "output_attentions")
 
 

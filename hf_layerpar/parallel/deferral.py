@@ -105,7 +105,8 @@ class _InputOnly(torch.autograd.Function):
             weight = weight.t()
         ctx.module = module
         ctx.save_for_backward(x, weight)
-        return functional.linear(x, weight, bias)
+        # a view made in here could not be changed in place outside, as DeBERTa does; .data is none
+        return functional.linear(x, weight, bias).data
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:  # type: ignore[override]

@@ -145,7 +145,7 @@ class StackEngine:
                     make_deferrable(call.layer)
             self._prepared = True
 
-    def _parts(self, config: LayerParallelConfig, micro_batches: int, *, joined: bool) -> dict[Direction, RankPart]:
+    def _parts(self, config: LayerParallelConfig, micro_batches: int, *, joined: bool) -> Mapping[Direction, RankPart]:
         communicator = self.communicator
         return _rank_parts(
             config, self.owner, communicator.size, micro_batches, self.buffers, communicator.rank, joined
@@ -193,7 +193,7 @@ class _Solve:
         self,
         engine: StackEngine,
         config: LayerParallelConfig,
-        parts: dict[Direction, RankPart],
+        parts: Mapping[Direction, RankPart],
         program: Program,
         learning: bool,
     ) -> None:

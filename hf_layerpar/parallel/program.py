@@ -163,6 +163,8 @@ class Program:
         entry = self._tape[key]
         if isinstance(entry, Tensor):
             entry = self._with_graph(sorted(layers), micro_batch, entry)
+            if not self.recompute:  # this backward's earlier vjps and its final one share the graph
+                self._tape[key] = entry
         source = self.increments.source(layers[0], entry.x, entry.y) if self.increments is not None else None
         if source is not None:
             lam = lam + source

@@ -95,3 +95,19 @@ def test_copies_and_modules_with_a_forward_of_their_own():
     assert not twin.second(x).any()
     assert layer.second(x).any()
     assert "lambda" in layer.first.forward.__qualname__
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_result_may_be_changed_in_place(bias):
+    """DeBERTa scales a permuted view of it."""
+    module, x = nn.Linear(4, 6, bias=bias), torch.randn(1, 3, 4, requires_grad=True)
+
+    def heads():
+        y = module(x).view(1, 3, 2, 3).permute(0, 2, 1, 3)
+        y /= 2.0
+        return torch.autograd.grad(y.square().sum(), x)[0]
+
+    expected = heads()
+    make_deferrable(module)
+    with recording():
+        assert torch.equal(heads(), expected)

@@ -1,0 +1,116 @@
+"""Reads the layers of a stack one by one: size of the increment, Lipschitz estimate, growth, outlier tokens.
+
+Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hf_layerpar.diagnosis.readings import LayerReading
+from hf_layerpar.errors import UnsupportedModelError
+from hf_layerpar.ode.stack import LayerStack, RecordedCall
+from hf_layerpar.parallel.program import Program
+
+
+def lipschitz(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    iterations: int = 10,
+    generator: torch.Generator | None = None,
+) -> float:
+    """Largest singular value of a function's Jacobian at x `[B, ...]`, over the rows of the batch, by power iteration.
+
+    Rows must not depend on each other; each has an iteration of its own. The result approaches the true value from
+    below. The function is evaluated once, so dropout inside it is one mask. J v is the derivative of J^T u by u along
+    v, which works where forward-mode derivatives don't exist (fused attention runs as its plain formula for it).
+
+    iterations: each costs about two vjps. generator: of the start vectors, on the device of x; the main stream without.
+
+    Raises UnsupportedModelError when a part of the function can't be differentiated twice.
+    """
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        x = x.detach().requires_grad_()
+        y = function(x)
+        if not y.requires_grad:  # a constant
+            return 0.0
+        u = torch.randn(y.shape, dtype=y.dtype, device=y.device, generator=generator).requires_grad_()
+        (pulled,) = torch.autograd.grad(y, x, u, create_graph=True, materialize_grads=True)
+    v = torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    sigma = x.new_zeros(x.shape[0])
+    for _ in range(iterations):
+        v = v / _row_norms(v).clamp_min(torch.finfo(v.dtype).tiny).view(-1, *[1] * (v.ndim - 1))
+        pushed = _derivative(pulled, u, v)
+        sigma = torch.maximum(sigma, _row_norms(pushed))
+        (v,) = torch.autograd.grad(y, x, pushed, retain_graph=True, materialize_grads=True)
+    return float(sigma.max())
+
+
+def _derivative(pulled: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """J v, from J^T u and its graph."""
+    cause: RuntimeError | None = None
+    if pulled.requires_grad:
+        try:
+            (pushed,) = torch.autograd.grad(pulled, u, v, retain_graph=True, allow_unused=True)
+            if pushed is not None:
+                return pushed
+        except RuntimeError as error:  # "derivative for aten::... is not implemented"
+            if "derivative" not in str(error):
+                raise
+            cause = error
+    raise UnsupportedModelError(
+        "the Lipschitz estimate needs second derivatives, which a part of the layer doesn't have; load the model with "
+        "attn_implementation='sdpa' or 'eager'"
+    ) from cause
+
+
+def increment_of(call: RecordedCall) -> Callable[[Tensor], Tensor]:
+    """x -> S(x) - x for one recorded layer call: what `lipschitz` is estimated of."""
+    return lambda x: call.step(x, call.args, call.kwargs) - x
+
+
+class LayerReader:
+    """A solver that runs a stack layer by layer, exactly, and reads every layer on the way.
+
+    readings: of the last forward.
+    """
+
+    def __init__(self, stack: LayerStack, iterations: int = 10) -> None:
+        self.stack, self.iterations = stack, iterations
+        self.readings: list[LayerReading] = []
+
+    def __call__(self, calls: Sequence[RecordedCall], x: Tensor) -> Tensor:
+        training = any(call.layer.training for call in calls)
+        seed = int(torch.randint(2**62, (), dtype=torch.int64)) if training else None
+        program = Program(calls, x, micro_batches=1, seed=seed, recompute=False)
+        generator = torch.Generator(x.device).manual_seed(0)
+        self.readings = []
+        with torch.no_grad(), program.running(keep_graphs=False):
+            for n, call in enumerate(calls):
+                y = program.forward_step((n,), 0, x, False)
+                constant = lipschitz(increment_of(call), x, iterations=self.iterations, generator=generator)
+                self.readings.append(self._reading(n, x, y, constant))
+                x = y
+        return x
+
+    def _reading(self, index: int, x: Tensor, y: Tensor, constant: float) -> LayerReading:
+        tokens = y.float().norm(dim=-1).flatten()
+        before = x.float().norm()
+        return LayerReading(
+            stack=self.stack.path,
+            index=index,
+            step_size=self.stack.step_sizes[index],
+            increment=float((y - x).float().norm() / before),
+            lipschitz=constant,
+            growth=float(y.float().norm() / before),
+            outlier=float(tokens.max() / tokens.median()),
+        )
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1)

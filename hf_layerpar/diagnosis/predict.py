@@ -1,0 +1,83 @@
+"""How long a step would take over the lp ranks with each setting, from what a layer costs here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.diagnosis.readings import Prediction
+from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.mgrit.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
+from hf_layerpar.mgrit.plan import Direction
+from hf_layerpar.mgrit.simulate import Costs, simulate
+from hf_layerpar.mgrit.strategies import build_plan, inner_grid
+
+
+class Predictor:
+    """Predicts the steps of a model whose stacks are solved one after the other over `ranks`.
+
+    depths, costs: layers of every stack, and what one of them costs for the whole batch, by the stack's path.
+    micro_batches: the numbers to try.
+    """
+
+    def __init__(
+        self,
+        depths: Mapping[str, int],
+        costs: Mapping[str, Costs],
+        ranks: int,
+        buffers: tuple[int, int],
+        micro_batches: Sequence[int],
+    ) -> None:
+        self.depths, self.costs, self.ranks, self.buffers = dict(depths), dict(costs), ranks, buffers
+        self.micro_batches = tuple(micro_batches)
+        self._sweeps: dict[tuple, float] = {}
+
+    def fastest(self, config: LayerParallelConfig) -> Prediction:
+        """The step of `config` with the micro-batches, and the split of `parallelize`, that make it fastest."""
+        serial = sum(self.costs[path].serial(depth) for path, depth in self.depths.items())
+        found = []
+        splits: tuple[Literal["interleaved"] | None, ...] = (None,)
+        if config.strategy == "mgrit" and config.coarse_operator == "aggregate" and self.ranks > 1:
+            splits = (None, INTERLEAVED)
+        for pieces in self.micro_batches:
+            for split in splits:
+                setting = replace(config, micro_batches=pieces)
+                try:
+                    seconds = sum(self._step(path, setting, split) for path in self.depths)
+                except ConfigurationError:
+                    if split is None:
+                        raise
+                    continue  # intervals too short to deal every rank a layer
+                found.append(
+                    Prediction(config=setting, split=split, seconds=seconds, share=seconds / serial if serial else 1.0)
+                )
+        return min(found, key=lambda prediction: prediction.seconds)
+
+    def _step(self, path: str, config: LayerParallelConfig, split: str | None) -> float:
+        depth, points = self.depths[path], []
+        if config.strategy == "mgrit":
+            points = [self.buffers[0] + p for p in inner_grid(config, depth, self.buffers).levels[1]]
+        owner = (
+            interleaved_owner(depth, self.ranks, points, self.buffers)
+            if split == INTERLEAVED
+            else contiguous_owner(depth, self.ranks, boundaries=points)
+        )
+        return self._sweep(path, config, "forward", owner) + self._sweep(path, config, "backward", owner)
+
+    def _sweep(self, path: str, config: LayerParallelConfig, direction: Direction, owner: tuple[int, ...]) -> float:
+        forward = direction == "forward"
+        iterations = config.forward_iterations if forward else config.backward_iterations
+        pieces = config.micro_batches
+        if config.strategy != "mgrit" or not iterations:
+            config = LayerParallelConfig(strategy="pipeline", micro_batches=pieces)
+        else:  # the other sweep's iterations make no difference
+            config = replace(config, forward_iterations=iterations, backward_iterations=iterations)
+        key = (path, config, direction, owner)
+        if key not in self._sweeps:
+            plan = build_plan(
+                config, direction, owner, num_ranks=self.ranks, micro_batches=pieces, buffers=self.buffers
+            )
+            self._sweeps[key] = simulate(plan, self.costs[path].cut(pieces)).makespan
+        return self._sweeps[key]
