@@ -80,6 +80,8 @@ class LayerParallelConfig:
     coarse_operator: see `hf_layerpar.mgrit.coarse`.
     damping: gamma in [0, 1); a correction is scaled by 1 - gamma.
     micro_batches: pieces the batch is cut into (fewer when the batch is smaller).
+    stacked: evaluate layers that don't depend on each other together, as one layer with stacked weights: for one GPU that
+        spends its time on launches. One lp rank only; layers that can't be stacked run one at a time, with a warning.
     """
 
     strategy: Strategy = "pipeline"
@@ -91,6 +93,7 @@ class LayerParallelConfig:
     coarse_operator: Operator = "aggregate"
     damping: float = 0.0
     micro_batches: int = 1
+    stacked: bool = False
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, Strategy)
@@ -114,6 +117,11 @@ class LayerParallelConfig:
         if self.strategy == "serial" and self.micro_batches != 1:
             raise ConfigurationError(
                 f"strategy='serial' with micro_batches={self.micro_batches}; use strategy='pipeline' for micro-batches"
+            )
+        if self.stacked and self.strategy != "mgrit":
+            raise ConfigurationError(
+                f"stacked=True with strategy={self.strategy!r}: an exact chain has no layers that don't depend on each "
+                f"other; use strategy='mgrit' or stacked=False"
             )
 
     @property

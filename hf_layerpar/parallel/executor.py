@@ -20,10 +20,13 @@ class Evaluator:
 
     step: (layer, micro-batch, state, final) -> state; a layer forward, or an input-vjp.
     weights: (layer, micro-batch); the weight gradients that the layer's final vjp left to do.
+    wave: (layers, micro-batch, their states, final) -> their states; `step` of several layers in one evaluation. Only
+        plans with waves ask for it.
     """
 
     step: Callable[[int, int, Tensor, bool], Tensor]
     weights: Callable[[int, int], None]
+    wave: Callable[[tuple[int, ...], int, Sequence[Tensor], bool], Sequence[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,15 @@ class RankPart:
     plan: Plan
     rank: int
     tasks: tuple[Task, ...]
+    runs: tuple[tuple[Task, ...], ...]  # the tasks, those of a wave together
     receives: tuple[tuple[int, int], ...]  # (value, source), in order of arrival per source
     sends: dict[int, tuple[int, ...]]  # value -> targets
-    dead_after: tuple[tuple[int, ...], ...]  # values that tasks[i] is the last to need
+    dead_after: tuple[tuple[int, ...], ...]  # values that runs[i] is the last to need
     micro_batch_of: dict[int, int]
 
     @classmethod
     def of(cls, plan: Plan, rank: int) -> RankPart:
-        tasks = tuple(t for t in plan.tasks if t.rank == rank)
+        runs = tuple(run for run in plan.runs() if run[0].rank == rank)
         sends: dict[int, tuple[int, ...]] = {}
         receives = []
         for message in plan.messages():
@@ -49,17 +53,19 @@ class RankPart:
             if message.target == rank:
                 receives.append((message.value, message.source))
         last_use: dict[int, int] = {}
-        for i, task in enumerate(tasks):
-            for value in (*task.inputs, *(() if task.output is None else (task.output,))):
-                last_use[value] = i
+        for i, run in enumerate(runs):
+            for task in run:
+                for value in (*task.inputs, *(() if task.output is None else (task.output,))):
+                    last_use[value] = i
         keep = set(plan.ends)
-        dead: list[list[int]] = [[] for _ in tasks]
+        dead: list[list[int]] = [[] for _ in runs]
         for value, i in last_use.items():
             if value not in keep:
                 dead[i].append(value)
         micro_batch_of = dict(zip(plan.starts, range(plan.micro_batches), strict=True))
         micro_batch_of |= {t.output: t.micro_batch for t in plan.tasks if t.output is not None}
-        return cls(plan, rank, tasks, tuple(receives), sends, tuple(map(tuple, dead)), micro_batch_of)
+        tasks = tuple(task for run in runs for task in run)
+        return cls(plan, rank, tasks, runs, tuple(receives), sends, tuple(map(tuple, dead)), micro_batch_of)
 
 
 @dataclass
@@ -92,7 +98,16 @@ def execute(part: RankPart, starts: Sequence[Tensor], evaluate: Evaluator, commu
     residuals = starts[0].new_zeros(plan.iterations, dtype=wide) if plan.iterations else None
     sending: list[tuple[Any, Tensor]] = []
     waited = 0.0
-    for task, dead in zip(part.tasks, part.dead_after, strict=True):
+    for run, dead in zip(part.runs, part.dead_after, strict=True):
+        task = run[0]
+        if len(run) > 1:  # on one rank: nothing arrives and nothing is sent
+            assert evaluate.wave is not None
+            states = [values[t.inputs[0]] for t in run]
+            results = evaluate.wave(tuple(t.layer for t in run), task.micro_batch, states, task.final)
+            values.update(zip([t.output for t in run if t.output is not None], results, strict=True))
+            for value in dead:
+                del values[value]
+            continue
         for value in task.inputs:
             if value not in values:
                 handle, buffer = arriving.pop(value)

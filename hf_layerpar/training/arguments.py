@@ -48,6 +48,10 @@ class LayerParallelTrainingArguments(TrainingArguments):
     micro_batches: int = field(
         default=LayerParallelConfig.micro_batches, metadata={"help": "Pieces the batch is cut into inside a forward."}
     )
+    stacked: bool = field(
+        default=LayerParallelConfig.stacked,
+        metadata={"help": "MGRIT on one device: evaluate independent layers together, with stacked weights."},
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.coarsening, list | tuple):  # YAML and Python callers give one number
