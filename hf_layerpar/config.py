@@ -80,8 +80,9 @@ class LayerParallelConfig:
     coarse_operator: see `hf_layerpar.mgrit.coarse`.
     damping: gamma in [0, 1); a correction is scaled by 1 - gamma.
     micro_batches: pieces the batch is cut into (fewer when the batch is smaller).
-    stacked: evaluate layers that don't depend on each other together, as one layer with stacked weights: for one GPU that
-        spends its time on launches. One lp rank only; layers that can't be stacked run one at a time, with a warning.
+    stacked: evaluate layers that don't depend on each other together, as one layer with stacked weights: for one GPU
+        that spends its time on launches. Of "mgrit" on one lp rank; layers that can't be stacked are evaluated one at
+        a time, with a warning that says why.
     """
 
     strategy: Strategy = "pipeline"

@@ -110,9 +110,7 @@ class Cycle:
         c_points = [c_points[0], *ends[:-1]]
         return c_points, self._relax(level, c_points, corrections)[1]
 
-    def _advance(
-        self, level: int, s: int, x: int, corrections: list[Correction] | None, *, final: bool = False
-    ) -> int:
+    def _advance(self, level: int, s: int, x: int, corrections: list[Correction] | None, *, final: bool = False) -> int:
         if level == 0:
             return self.builder.step(self.layers[s], x, final=final)
         y = self._coarse_step(level, s, x)

@@ -37,11 +37,7 @@ def build_plan(
     weight gradients become tasks of their own where that makes the backward shorter.
     Raises ConfigurationError when the grid doesn't fit the stack.
     """
-    if config.stacked and num_ranks > 1:
-        raise ConfigurationError(
-            f"stacked=True with lp_size={num_ranks}: layers are evaluated together on one device, and here they are "
-            f"spread over several; use stacked=False or lp_size=1"
-        )
+    check_stacked(config, num_ranks)
     builder = PlanBuilder(direction, owner, stacked=config.stacked)
     for _ in range(micro_batches):
         builder.end(_sweep(builder, config, buffers))
@@ -55,6 +51,15 @@ def build_plan(
         plan = min(plan, split, key=lambda p: simulate(p, _APART).makespan)
     plan.validate()
     return plan
+
+
+def check_stacked(config: LayerParallelConfig, num_ranks: int) -> None:
+    """Raises ConfigurationError for stacked layers on several lp ranks."""
+    if config.stacked and num_ranks > 1:
+        raise ConfigurationError(
+            f"stacked=True with lp_size={num_ranks}: layers are evaluated together on one device, and here they are "
+            f"spread over several; use stacked=False or lp_size=1"
+        )
 
 
 def inner_grid(config: LayerParallelConfig, num_layers: int, buffers: tuple[int, int]) -> Grid:

@@ -19,7 +19,7 @@ def in_waves(plan: Plan, kinds: Sequence[int]) -> Plan:
 
     kinds: a number for each layer; a wave is cut into one for each kind in it. A step that is left alone has no wave.
     """
-    made = dict.fromkeys(plan.starts, (-1, -1))  # value -> (micro-batch, wave) after which it is there
+    made: dict[int, tuple[int, int]] = dict.fromkeys(plan.starts, (-1, -1))  # value -> (micro-batch, wave) after which it is there
     slots: list[tuple] = []
     for i, task in enumerate(plan.tasks):
         place = (task.micro_batch, task.wave)
@@ -27,7 +27,9 @@ def in_waves(plan: Plan, kinds: Sequence[int]) -> Plan:
             place = max(made[v] for v in task.inputs)
         if task.output is not None:
             made[task.output] = place
-        slots.append((*place, 0, task.final, kinds[task.layer], task.layer, i) if task.kind == "step" else (*place, 1, i))
+        slots.append(
+            (*place, 0, task.final, kinds[task.layer], task.layer, i) if task.kind == "step" else (*place, 1, i)
+        )
     order = sorted(range(len(plan.tasks)), key=slots.__getitem__)
     groups: dict[tuple, list[int]] = {}
     for i in order:
