@@ -19,7 +19,9 @@ def in_waves(plan: Plan, kinds: Sequence[int]) -> Plan:
 
     kinds: a number for each layer; a wave is cut into one for each kind in it. A step that is left alone has no wave.
     """
-    made: dict[int, tuple[int, int]] = dict.fromkeys(plan.starts, (-1, -1))  # value -> (micro-batch, wave) after which it is there
+    made: dict[int, tuple[int, int]] = dict.fromkeys(
+        plan.starts, (-1, -1)
+    )  # value -> (micro-batch, wave) after which it is there
     slots: list[tuple] = []
     for i, task in enumerate(plan.tasks):
         place = (task.micro_batch, task.wave)

@@ -201,7 +201,13 @@ def _same(a: Any, b: Any, depth: int = 0) -> bool:
     """
     if a is b:
         return True
-    if type(a) is not type(b) or isinstance(a, (Tensor, *_CODE)) or depth > 8:
+    if type(a) is not type(b) or depth > 8:
+        return False
+    if isinstance(a, functools.partial):
+        return _same((a.func, a.args, a.keywords), (b.func, b.args, b.keywords), depth + 1)
+    if isinstance(a, MethodType):
+        return a.__func__ is b.__func__ and _same(a.__self__, b.__self__, depth + 1)
+    if isinstance(a, (Tensor, *_CODE)):
         return False
     if isinstance(a, str | int | float | complex | bytes | torch.dtype | torch.device | torch.Size | frozenset | set):
         return a == b
