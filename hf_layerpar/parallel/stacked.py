@@ -109,6 +109,7 @@ class StackedProgram(Program):
         return entry if isinstance(entry, Tensor) else entry[0]
 
     def _weights_of(self, layers: Layers) -> _Weights:
+        assert self.kinds is not None
         kind = self.kinds[layers[0]]
         if kind not in self._weights:
             members = [n for n, k in enumerate(self.kinds) if k == kind]

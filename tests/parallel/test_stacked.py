@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -313,7 +314,7 @@ class Peeking(Block):
 class Unequal(Block):
     """Gives the layers other functions behind its attributes' back."""
 
-    functions: dict = {}
+    functions: ClassVar[dict[int, float]] = {}
 
     def forward(self, x):
         return super().forward(x) * self.functions.get(id(self), 1.0)
