@@ -4,9 +4,9 @@ one at a time and stacked, each beside its gradient.
     python recipes/benchmarks/one_device.py [--layers 64 128] [--rounds 20] [--device cuda] [--only TEXT ...]
 
 Meant for a GPU that waits for launches: the stack of `stack.py` is small. Without one it runs on the CPU, where
-stacking has nothing to gain, with fewer layers, and the result says so. All sides are alive at once and make their steps in
-alternation; ratios are to the median of plain serial torch. A side that can't run has its error in the place of its
-time. Written to recipes/benchmarks/results/one_device.json.
+stacking has nothing to gain, with fewer layers, and the result says so. All sides are alive at once and make their
+steps in alternation; ratios are to the median of plain serial torch. A side that can't run has its error in the place
+of its time. Written to recipes/benchmarks/results/one_device.json.
 """
 
 from __future__ import annotations
