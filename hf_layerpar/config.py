@@ -85,6 +85,9 @@ class LayerParallelConfig:
         and over tokens, to the loss whose gradient is computed, exactly or not (`hf_layerpar.parallel.increments`).
     sliced_ends: in a forward with gradient and labels, each lp rank computes the ends (embeddings, head, loss) for its
         rows of the batch alone; see `hf_layerpar.ends` for what then is another and when it is not done.
+    stacked: evaluate layers that don't depend on each other together, as one layer with stacked weights: for one GPU
+        that spends its time on launches. Of "mgrit" on one lp rank; layers that can't be stacked are evaluated one at
+        a time, with a warning that says why.
     """
 
     strategy: Strategy = "pipeline"
@@ -98,6 +101,7 @@ class LayerParallelConfig:
     micro_batches: int = 1
     increment_penalty: float = 0.0
     sliced_ends: bool = False
+    stacked: bool = False
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, Strategy)
@@ -124,9 +128,19 @@ class LayerParallelConfig:
             )
         if not isinstance(self.sliced_ends, bool):
             raise ConfigurationError(f"sliced_ends={self.sliced_ends!r} must be True or False")
+        if self.stacked and self.increment_penalty:
+            raise ConfigurationError(
+                f"stacked=True with increment_penalty={self.increment_penalty}: the penalty looks at every layer by "
+                "itself; use one of them"
+            )
         if self.strategy == "serial" and self.micro_batches != 1:
             raise ConfigurationError(
                 f"strategy='serial' with micro_batches={self.micro_batches}; use strategy='pipeline' for micro-batches"
+            )
+        if self.stacked and self.strategy != "mgrit":
+            raise ConfigurationError(
+                f"stacked=True with strategy={self.strategy!r}: an exact chain has no layers that don't depend on each "
+                f"other; use strategy='mgrit' or stacked=False"
             )
 
     @property

@@ -15,7 +15,7 @@ from hf_layerpar.ends import SlicedEnds
 from hf_layerpar.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from hf_layerpar.mgrit.ladder import StackShape, exact_settings
 from hf_layerpar.mgrit.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
-from hf_layerpar.mgrit.strategies import inner_grid
+from hf_layerpar.mgrit.strategies import check_stacked, inner_grid
 from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.ode.families import shared_modules
 from hf_layerpar.ode.stack import LayerStack
@@ -101,6 +101,7 @@ class LayerParallel:
         self._instead: LayerParallelConfig | None = None
         self.loss_scale = 1.0
         self._stacks = tuple(stacks)
+        check_stacked(config, communicator.size)
         owners = {stack.path: self._owner(config, stack, communicator.size, split) for stack in stacks}
         for stack in stacks:
             self._check_grid(config, stack)
@@ -161,6 +162,7 @@ class LayerParallel:
 
     @config.setter
     def config(self, config: LayerParallelConfig) -> None:
+        check_stacked(config, self.lp_size)
         for stack in self._stacks:
             self._check_grid(config, stack)
         self._config = config

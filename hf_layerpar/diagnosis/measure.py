@@ -49,11 +49,9 @@ class _MeasuringEngine(StackEngine):
         self.end = y.detach()
         return y
 
-    def _parts(self, config: LayerParallelConfig, micro_batches: int, *, joined: bool) -> Mapping[Direction, RankPart]:
-        # a backward of other settings may need the graph of any single layer
-        return _PartsOfTheMoment(
-            lambda: super(_MeasuringEngine, self)._parts(self.settings.next_config, micro_batches, joined=False)
-        )
+    def _parts(self, config: LayerParallelConfig, micro_batches: int, **how: Any) -> Mapping[Direction, RankPart]:
+        # not joined: a backward of other settings may need the graph of any single layer
+        return _PartsOfTheMoment(lambda: super(_MeasuringEngine, self)._parts(self.settings.next_config, micro_batches))
 
 
 class _PartsOfTheMoment(Mapping[Direction, RankPart]):

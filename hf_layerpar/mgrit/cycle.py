@@ -44,18 +44,16 @@ class Cycle:
         """The end value after `iterations`: the nested start and one F-relaxation, then a correction each."""
         self.builder.iterations = iterations
         c_points = self._nested(1)
-        points, ends = self._relax(0, c_points, None)
         for iteration in range(1, iterations):
+            _, ends = self._relax(0, c_points, None)
             self._residuals(c_points, ends, iteration)
             c_points, ends = self._c_relax(0, c_points, ends, None)
             c_points = self._correct(0, c_points, ends)
-            points, ends = self._relax(0, c_points, None)
+        _, ends = self._relax(0, c_points, None, final=True)
         self._residuals(c_points, ends, iterations)
         if self.operator.fitted(self.builder.direction, False):
             for j, (x, end) in enumerate(zip(c_points[:-1], ends, strict=False)):  # no coarse step spans the last one
                 self.builder.observe(self._interval_layers(j), x, end)
-        for layer, x in zip(self.layers, points, strict=True):
-            self.builder.mark_final(layer, x)
         return ends[-1]
 
     def _nested(self, level: int) -> list[int]:
@@ -74,6 +72,7 @@ class Cycle:
         return self._relax(level, self._correct(level, c_points, ends), corrections)[0]
 
     def _correct(self, level: int, c_points: list[int], ends: list[int]) -> list[int]:
+        self.builder.wave = self.builder.open_waves()
         befores = [self._coarse_step(level + 1, j, x, True) for j, x in enumerate(c_points)]
         corrections = list(zip(ends, befores, strict=True))
         return self._coarse_solve(level + 1, c_points, corrections)
@@ -81,18 +80,28 @@ class Cycle:
     def _serial(self, level: int, x: int, corrections: list[Correction] | None) -> list[int]:
         points = [x]
         for s in range(self.grid.num_steps(level) - 1):  # the last point is the end: only the fine level needs it
+            self.builder.wave = self.builder.open_waves()
             points.append(self._advance(level, s, points[-1], corrections))
         return points
 
     def _relax(
-        self, level: int, c_points: list[int], corrections: list[Correction] | None
+        self, level: int, c_points: list[int], corrections: list[Correction] | None, *, final: bool = False
     ) -> tuple[list[int], list[int]]:
-        """F-relaxation: every interval propagated from its C-point. Returns all points and the interval ends."""
+        """F-relaxation: every interval propagated from its C-point. Returns all points and the interval ends.
+
+        Layers at the same place of their intervals make a wave, counted from the first layer in both directions: so a
+        short interval changes nothing in which layers the final waves of the two sweeps hold.
+        """
+        intervals = [self.grid.interval(level, j) for j in range(len(c_points))]
+        longest = max(map(len, intervals))
+        wave = self.builder.open_waves(longest)
         points, ends = [], []
-        for j, x in enumerate(c_points):
-            for s in self.grid.interval(level, j):
+        for x, interval in zip(c_points, intervals, strict=True):
+            late = 0 if self.builder.direction == "forward" else longest - len(interval)
+            for place, s in enumerate(interval, late):
+                self.builder.wave = wave + place
                 points.append(x)
-                x = self._advance(level, s, x, corrections)
+                x = self._advance(level, s, x, corrections, final=final)
             ends.append(x)
         return points, ends
 
@@ -105,9 +114,9 @@ class Cycle:
         c_points = [c_points[0], *ends[:-1]]
         return c_points, self._relax(level, c_points, corrections)[1]
 
-    def _advance(self, level: int, s: int, x: int, corrections: list[Correction] | None) -> int:
+    def _advance(self, level: int, s: int, x: int, corrections: list[Correction] | None, *, final: bool = False) -> int:
         if level == 0:
-            return self.builder.step(self.layers[s], x)
+            return self.builder.step(self.layers[s], x, final=final)
         y = self._coarse_step(level, s, x, corrections is not None)
         if corrections is None:
             return y

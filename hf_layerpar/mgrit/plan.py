@@ -7,8 +7,9 @@ its own tasks in that order (see `hf_layerpar.mgrit.schedule`), so a validated p
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Literal
 
 Direction = Literal["forward", "backward"]
@@ -28,6 +29,7 @@ class Task:
         the plan has "weights" tasks for that.
     inputs, output: value numbers; a residual, an observation and weight gradients have no output (None).
     span: first layer of the interval and last + 1, whatever the direction.
+    wave: steps of one wave are independent of each other and evaluated together (-1: alone).
     """
 
     kind: Literal["step", "combine", "fit", "observe", "residual", "weights"]
@@ -40,12 +42,14 @@ class Task:
     coefficients: tuple[float, ...] = ()
     iteration: int = 0
     span: tuple[int, int] = (0, 0)
+    wave: int = -1
 
     def __str__(self) -> str:
         where = f"rank {self.rank} micro-batch {self.micro_batch}"
         values = [f"v{v}" for v in self.inputs]
         if self.kind == "step":
-            return f"{where}: v{self.output} = step {self.layer}({values[0]}){' final' if self.final else ''}"
+            end = (" final" if self.final else "") + (f" wave {self.wave}" if self.wave >= 0 else "")
+            return f"{where}: v{self.output} = step {self.layer}({values[0]}){end}"
         if self.kind == "combine":
             terms = " ".join(f"{c:+g} {v}" for c, v in zip(self.coefficients, values, strict=True))
             return f"{where}: v{self.output} = {terms}"
@@ -105,16 +109,34 @@ class Plan:
             for target in wanted.get(t.output, ())
         ]
 
+    def groups(self) -> Iterator[tuple[Task, ...]]:
+        """The tasks in order, those of one wave together and every other alone."""
+        for wave, tasks in groupby(self.tasks, key=lambda t: t.wave):
+            if wave >= 0:
+                yield tuple(tasks)
+            else:
+                yield from ((task,) for task in tasks)
+
     def validate(self) -> None:
-        """Asserts that every value is made once and before its use, and that each layer has one final step."""
+        """Asserts that every value is made once and before its use, that each layer has one final step, and that the
+        steps of a wave depend on none of it, differ in layer and agree in all else."""
         made = set(self.starts)
-        for task in self.tasks:
-            assert 0 <= task.rank < self.num_ranks, f"{task}: no such rank"
-            missing = [v for v in task.inputs if v not in made]
-            assert not missing, f"{task}: values {missing} are used before they are made"
-            if task.output is not None:
-                assert task.output not in made, f"{task}: value made twice"
-                made.add(task.output)
+        waves: set[int] = set()
+        for group in self.groups():
+            for task in group:
+                assert 0 <= task.rank < self.num_ranks, f"{task}: no such rank"
+                missing = [v for v in task.inputs if v not in made]
+                assert not missing, f"{task}: values {missing} are used before they are made"
+            for task in group:
+                if task.output is not None:
+                    assert task.output not in made, f"{task}: value made twice"
+                    made.add(task.output)
+            assert group[0].wave not in waves, f"{group[0]}: the wave was through already"
+            waves |= {group[0].wave} - {-1}
+            assert len({(t.kind, t.rank, t.micro_batch, t.final) for t in group}) == 1, f"{group[0]}: a mixed wave"
+            assert len(group) == 1 or len({t.layer for t in group}) == len(group), (
+                f"{group[0]}: a layer twice in a wave"
+            )
         assert set(self.ends) <= made, "an end value is never made"
         finals = Counter((t.layer, t.micro_batch) for t in self.tasks if t.final)
         expected = {(n, m) for n in range(self.num_layers) for m in range(self.micro_batches)}
@@ -135,9 +157,14 @@ class PlanBuilder:
     Values are hash-consed: the same step of the same value is one task, and a combination that cancels to one of its
     inputs is that input. So nothing is computed twice, a converged interval is never relaxed again, and a solve with
     enough iterations is the serial chain itself, bit for bit.
+
+    stacked: the steps of the last relaxation are tasks of their own, even where an earlier sweep made the same ones, so
+        that all intervals are relaxed together: a few evaluations more, in far fewer waves (see `waves`).
     """
 
-    def __init__(self, direction: Direction, owner: Sequence[int]) -> None:
+    def __init__(self, direction: Direction, owner: Sequence[int], *, stacked: bool = False) -> None:
+        self.stacked = stacked
+        self.wave = -1  # of the steps that are written next
         self.direction: Direction = direction
         self.owner = tuple(owner)  # lp rank of each layer
         self.tasks: list[Task] = []
@@ -146,7 +173,7 @@ class PlanBuilder:
         self.iterations = 0
         self._home: dict[int, int] = {}
         self._micro_batch = -1
-        self._next = 0
+        self._next = self._waves = 0
         self._made: dict[tuple, Task] = {}
         self._copies: dict[int, dict[int, int]] = {}  # value -> rank -> the same value, made there too
 
@@ -157,12 +184,18 @@ class PlanBuilder:
         self.starts.append(value)
         return value
 
-    def step(self, layer: int, x: int) -> int:
-        return self._make(("step", layer, x), "step", self.owner[layer], (x,), layer=layer)
+    def step(self, layer: int, x: int, *, final: bool = False) -> int:
+        """final: the step of the last relaxation."""
+        key = ("final" if final and self.stacked else "step", layer, x)
+        value = self._make(key, "step", self.owner[layer], (x,), layer=layer, wave=self.wave if self.stacked else -1)
+        self._made[key].final |= final
+        return value
 
-    def mark_final(self, layer: int, x: int) -> None:
-        """The step of `layer` at value x is the one of the last relaxation."""
-        self._made["step", layer, x].final = True
+    def open_waves(self, count: int = 1) -> int:
+        """Numbers `count` waves behind all others and returns the first. Steps go to the one that `wave` is set to,
+        and may depend on earlier waves alone. (Plans that aren't stacked leave the waves out.)"""
+        self._waves += count
+        return self._waves - count
 
     def combine(self, terms: Sequence[tuple[float, int]], *ranks: int) -> int:
         """sum of coefficient * value, made on each of `ranks` (the same bits); like terms are merged first."""

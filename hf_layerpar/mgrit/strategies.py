@@ -12,6 +12,7 @@ from hf_layerpar.mgrit.grid import Grid
 from hf_layerpar.mgrit.plan import Direction, Plan, PlanBuilder
 from hf_layerpar.mgrit.schedule import in_schedule_order
 from hf_layerpar.mgrit.simulate import Costs, simulate
+from hf_layerpar.mgrit.waves import in_waves
 
 _APART = Costs(vjp=1.4, weights=0.8)
 """What a backward costs in two halves: a tenth more than in one, and the input half is the larger, as all of attention
@@ -26,23 +27,39 @@ def build_plan(
     num_ranks: int,
     micro_batches: int = 1,
     buffers: tuple[int, int] = (0, 0),
+    kinds: Sequence[int] | None = None,
 ) -> Plan:
     """The validated plan of one sweep over a stack.
 
     owner: the lp rank of every layer. buffers: open and close layers, which are always solved exactly.
+    kinds: of a stacked sweep, a number for each layer, equal for those that can share a wave; by default all can.
     Serial and pipeline are the same exact chain; what differs is the number of micro-batches. Between several ranks
     weight gradients become tasks of their own where that makes the backward shorter.
     Raises ConfigurationError when the grid doesn't fit the stack.
     """
-    builder = PlanBuilder(direction, owner)
+    check_stacked(config, num_ranks)
+    builder = PlanBuilder(direction, owner, stacked=config.stacked)
     for _ in range(micro_batches):
         builder.end(_sweep(builder, config, buffers))
+    if config.stacked:
+        plan = in_waves(builder.build(num_ranks), kinds or [0] * len(owner))
+        plan.validate()
+        return plan
     plan = in_schedule_order(builder.build(num_ranks))
     if direction == "backward" and num_ranks > 1:
         split = in_schedule_order(builder.build(num_ranks, split_weights=True), _APART)
         plan = min(plan, split, key=lambda p: simulate(p, _APART).makespan)
     plan.validate()
     return plan
+
+
+def check_stacked(config: LayerParallelConfig, num_ranks: int) -> None:
+    """Raises ConfigurationError for stacked layers on several lp ranks."""
+    if config.stacked and num_ranks > 1:
+        raise ConfigurationError(
+            f"stacked=True with lp_size={num_ranks}: layers are evaluated together on one device, and here they are "
+            f"spread over several; use stacked=False or lp_size=1"
+        )
 
 
 def inner_grid(config: LayerParallelConfig, num_layers: int, buffers: tuple[int, int]) -> Grid:
@@ -78,7 +95,6 @@ def _sweep(builder: PlanBuilder, config: LayerParallelConfig, buffers: tuple[int
 
 def _chain(builder: PlanBuilder, layers: Sequence[int], x: int) -> int:
     for layer in layers:
-        end = builder.step(layer, x)
-        builder.mark_final(layer, x)
-        x = end
+        builder.wave = builder.open_waves()
+        x = builder.step(layer, x, final=True)
     return x

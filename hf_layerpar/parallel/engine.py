@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -18,11 +20,13 @@ from hf_layerpar.mgrit.plan import Direction, Plan
 from hf_layerpar.mgrit.strategies import build_plan
 from hf_layerpar.parallel.communicator import Communicator
 from hf_layerpar.parallel.deferral import make_deferrable
-from hf_layerpar.parallel.executor import Evaluator, RankPart, execute
+from hf_layerpar.parallel.executor import RankPart, execute
 from hf_layerpar.parallel.fits import Key, RunningFits
 from hf_layerpar.parallel.increments import Increments
 from hf_layerpar.parallel.program import LayerCall, Program
 from hf_layerpar.parallel.runs import joints
+from hf_layerpar.parallel.stackable import Kinds, fingerprint, obstacle
+from hf_layerpar.parallel.stacked import StackedProgram
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class SweepReport:
     convergence_factors: ||r^(k+1)|| / ||r^(k)|| (arXiv 2601.09026, section 4); above 1 the sweep diverges.
     seconds, waited: wall time of the solve on this rank, and the part of it spent waiting for messages.
     penalty: the increment penalty that the forward adds to the loss, alpha included; None where it is off.
+    stacked: independent layers were evaluated together (the setting `stacked`, where the layers allow it).
     """
 
     mode: Literal["exact", "mgrit"]
@@ -41,6 +46,7 @@ class SweepReport:
     seconds: float
     waited: float
     penalty: float | None = None
+    stacked: bool = False
 
     @property
     def convergence_factors(self) -> tuple[float, ...]:
@@ -80,7 +86,8 @@ class StackEngine:
         self.settings, self.stack = settings, stack
         self._prepared = False
         self.fits, self.learning = RunningFits(), True
-        self._reports: dict[Direction, tuple[Tensor | None, float, float]] = {}
+        self._verdicts: dict[tuple, tuple[tuple[int, ...], str | None]] = {}  # kinds, or why not
+        self._reports: dict[Direction, tuple[Tensor | None, float, float, bool]] = {}
         self._penalty: Tensor | None = None
 
     def __call__(self, calls: Sequence[LayerCall], x: Tensor) -> Tensor:
@@ -105,13 +112,6 @@ class StackEngine:
         self.communicator.agree(facts, x.device)
         micro_batches = max(1, min(config.micro_batches, x.shape[0]))
         recompute = with_grad and self.stack.needs_recompute
-        # without graphs runs gain nothing, and recomputed they would bring back all their graphs at once; a penalty on
-        # every step's increment needs the states inside
-        joined = with_grad and not recompute and not config.increment_penalty
-        parts = self._parts(config, micro_batches, joined=joined)
-        split_weights = with_grad and parts["backward"].plan.split_weights
-        if split_weights:
-            self._prepare(calls)
         increments = None
         if with_grad and config.increment_penalty:
             inner = range(self.buffers[0], len(calls) - self.buffers[1])
@@ -120,16 +120,20 @@ class StackEngine:
         learning = training and with_grad and self.learning
         if learning:
             self.fits.commit()
-        program = Program(
-            calls,
-            x,
-            micro_batches=micro_batches,
-            seed=seed,
-            recompute=recompute,
-            split_weights=split_weights,
-            increments=increments,
-        )
-        solve = _Solve(self, config, parts, program, learning)
+        program = Program(calls, x, micro_batches=micro_batches, seed=seed, recompute=recompute, increments=increments)
+        stacked = self._stacked(config, program, x) if config.stacked else None
+        if stacked is not None:
+            parts = self._parts(config, micro_batches, kinds=stacked.kinds)
+        else:
+            config = dataclasses.replace(config, stacked=False)
+            # without graphs runs gain nothing, and recomputed they would bring back all their graphs at once; a penalty
+            # on every step's increment needs the states inside
+            joined = with_grad and not recompute and increments is None
+            parts = self._parts(config, micro_batches, joined=joined)
+            if with_grad and parts["backward"].plan.split_weights:
+                self._prepare(calls)
+                program.split_weights = True
+        solve = _Solve(self, config, parts, stacked or program, learning)
         if not with_grad:
             return solve.forward(x)
         # the anchor makes the result require grad on every rank, also where nothing local is trainable: all ranks
@@ -145,14 +149,53 @@ class StackEngine:
                     make_deferrable(call.layer)
             self._prepared = True
 
-    def _parts(self, config: LayerParallelConfig, micro_batches: int, *, joined: bool) -> Mapping[Direction, RankPart]:
+    def _parts(
+        self,
+        config: LayerParallelConfig,
+        micro_batches: int,
+        *,
+        joined: bool = False,
+        kinds: tuple[int, ...] | None = None,
+    ) -> Mapping[Direction, RankPart]:
         communicator = self.communicator
         return _rank_parts(
-            config, self.owner, communicator.size, micro_batches, self.buffers, communicator.rank, joined
+            config, self.owner, communicator.size, micro_batches, self.buffers, communicator.rank, joined, kinds
         )
 
-    def record(self, direction: Direction, residuals: Tensor | None, seconds: float, waited: float) -> None:
-        self._reports[direction] = (residuals, seconds, waited)
+    def _stacked(self, config: LayerParallelConfig, program: Program, x: Tensor) -> StackedProgram | None:
+        """The program that evaluates layers together; where these can't be, a warning that says why, and None."""
+        key = (config, program.micro_batches, fingerprint(program))
+        if key not in self._verdicts:
+            kinds = Kinds(program)
+            trial = self._stacked_program(config, program, tuple(kinds.kinds), x)
+            waves = sorted(layers for layers in trial.kept if len(layers) > 1)
+            with trial.running(keep_graphs=False):
+                reason = obstacle(trial, kinds, waves, x)
+            self._verdicts[key] = tuple(kinds.kinds), reason
+            if reason is not None:
+                warnings.warn(f"stacked=True, but layers are evaluated one at a time: {reason}", stacklevel=2)
+        kinds, reason = self._verdicts[key]
+        return None if reason is not None else self._stacked_program(config, program, kinds, x)
+
+    def _stacked_program(
+        self, config: LayerParallelConfig, program: Program, kinds: tuple[int, ...], x: Tensor
+    ) -> StackedProgram:
+        backward = self._parts(config, program.micro_batches, kinds=kinds)["backward"]
+        final = (group[0].final for group in backward.groups)
+        return StackedProgram(
+            program.calls,
+            x,
+            kinds=kinds,
+            kept=frozenset(layers for layers, is_final in zip(backward.layers, final, strict=True) if is_final),
+            micro_batches=program.micro_batches,
+            seed=program.seed,
+            recompute=program.recompute,
+        )
+
+    def record(
+        self, direction: Direction, residuals: Tensor | None, seconds: float, waited: float, stacked: bool
+    ) -> None:
+        self._reports[direction] = (residuals, seconds, waited, stacked)
 
     def record_penalty(self, penalty: Tensor | None) -> None:
         self._penalty = penalty
@@ -171,14 +214,14 @@ class StackEngine:
         increments."""
         if direction not in self._reports:
             return None
-        residuals, seconds, waited = self._reports[direction]
+        residuals, seconds, waited, stacked = self._reports[direction]
         penalty = None
         if direction == "forward" and self._penalty is not None:
             penalty = float(self._sum(self._penalty))
         if residuals is None:
-            return SweepReport("exact", 0, (), seconds, waited, penalty)
+            return SweepReport("exact", 0, (), seconds, waited, penalty, stacked)
         total = self._sum(residuals)
-        return SweepReport("mgrit", len(total), tuple(total.sqrt().tolist()), seconds, waited, penalty)
+        return SweepReport("mgrit", len(total), tuple(total.sqrt().tolist()), seconds, waited, penalty, stacked)
 
     def _sum(self, mine: Tensor) -> Tensor:
         total = mine.clone()
@@ -201,7 +244,7 @@ class _Solve:
 
     def forward(self, x: Tensor, *, keep_graphs: bool = False) -> Tensor:
         with self.program.running(keep_graphs=keep_graphs):
-            y = self._run("forward", x, self.program.forward_step)
+            y = self._run("forward", x)
         increments = self.program.increments
         self.engine.record_penalty(None if increments is None else increments.penalty(y))
         return y
@@ -211,16 +254,14 @@ class _Solve:
         program = self.program
         program.begin_backward()
         with program.running(keep_graphs=True):
-            lam = self._run("backward", lam.contiguous(), program.backward_step)
+            lam = self._run("backward", lam.contiguous())
         side_grads, param_grads = program.take_gradients()
         for grad in side_grads:
             self.engine.communicator.all_reduce(grad)
         return lam, side_grads, param_grads
 
-    def _run(
-        self, direction: Direction, x: Tensor, step: Callable[[Sequence[int], int, Tensor, bool], Tensor]
-    ) -> Tensor:
-        engine, operator = self.engine, self.config.coarse_operator
+    def _run(self, direction: Direction, x: Tensor) -> Tensor:
+        engine, program, operator = self.engine, self.program, self.config.coarse_operator
 
         def fit(span: tuple[int, int], x: Tensor) -> Tensor:
             return engine.fits.apply((operator, direction, *span), x)
@@ -229,11 +270,13 @@ class _Solve:
             if self.learning:
                 engine.fits.observe((operator, direction, *span), micro_batch, start, end)
 
-        evaluate = Evaluator(step, self.program.weights, fit, observe)
         began = time.perf_counter()
-        outcome = execute(self.parts[direction], self.program.split(x), evaluate, engine.communicator)
-        engine.record(direction, outcome.residuals, time.perf_counter() - began, outcome.waited)
-        return self.program.join(outcome.ends)
+        part = self.parts[direction]
+        evaluate = program.evaluator(direction, fit, observe)
+        outcome = execute(part, program.split(x), evaluate, engine.communicator)
+        together = any(len(group) > 1 for group in part.groups)
+        engine.record(direction, outcome.residuals, time.perf_counter() - began, outcome.waited, together)
+        return program.join(outcome.ends)
 
 
 class _Node(torch.autograd.Function):
@@ -261,11 +304,12 @@ def _rank_parts(
     buffers: tuple[int, int],
     rank: int,
     joined: bool,
+    kinds: tuple[int, ...] | None,
 ) -> dict[Direction, RankPart]:
     """This rank's parts of both sweeps. joined: with the runs that both have."""
     directions: tuple[Direction, ...] = get_args(Direction)
     plans: dict[Direction, Plan] = {
-        d: build_plan(config, d, owner, num_ranks=num_ranks, micro_batches=micro_batches, buffers=buffers)
+        d: build_plan(config, d, owner, num_ranks=num_ranks, micro_batches=micro_batches, buffers=buffers, kinds=kinds)
         for d in directions
     }
     shared = set.intersection(*(joints(plan, rank) for plan in plans.values())) if joined else set()

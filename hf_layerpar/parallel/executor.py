@@ -15,6 +15,8 @@ from hf_layerpar.parallel.communicator import Communicator
 from hf_layerpar.parallel.runs import Joint, join_runs
 
 StepFunction = Callable[[Sequence[int], int, Tensor, bool], Tensor]
+Fit = Callable[[tuple[int, int], Tensor], Tensor]
+Observe = Callable[[tuple[int, int], int, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -25,35 +27,42 @@ class Evaluator:
     weights: (layer, micro-batch); the weight gradients that the layer's final vjp left to do.
     fit: (span, state) -> state; the running fit of an interval (first layer, last + 1).
     observe: (span, micro-batch, state, state); shows that fit both ends of its interval.
+    wave: (layers, micro-batch, their states, final) -> their states; `step` of several layers in one evaluation. Only
+        plans with waves ask for it.
     """
 
     step: StepFunction
     weights: Callable[[int, int], None]
-    fit: Callable[[tuple[int, int], Tensor], Tensor]
-    observe: Callable[[tuple[int, int], int, Tensor, Tensor], None]
+    fit: Fit
+    observe: Observe
+    wave: Callable[[tuple[int, ...], int, Sequence[Tensor], bool], Sequence[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
 class RankPart:
     """A plan as one rank sees it, worked out once and run many times.
 
-    tasks: this rank's; of a run of steps (see `runs`) the last one, with the first one's input. layers: those that
-        tasks[i] evaluates, in the direction of the sweep.
+    tasks: this rank's; of a run of steps (see `runs`) the last one, with the first one's input.
+    groups: the tasks, those of a wave together. layers: those that groups[i] evaluates, in the direction of the sweep.
+    receives: (value, source), in order of arrival per source. sends: value -> targets.
+    dead_after: values that groups[i] is the last to need.
     """
 
     plan: Plan
     rank: int
     tasks: tuple[Task, ...]
+    groups: tuple[tuple[Task, ...], ...]
     layers: tuple[tuple[int, ...], ...]
-    receives: tuple[tuple[int, int], ...]  # (value, source), in order of arrival per source
-    sends: dict[int, tuple[int, ...]]  # value -> targets
-    dead_after: tuple[tuple[int, ...], ...]  # values that tasks[i] is the last to need
+    receives: tuple[tuple[int, int], ...]
+    sends: dict[int, tuple[int, ...]]
+    dead_after: tuple[tuple[int, ...], ...]
     micro_batch_of: dict[int, int]
 
     @classmethod
     def of(cls, plan: Plan, rank: int, joints: Set[Joint] = frozenset()) -> RankPart:
         """joints: of those that `runs.joints` found, the ones to evaluate as one."""
-        tasks, layers = join_runs([t for t in plan.tasks if t.rank == rank], joints)
+        groups, layers = join_runs([group for group in plan.groups() if group[0].rank == rank], joints)
+        tasks = tuple(task for group in groups for task in group)
         sends: dict[int, tuple[int, ...]] = {}
         receives = []
         for message in plan.messages():
@@ -62,17 +71,18 @@ class RankPart:
             if message.target == rank:
                 receives.append((message.value, message.source))
         last_use: dict[int, int] = {}
-        for i, task in enumerate(tasks):
-            for value in (*task.inputs, *(() if task.output is None else (task.output,))):
-                last_use[value] = i
+        for i, group in enumerate(groups):
+            for task in group:
+                for value in (*task.inputs, *(() if task.output is None else (task.output,))):
+                    last_use[value] = i
         keep = set(plan.ends)
-        dead: list[list[int]] = [[] for _ in tasks]
+        dead: list[list[int]] = [[] for _ in groups]
         for value, i in last_use.items():
             if value not in keep:
                 dead[i].append(value)
         micro_batch_of = dict(zip(plan.starts, range(plan.micro_batches), strict=True))
         micro_batch_of |= {t.output: t.micro_batch for t in plan.tasks if t.output is not None}
-        return cls(plan, rank, tasks, layers, tuple(receives), sends, tuple(map(tuple, dead)), micro_batch_of)
+        return cls(plan, rank, tasks, groups, layers, tuple(receives), sends, tuple(map(tuple, dead)), micro_batch_of)
 
 
 @dataclass
@@ -105,7 +115,16 @@ def execute(part: RankPart, starts: Sequence[Tensor], evaluate: Evaluator, commu
     residuals = starts[0].new_zeros(plan.iterations, dtype=wide) if plan.iterations else None
     sending: list[tuple[Any, Tensor]] = []
     waited = 0.0
-    for task, layers, dead in zip(part.tasks, part.layers, part.dead_after, strict=True):
+    for group, layers, dead in zip(part.groups, part.layers, part.dead_after, strict=True):
+        task = group[0]
+        if len(group) > 1:  # on one rank: nothing arrives and nothing is sent
+            assert evaluate.wave is not None
+            states = [values[t.inputs[0]] for t in group]
+            results = evaluate.wave(layers, task.micro_batch, states, task.final)
+            values.update(zip([t.output for t in group if t.output is not None], results, strict=True))
+            for value in dead:
+                del values[value]
+            continue
         for value in task.inputs:
             if value not in values:
                 handle, buffer = arriving.pop(value)

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`, a micro-batch holds
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise, starmap
 from typing import Any, Protocol
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
+from hf_layerpar.mgrit.plan import Direction
 from hf_layerpar.parallel.deferral import PendingGradient, collecting, recording
+from hf_layerpar.parallel.executor import Evaluator, Fit, Observe
 from hf_layerpar.parallel.increments import Increments
 
 
@@ -51,6 +53,7 @@ class Program:
     micro_batches: pieces to cut the batch into, at most its size.
     recompute: keep states instead of graphs, and run a layer's forward again in the backward.
     split_weights: weight gradients of linear modules (see `deferral`) wait for `weights` after the final vjp.
+    autocast: the dtype of the autocast that the forward runs under, or None.
     seed: the stack's draw for this forward, or None when no layer is in training mode. Each layer of each micro-batch
         has a stream of its own, set before every evaluation: all sweeps, levels and ranks see the same dropout masks.
     increments: what watches and penalises the increments of the final steps, if anything does.
@@ -74,7 +77,7 @@ class Program:
         bounds = [self.batch_size * m // self.micro_batches for m in range(self.micro_batches + 1)]
         self.rows = list(starmap(slice, pairwise(bounds)))
         kind = x.device.type
-        self._autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
         self.side: list[Tensor] = []
         side_place: dict[int, int] = {}
@@ -101,6 +104,18 @@ class Program:
         self._own_grads: set[int] = set()  # those that nobody else can hold, so that they may be added to in place
         self.side_grads: list[Tensor] = []
 
+    kinds: tuple[int, ...] | None = None
+    """Of a program that evaluates waves: a number for each layer, equal for those that can share one."""
+
+    def evaluator(self, direction: Direction, fit: Fit, observe: Observe) -> Evaluator:
+        step = self.forward_step if direction == "forward" else self.backward_step
+        return Evaluator(step, self.weights, fit, observe)
+
+    def arguments(self, layer: int) -> tuple[list[Any], Any]:
+        """What the layer was called with beside the state: leaves and tree (torch.utils._pytree)."""
+        leaves, tree, _ = self._arguments[layer]
+        return leaves, tree
+
     def split(self, x: Tensor) -> list[Tensor]:
         """A full-batch state as one state per micro-batch."""
         return [x[rows] for rows in self.rows] if self.micro_batches > 1 else [x]
@@ -115,7 +130,7 @@ class Program:
         With a penalty on increments every run is a single layer.
         """
         kept = final and self._keep_graphs
-        if kept and not self.recompute:
+        if kept and self._keeps(tuple(layers)):
             entry = self._with_graph(layers, micro_batch, x)
             self._tape[min(layers), micro_batch] = entry
             y = entry.y.detach()
@@ -200,6 +215,10 @@ class Program:
                     self._add_gradient(param, grad)
 
     # ---- inside
+    def _keeps(self, layers: tuple[int, ...]) -> bool:
+        """Whether the graph of a final evaluation of these layers together is kept."""
+        return not self.recompute
+
     def _add_gradient(self, param: nn.Parameter, grad: Tensor) -> None:
         place = self._param_place[param]
         so_far = self.param_grads[place]
@@ -237,13 +256,7 @@ class Program:
             args, kwargs = self.calls[layer].args, self.calls[layer].kwargs
         if self.seed is not None:
             self._seed(mix(self.seed, layer, micro_batch))
-        # no autocast cache: a weight cast made without graph would lose its gradient in the final relaxation
-        cast = (
-            nullcontext()
-            if self._autocast is None
-            else torch.autocast(self.device.type, dtype=self._autocast, cache_enabled=False)
-        )
-        with cast:
+        with self._cast():
             y = self.calls[layer].step(x, args, kwargs)
         if y.shape != x.shape:
             raise UnsupportedModelError(
@@ -251,6 +264,13 @@ class Program:
                 f"{tuple(y.shape)}; layer-parallel solving needs states of one shape"
             )
         return y.to(x.dtype)  # autocast may narrow it; the state keeps the dtype it entered the stack with
+
+    def _cast(self) -> AbstractContextManager[Any]:
+        """The autocast of the forward, also in the backward."""
+        if self.autocast is None:
+            return nullcontext()
+        # no cache: a weight cast made without graph would lose its gradient in the final relaxation
+        return torch.autocast(self.device.type, dtype=self.autocast, cache_enabled=False)
 
     def _sides(self, layer: int, micro_batch: int) -> dict[int, Tensor]:
         return {p: self._slice(self.side[p], micro_batch) for p in self._arguments[layer][2].values()}

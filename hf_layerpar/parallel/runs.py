@@ -39,21 +39,23 @@ def joints(plan: Plan, rank: int) -> set[Joint]:
     return found - apart
 
 
-def join_runs(tasks: Sequence[Task], joints: Set[Joint]) -> tuple[tuple[Task, ...], tuple[tuple[int, ...], ...]]:
-    """One rank's tasks with those at the joints made one; and the layers of each."""
-    joined: list[Task] = []
+def join_runs(
+    groups: Sequence[tuple[Task, ...]], joints: Set[Joint]
+) -> tuple[tuple[tuple[Task, ...], ...], tuple[tuple[int, ...], ...]]:
+    """One rank's tasks (`Plan.groups`) with those at the joints made one; and the layers of each group."""
+    joined: list[tuple[Task, ...]] = []
     layers: list[tuple[int, ...]] = []
-    for task in tasks:
-        before = joined[-1] if joined else None
+    for group in groups:
+        task, before = group[0], joined[-1][0] if joined else None
         if (
             before is not None
             and task.final
             and task.inputs == (before.output,)
             and (min(before.layer, task.layer), task.micro_batch) in joints
         ):
-            joined[-1] = dataclasses.replace(task, inputs=before.inputs)
+            joined[-1] = (dataclasses.replace(task, inputs=before.inputs),)
             layers[-1] += (task.layer,)
         else:
-            joined.append(task)
-            layers.append((task.layer,))
+            joined.append(group)
+            layers.append(tuple(t.layer for t in group))
     return tuple(joined), tuple(layers)

@@ -61,6 +61,10 @@ class LayerParallelTrainingArguments(TrainingArguments):
         default=LayerParallelConfig.sliced_ends,
         metadata={"help": "Each lp rank computes embeddings, head and loss for its rows of the training batch alone."},
     )
+    stacked: bool = field(
+        default=LayerParallelConfig.stacked,
+        metadata={"help": "MGRIT on one device: evaluate independent layers together, with stacked weights."},
+    )
 
     controller: Policy = field(
         default="off",

@@ -82,6 +82,8 @@ def _timed(side: Side) -> float:
         dist.barrier()
     began = time.perf_counter()
     side.step()
+    if side.trained[0].is_cuda:
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     torch.set_num_threads(before)
     if any(p.grad is None for p in side.answers.values()):
@@ -97,7 +99,7 @@ def accuracy(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str
     """Over all parameters of all ranks. Collective; raises RuntimeError unless each parameter is there exactly once."""
     sums = torch.zeros(5, dtype=torch.float64)
     for name, gradient in gradients.items():
-        a, b = gradient.detach().double().flatten(), exact[name].double().flatten()
+        a, b = gradient.detach().cpu().double().flatten(), exact[name].cpu().double().flatten()
         sums += torch.stack([a @ b, a @ a, b @ b, (a - b) @ (a - b), torch.tensor(float(len(a)), dtype=torch.float64)])
     if dist.is_initialized():
         dist.all_reduce(sums)
@@ -113,8 +115,15 @@ def accuracy(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str
 
 
 def _memory_growth(side: Side) -> int:
-    """Bytes by which this rank's resident memory grows at most during its first step, gradients included."""
+    """Bytes by which this rank's resident memory grows at most during its first step, gradients included; on a GPU, the
+    memory allocated there."""
     gc.collect()
+    device = side.trained[0].device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        _timed(side)
+        return torch.cuda.max_memory_allocated(device) - before
     ctypes.CDLL(None).malloc_trim(0)  # pages that earlier sides freed go back to the system
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
     before = status_bytes("VmRSS")

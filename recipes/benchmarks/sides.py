@@ -156,7 +156,7 @@ def stack_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
     """All sides on the bare stack, serial first, and the exact gradients by parameter name."""
     place = Place.here()
     stack, upstream = make_stack(num_layers), make_state(seed=2)
-    reference = _serial(place, stack, upstream, threads=1, everywhere=True)
+    reference = serial_side(place, stack, upstream, threads=1, everywhere=True)
     reference.step()
     exact = {name: p.grad.clone() for name, p in stack.named_parameters() if p.grad is not None}
     reference.clear()
@@ -164,8 +164,10 @@ def stack_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
     entries = [
         Entry(f"serial, {t} thread{'s' * (t > 1)}", {"method": "serial", "threads": t}, make)
         for t in (1, 2)
-        for make in [partial(_serial, place, stack, upstream, threads=t)]
+        for make in [partial(serial_side, place, stack, upstream, threads=t)]
     ]
+    compiled = {"method": "serial", "threads": 1, "compiled": True}
+    entries.append(Entry("serial, compiled layers", compiled, partial(_serial_compiled, place, stack, upstream)))
     if place.size > 1:
         entries.append(Entry("ddp", {"method": "ddp"}, partial(_ddp, place, stack, upstream)))
         entries.append(Entry("tensor parallel", {"method": "tensor"}, partial(_tensor, place, stack, upstream)))
@@ -183,23 +185,37 @@ def stack_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
             entries.append(Entry(f"{schedule} M={m}", settings, make))
     ours = copy.deepcopy(stack)  # the engine may change how its layers run, and torch's sides must not notice
     for name, config in our_configs(place.size):
-        make = partial(_ours, place, ours, upstream, config, interleaved=False)
+        make = partial(our_side, place, ours, upstream, config, interleaved=False)
         entries.append(Entry(name, config.to_dict() | {"method": "ours", "ownership": "contiguous"}, make))
     if place.size > 1:
         config = LayerParallelConfig(strategy="mgrit", coarsening=place.size, coarse_operator="aggregate")
-        make = partial(_ours, place, ours, upstream, config, interleaved=True)
+        make = partial(our_side, place, ours, upstream, config, interleaved=True)
         settings = config.to_dict() | {"method": "ours", "ownership": "interleaved"}
         entries.append(Entry(f"mgrit aggregate 2 levels 1/1 M=1 c={place.size} interleaved", settings, make))
+        config = LayerParallelConfig(strategy="mgrit", coarse_operator="identity")
+        make = partial(_ours_compiled, place, stack, upstream, config)
+        settings = config.to_dict() | {"method": "ours", "ownership": "contiguous", "compiled": True}
+        entries.append(Entry("mgrit identity 2 levels 1/1 M=1 compiled layers", settings, make))
     return entries, exact
 
 
-def _leaf(rows: slice = slice(None)) -> Tensor:
-    """The stack's input. It requires grad in every side, as it does with an embedding below it."""
-    return make_state(seed=1)[rows].clone().requires_grad_()
+def _leaf(upstream: Tensor, rows: slice = slice(None)) -> Tensor:
+    """The stack's input, beside `upstream`. It requires grad in every side, as it does with an embedding below it."""
+    return make_state(seed=1)[rows].to(upstream.device, copy=True).requires_grad_()
 
 
-def _serial(place: Place, stack: nn.Sequential, upstream: Tensor, *, threads: int, everywhere: bool = False) -> Side:
-    x = _leaf()
+def with_compiled_layers(stack: nn.Sequential) -> nn.Sequential:
+    """A copy whose layers are compiled when they are first run."""
+    own = copy.deepcopy(stack)
+    for block in own:
+        block.compile()
+    return own
+
+
+def serial_side(
+    place: Place, stack: nn.Sequential, upstream: Tensor, *, threads: int, everywhere: bool = False
+) -> Side:
+    x = _leaf(upstream)
 
     def step() -> None:
         stack(x).backward(upstream)
@@ -208,8 +224,12 @@ def _serial(place: Place, stack: nn.Sequential, upstream: Tensor, *, threads: in
     return Side(step if everywhere else only_first(place, step), [x, *stack.parameters()], answers, threads)
 
 
+def _serial_compiled(place: Place, stack: nn.Sequential, upstream: Tensor) -> Side:
+    return serial_side(place, with_compiled_layers(stack), upstream, threads=1)
+
+
 def _ddp(place: Place, stack: nn.Sequential, upstream: Tensor) -> Side:
-    x = _leaf(place.rows)
+    x = _leaf(upstream, place.rows)
     own = copy.deepcopy(stack)
     model = nn.parallel.DistributedDataParallel(own)
     given = upstream[place.rows] * place.size  # DDP averages over the ranks, the stack's gradient is a sum
@@ -230,7 +250,7 @@ class _TensorSide(Side):
 
 
 def _tensor(place: Place, stack: nn.Sequential, upstream: Tensor) -> Side:
-    x = _leaf()
+    x = _leaf(upstream)
     own = copy.deepcopy(stack)
     mesh = init_device_mesh("cpu", (place.size,))
     for block in own:
@@ -266,7 +286,7 @@ def pipelining_step(
 
 
 def _pipelining(place: Place, stack: nn.Sequential, upstream: Tensor, schedule: str, micro_batches: int) -> Side:
-    x = _leaf()
+    x = _leaf(upstream)
     here = place.layers(len(stack))
     stage = stack[here.start : here.stop]
 
@@ -314,19 +334,23 @@ def our_calls(stack: nn.Sequential, owner: tuple[int, ...], rank: int) -> list[C
     return [Call(layer if home == rank else nn.Module()) for layer, home in zip(stack, owner, strict=True)]
 
 
-def _ours(
+def our_side(
     place: Place, stack: nn.Sequential, upstream: Tensor, config: LayerParallelConfig, *, interleaved: bool
 ) -> Side:
     owner = owner_of(config, len(stack), place.size, interleaved=interleaved)
     flags = Fixed(config)
     engine = StackEngine(local_communicator(), owner, (0, 0), flags, flags)
-    calls, x = our_calls(stack, owner, place.rank), _leaf()
+    calls, x = our_calls(stack, owner, place.rank), _leaf(upstream)
 
     def step() -> None:
         engine(calls, x).backward(upstream)
 
     answers = _of_layers(stack, [n for n, home in enumerate(owner) if home == place.rank])
     return Side(step, [x, *answers.values()], answers)
+
+
+def _ours_compiled(place: Place, stack: nn.Sequential, upstream: Tensor, config: LayerParallelConfig) -> Side:
+    return our_side(place, with_compiled_layers(stack), upstream, config, interleaved=False)
 
 
 def _of_layers(stack: nn.Sequential, layers: Iterable[int]) -> dict[str, Tensor]:

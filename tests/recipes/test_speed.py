@@ -71,6 +71,26 @@ def test_overhead_is_a_share_of_the_step(tmp_path):
     assert alone["serial"]["waiting_share"] < 0.01
 
 
+def test_one_device(tmp_path):
+    """Stacked sides are what they say: falling back would be their error."""
+    only = ["identity 1/1", "aggregate 2/1", "exact"]
+    arguments = ["--device", "cpu", "--layers", "6", "--rounds", "1", "--only", *only]
+    result = run("one_device.py", *arguments, "--output", str(tmp_path / "one_device.json"))
+    assert result["device"].startswith("CPU")
+    ((layers, sides),) = ((t["layers"], t["sides"]) for t in result["tables"])
+    assert layers == 6
+    assert set(sides) == {
+        "serial",
+        "ours exact",
+        *(f"mgrit {way}, {how}" for way in only[:2] for how in ("one at a time", "stacked")),
+    }
+    for name, side in sides.items():
+        assert side["seconds"]["median"] > 0
+        alone = sides[name.replace("stacked", "one at a time")]["gradient"]
+        assert side["gradient"]["cosine"] == pytest.approx(alone["cosine"], abs=1e-6)
+    assert 0.9 < sides["mgrit identity 1/1, stacked"]["gradient"]["cosine"] < 1 - 1e-6
+
+
 def test_accuracy_tells_wrong_gradients():
     exact = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0]])}
     right = {name: t.clone() for name, t in exact.items()}
