@@ -17,7 +17,7 @@ from hf_layerpar.parallel.deferral import make_deferrable
 from hf_layerpar.parallel.executor import Evaluator, RankPart, execute
 from hf_layerpar.parallel.program import LayerCall, Program
 
-_SAMPLED_LAYERS = 4
+_SAMPLED_LAYERS = 8
 _CHAIN = 32  # tasks of a plan that times the executor
 _PINGS = 20
 
@@ -35,7 +35,7 @@ def calibrate(
 
     communicator: the lp group, whose ranks all call this and get the same costs (means over them); messages are timed
         between neighbours. Without it a message costs nothing.
-    layers: indices of layers that this rank holds (default all); at most four of them, evenly spread, are evaluated.
+    layers: indices of layers that this rank holds (default all); at most eight of them, evenly spread, are evaluated.
     micro_batches: the cut at which `Costs.fixed_share` is read off; 1 leaves it 0.
     seconds: how long to measure the layers, roughly; each of them three times at least.
 
@@ -93,16 +93,20 @@ def _layer_times(
         found.setdefault(name, []).append(_now(x.device) - began)
 
     def measure() -> None:
+        # first all forwards, then all backwards, as a solve does it: by then a graph has left the caches
         for split, program in programs.items():
             program.begin_backward()
             with program.running(keep_graphs=True):
                 for n in layers:
-                    if not split:
+                    if split:
+                        timed("step", lambda n=n, p=program: p.forward_step((n,), 0, state, False))
+                        timed("graph_step", lambda n=n, p=program: p.forward_step((n,), 0, state, True))
+                    else:
                         program.forward_step((n,), 0, state, True)
+                for n in reversed(layers):
+                    if not split:
                         timed("final_vjp", lambda n=n, p=program: p.backward_step((n,), 0, lam, True))
                         continue
-                    timed("step", lambda n=n, p=program: p.forward_step((n,), 0, state, False))
-                    timed("graph_step", lambda n=n, p=program: p.forward_step((n,), 0, state, True))
                     timed("vjp", lambda n=n, p=program: p.backward_step((n,), 0, lam, False))
                     timed("final", lambda n=n, p=program: p.backward_step((n,), 0, lam, True))
                     timed("weights", lambda n=n, p=program: p.weights(n, 0))

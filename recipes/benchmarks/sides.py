@@ -30,6 +30,7 @@ from hf_layerpar.parallel.engine import StackEngine
 from recipes.benchmarks.stack import BATCH, make_stack, make_state
 
 OPERATORS = ("rediscretize", "aggregate", "identity")
+COMPILED_UP_TO = 32  # compiling takes seconds a layer
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
 
@@ -152,6 +153,14 @@ def our_configs(num_ranks: int, *, with_ends: bool = False) -> list[tuple[str, L
     return configs
 
 
+def our_interleaved(num_ranks: int) -> list[tuple[str, LayerParallelConfig, bool]]:
+    """The `aggregate` operator with every interval dealt out to all ranks: name, settings, and True."""
+    if num_ranks == 1:
+        return []
+    config = LayerParallelConfig(strategy="mgrit", coarsening=num_ranks, coarse_operator="aggregate")
+    return [(f"mgrit aggregate 2 levels 1/1 M=1 c={num_ranks} interleaved", config, True)]
+
+
 def stack_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
     """All sides on the bare stack, serial first, and the exact gradients by parameter name."""
     place = Place.here()
@@ -167,7 +176,8 @@ def stack_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
         for make in [partial(serial_side, place, stack, upstream, threads=t)]
     ]
     compiled = {"method": "serial", "threads": 1, "compiled": True}
-    entries.append(Entry("serial, compiled layers", compiled, partial(_serial_compiled, place, stack, upstream)))
+    if num_layers <= COMPILED_UP_TO:
+        entries.append(Entry("serial, compiled layers", compiled, partial(_serial_compiled, place, stack, upstream)))
     if place.size > 1:
         entries.append(Entry("ddp", {"method": "ddp"}, partial(_ddp, place, stack, upstream)))
         entries.append(Entry("tensor parallel", {"method": "tensor"}, partial(_tensor, place, stack, upstream)))
@@ -187,11 +197,11 @@ def stack_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
     for name, config in our_configs(place.size):
         make = partial(our_side, place, ours, upstream, config, interleaved=False)
         entries.append(Entry(name, config.to_dict() | {"method": "ours", "ownership": "contiguous"}, make))
-    if place.size > 1:
-        config = LayerParallelConfig(strategy="mgrit", coarsening=place.size, coarse_operator="aggregate")
-        make = partial(our_side, place, ours, upstream, config, interleaved=True)
+    for name, config, interleaved in our_interleaved(place.size):
+        make = partial(our_side, place, ours, upstream, config, interleaved=interleaved)
         settings = config.to_dict() | {"method": "ours", "ownership": "interleaved"}
-        entries.append(Entry(f"mgrit aggregate 2 levels 1/1 M=1 c={place.size} interleaved", settings, make))
+        entries.append(Entry(name, settings, make))
+    if place.size > 1 and num_layers <= COMPILED_UP_TO:
         config = LayerParallelConfig(strategy="mgrit", coarse_operator="identity")
         make = partial(_ours_compiled, place, stack, upstream, config)
         settings = config.to_dict() | {"method": "ours", "ownership": "contiguous", "compiled": True}

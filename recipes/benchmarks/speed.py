@@ -30,6 +30,7 @@ import torch.distributed as dist
 from recipes.benchmarks.alternate import measure
 from recipes.benchmarks.ends import ENDS, model_sides
 from recipes.benchmarks.launch import RESULTS, launch
+from recipes.benchmarks.prediction import predicted_seconds
 from recipes.benchmarks.sides import init_ranks, stack_sides
 from recipes.benchmarks.stack import SIZES
 from recipes.results import print_table, versions, write_json
@@ -65,7 +66,13 @@ def run_rank(options: argparse.Namespace) -> None:
         entries, exact = TABLES[table](num_layers)
         kept = [e for e in entries[1:] if not options.only or any(text in e.name for text in options.only)]
         rounds = options.rounds if table == "stack" else (options.rounds + 1) // 2
-        found[table] = {"rounds": rounds, "sides": measure([entries[0], *kept], exact, rounds)}
+        sides = measure([entries[0], *kept], exact, rounds)
+        if table == "stack" and dist.is_initialized():
+            measured = {name: side["seconds"]["median"] for name, side in sides.items() if "seconds" in side}
+            for name, seconds in predicted_seconds(num_layers, measured).items():
+                sides[name]["predicted_seconds"] = seconds
+                sides[name]["predicted_over_measured"] = seconds / measured[name]
+        found[table] = {"rounds": rounds, "sides": sides}
         del entries, exact, kept
         gc.collect()
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -72,18 +72,70 @@ def memory() -> str:
 
 
 def speed() -> str:
-    """Ratios to serial one-thread torch on two ranks, by depth, with the cosine of the shallowest."""
-    tables = [t for t in load("speed.json")["tables"] if t["table"] == "stack" and t["ranks"] == 2]
-    tables.sort(key=lambda t: t["layers"])
+    """Ratios to serial one-thread torch on two ranks, by depth, with the simulator's time over the measured one and the
+    cosine of the shallowest."""
+    tables = sorted((t for t in _speed_tables("stack")), key=lambda t: t["layers"])
     rows = []
     for name, side in tables[0]["sides"].items():
-        cells = []
-        for table in tables:
-            found = table["sides"][name]
-            cells.append(f"{found['ratio']:.2f}" if "ratio" in found else "fails")
+        predicted = [t["sides"].get(name, {}).get("predicted_over_measured") for t in tables]
+        cells = [_ratio(t, name) for t in tables]
+        cells.append(", ".join(f"{p:.2f}" for p in predicted if p is not None))
         cosine = f"{side['gradient']['cosine']:.4f}" if "gradient" in side else side["error"].split("\n")[0][:60]
         rows.append([name, *cells, cosine])
-    return markdown(["side", *(f"N={t['layers']}" for t in tables), f"cosine (N={tables[0]['layers']})"], rows)
+    head = ["side", *(f"N={t['layers']}" for t in tables), "predicted / measured"]
+    return markdown([*head, f"cosine (N={tables[0]['layers']})"], rows)
+
+
+def ends() -> str:
+    """Ratios to the stock model on two ranks, with embedding, head and loss."""
+    tables = sorted((t for t in _speed_tables("ends")), key=lambda t: t["layers"])
+    rows = [[name, *(_ratio(t, name) for t in tables)] for name in tables[0]["sides"]]
+    return markdown(["side", *(f"N={t['layers']}" for t in tables)], rows)
+
+
+def _speed_tables(table: str) -> list[dict[str, Any]]:
+    return [t for t in load("speed.json")["tables"] if t["table"] == table and t["ranks"] == 2]
+
+
+def _ratio(table: dict[str, Any], name: str) -> str:
+    side = table["sides"].get(name)
+    return "" if side is None else f"{side['ratio']:.2f}" if "ratio" in side else "fails"
+
+
+def controller() -> str:
+    """What training with each side came to: loss above serial's of the same seed, and the predicted step."""
+    result = load("controller.json")
+    rows = []
+    for label, found in result["summary"].items():
+        for side, row in found["sides"].items():
+            above = ", ".join(f"{loss:+.3f}" for loss in row["minus_serial"].values())
+            if side == "serial":
+                above = "final loss " + ", ".join(f"{loss:.3f}" for loss in row["final_losses"].values())
+            runs = row.get("runs")
+            share = row.get("predicted_share") or [
+                sum(run["predicted_share"][i] for run in runs) / len(runs) for i in range(len(result["ranks"]))
+            ]
+            parallel = f"{min(run['layer_parallel'] for run in runs):.0%}" if runs else ""
+            rows.append([label, side, above, parallel, " / ".join(f"{s:.2f}" for s in share)])
+    ranks = " / ".join(map(str, result["ranks"]))
+    head = ["", "gradient", "validation loss minus serial, by seed", "least share of steps layer-parallel"]
+    return markdown([*head, f"predicted step over one rank's, {ranks} ranks"], rows)
+
+
+def cosines() -> str:
+    """Gradient cosine with the exact one on the serial runs, by operator, at three moments of training."""
+    rows = []
+    for run in load("controller.json")["runs"]:
+        if run["side"] != "serial" or not run["gradients"]:
+            continue
+        steps = sorted({row["step"] for row in run["gradients"]})
+        chosen = [min(steps, key=lambda s: abs(s - share * steps[-1])) for share in (0.1, 0.5, 1.0)]
+        table: dict[str, dict[int, float]] = {}
+        for row in run["gradients"]:
+            table.setdefault(row["settings"].removeprefix("mgrit "), {})[row["step"]] = row["cosine"]
+        what = f"{run['h']}, {run['steps']} steps"
+        rows += [[what, name, *(f"{found[s]:.3f} ({s})" for s in chosen)] for name, found in table.items()]
+    return markdown(["serial run", "settings", "early (step)", "middle", "end"], rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -91,6 +143,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "parity_runs": parity_runs,
     "memory": memory,
     "speed": speed,
+    "ends": ends,
+    "controller": controller,
+    "cosines": cosines,
 }
 
 
