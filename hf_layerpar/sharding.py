@@ -100,7 +100,7 @@ class LayerParallel:
         self._model, self._config, self._communicator = model, config, communicator
         self._instead: LayerParallelConfig | None = None
         self.loss_scale = 1.0
-        self._stacks = tuple(stacks)
+        self.stacks = tuple(stacks)
         check_stacked(config, communicator.size)
         owners = {stack.path: self._owner(config, stack, communicator.size, split) for stack in stacks}
         for stack in stacks:
@@ -131,7 +131,7 @@ class LayerParallel:
             self._drop_layers(stack, owners[stack.path], names)
             stack.solver = StackEngine(communicator, owners[stack.path], stack.settings.buffers, self, stack)
         if communicator.size > 1:
-            ends = SlicedEnds(communicator, self._stacks, self)
+            ends = SlicedEnds(communicator, self.stacks, self)
             for stack in stacks:
                 stack.runner = ends
 
@@ -150,7 +150,7 @@ class LayerParallel:
     @property
     def shapes(self) -> tuple[StackShape, ...]:
         """Layers and buffers of every stack."""
-        return tuple(StackShape(len(stack.layers), stack.settings.buffers) for stack in self._stacks)
+        return tuple(StackShape(len(stack.layers), stack.settings.buffers) for stack in self.stacks)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -163,7 +163,7 @@ class LayerParallel:
     @config.setter
     def config(self, config: LayerParallelConfig) -> None:
         check_stacked(config, self.lp_size)
-        for stack in self._stacks:
+        for stack in self.stacks:
             self._check_grid(config, stack)
         self._config = config
 
@@ -196,8 +196,8 @@ class LayerParallel:
         summed here, not in every solve).
         """
         reports: dict[str, dict[str, SweepReport]] = {}
-        for stack in self._stacks:
-            engine = self._engine(stack)
+        for stack in self.stacks:
+            engine = self.engine(stack)
             found = {direction: engine.report(direction) for direction in ("forward", "backward")}
             reports[stack.path] = {d: r for d, r in found.items() if r is not None}
         return reports
@@ -227,20 +227,20 @@ class LayerParallel:
     def fits(self) -> dict[str, dict[Key, tuple[Tensor, Tensor]]] | None:
         """The running fits of the coarse operators `mean` and `linear` that live on this rank, by stack path, on the
         CPU; None when no lp rank has any. Training state, as the optimizer's. Collective over the lp ranks."""
-        found = {stack.path: self._engine(stack).fits.state_dict() for stack in self._stacks}
+        found = {stack.path: self.engine(stack).fits.state_dict() for stack in self.stacks}
         count = torch.tensor(float(sum(map(len, found.values()))), device=next(self._model.parameters()).device)
         self._communicator.all_reduce(count)
         return found if count else None
 
     def load_fits(self, fits: Mapping[str, Mapping[Key, tuple[Tensor, Tensor]]]) -> None:
         """Replaces the running fits, given those of all lp ranks (of any lp size) together; {} forgets them all."""
-        for stack in self._stacks:
-            self._engine(stack).load_fits(fits.get(stack.path, {}))
+        for stack in self.stacks:
+            self.engine(stack).load_fits(fits.get(stack.path, {}))
 
     @contextmanager
     def diagnosing(self) -> Iterator[None]:
         """Forwards inside leave no trace in the running fits, and their losses are not scaled."""
-        engines = [self._engine(stack) for stack in self._stacks]
+        engines = [self.engine(stack) for stack in self.stacks]
         before, scale = [engine.learning for engine in engines], self.loss_scale
         self.loss_scale = 1.0
         for engine in engines:
@@ -299,7 +299,8 @@ class LayerParallel:
                 inner_grid(config, len(stack.layers), stack.settings.buffers)
 
     @staticmethod
-    def _engine(stack: LayerStack) -> StackEngine:
+    def engine(stack: LayerStack) -> StackEngine:
+        """The solver of a stack."""
         assert isinstance(stack.solver, StackEngine)
         return stack.solver
 

@@ -75,6 +75,9 @@ class LayerParallelTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Controller: checks compare with the exact gradient too (adaptive always does)."},
     )
+    check_layers: bool = field(
+        default=False, metadata={"help": "Controller: checks estimate each layer's Lipschitz constant too."}
+    )
     controller_bound: float = field(
         default=0.3, metadata={"help": "Controller: largest bias of the gradient, as a share of a step's gradient."}
     )

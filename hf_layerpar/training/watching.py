@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_layerpar.agreement import GradientProbe, batch_rows
 from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.diagnosis.sharded import lipschitz_of_layers
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.mgrit.damping import suggest_damping
 from hf_layerpar.mgrit.ladder import cheapest_first, describe, escalation, exact_settings, predicted_share
@@ -34,7 +35,7 @@ Loss = Callable[[Mapping[str, Any]], Tensor]
 class Watch:
     """The controller of one training run, with its measurements.
 
-    args: `controller`, `check_every`, `check_gradient`, `controller_bound` and `controller_ranks`.
+    args: `controller`, `check_every`, `check_gradient`, `check_layers`, `controller_bound` and `controller_ranks`.
     Raises ConfigurationError for settings that leave the policy nothing to choose from.
     """
 
@@ -48,6 +49,7 @@ class Watch:
         ladder = _ladder(args.controller, args.layer_parallel_config, handle, self.ranks)
         self.controller = Controller(args.controller, ladder, bound=args.controller_bound)
         self.shares = {settings: predicted_share(settings, handle.shapes, self.ranks) for settings in ladder}
+        self.with_layers = args.check_layers
         self._checked: int | None = None
 
     def start(self, state: dict[str, Any] | None) -> None:
@@ -72,7 +74,8 @@ class Watch:
         return not self.with_gradient or self._least(batch_rows(inputs)) >= 2
 
     def check(self, step: int, model: nn.Module, inputs: Mapping[str, Any], loss: Loss) -> tuple[dict, dict]:
-        """Checks, moves the model to what was decided, and returns (numbers, texts) for the log. Collective."""
+        """Checks, moves the model to what was decided, and returns what to log: numbers, and what trackers don't take
+        (texts, and lists). Collective."""
         began = time.perf_counter()
         self._checked = step
         probe = GradientProbe(model, inputs, loss)
@@ -84,12 +87,16 @@ class Watch:
         numbers = {
             f"lp_check_{name}": value for name, value in dataclasses.asdict(reading).items() if value is not None
         }
+        texts: dict[str, Any] = {"lp_check_name": describe(controller.settings)}
+        if reason:
+            texts["lp_check_reason"] = reason
+        if self.with_layers:
+            texts["lp_check_lipschitz"] = lipschitz_of_layers(self.handle, lambda: loss(inputs))
         numbers |= {
             "lp_check_setting": controller.place,
             "lp_check_share": self.shares[controller.ladder[controller.place]],
             "lp_check_seconds": time.perf_counter() - began,
         }
-        texts = {"lp_check_name": describe(controller.settings)} | ({"lp_check_reason": reason} if reason else {})
         return numbers, texts
 
     def _measure(self, probe: GradientProbe, settings: LayerParallelConfig, *, factors: bool) -> Reading:

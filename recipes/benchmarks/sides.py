@@ -30,7 +30,7 @@ from hf_layerpar.parallel.engine import StackEngine
 from recipes.benchmarks.stack import BATCH, make_stack, make_state
 
 OPERATORS = ("rediscretize", "aggregate", "identity")
-COMPILED_UP_TO = 32  # compiling takes seconds a layer
+COMPILED_UP_TO = 8  # compiling takes seconds a layer, on every rank
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
 

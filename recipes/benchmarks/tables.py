@@ -138,6 +138,18 @@ def cosines() -> str:
     return markdown(["serial run", "settings", "early (step)", "middle", "end"], rows)
 
 
+def diagnosis() -> str:
+    """Verdicts, and what short training runs said of them."""
+    rows = []
+    for name in ("control", "minilm", "smollm2", "gemma3"):
+        result = load(f"diagnosis/{name}.json")
+        others = {k: run["progress"] for k, run in result["training"]["runs"].items() if k != "exact"}
+        check = ", ".join(f"{setting} {progress:.2f}" for setting, progress in others.items())
+        steps = result["training"]["steps"]
+        rows.append([name, result["diagnosis"]["suggestion"]["verdict"], f"{check} ({steps} steps)"])
+    return markdown(["model", "verdict", "share of exact training's fall in loss"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "parity": parity,
     "parity_runs": parity_runs,
@@ -146,6 +158,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "ends": ends,
     "controller": controller,
     "cosines": cosines,
+    "diagnosis": diagnosis,
 }
 
 

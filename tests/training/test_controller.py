@@ -201,6 +201,18 @@ def test_two_by_two_ranks_agree_on_every_decision(ranks4: RankPool, tmp_path: Pa
     assert len({rank["ends"] for rank in ranks}) == 1
 
 
+def test_layers_are_read_on_the_ranks_that_hold_them(ranks1: RankPool, ranks2: RankPool, tmp_path: Path):
+    settings = WATCHED | POLICIES["paper"] | {"max_steps": 3, "check_layers": True}
+    found = []
+    for pool in (ranks1, ranks2):
+        size = {"lp_size": pool.world}
+        runs_of_ranks = pool.run(scenarios.train_swinging, str(tmp_path / str(pool.world)), settings | size, 99, 99)
+        found += [run["checks"][-1]["lp_check_lipschitz"] for run in runs_of_ranks]
+    assert len(found[0]) == 18
+    assert min(found[0]) > 0
+    assert found[1] == found[2] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_watching_changes_nothing_where_nothing_is_decided(ranks1: RankPool, tmp_path: Path):
     settings = WATCHED | {"max_steps": 5, "coarse_operator": "aggregate"}
     plain = ranks1.run(scenarios.train_swinging, str(tmp_path / "a"), settings, 99, 99)[0]
