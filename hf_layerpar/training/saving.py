@@ -80,11 +80,11 @@ class ShardedSaving(Trainer):
                 stored[name] = callback.state()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        checkpoints.save_fits(self.model, self.mesh, Path(output_dir))  # first, as the ranks take part in it together
         if self.mesh.dp_rank == 0:
             checkpoints.save_optimizer(self.optimizer, self.model, self.mesh, Path(output_dir))
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
-        checkpoints.save_fits(self.model, self.mesh, Path(output_dir))
 
     def _save_rng_state(self, output_dir: str) -> None:
         if self.mesh.lp_rank == 0:

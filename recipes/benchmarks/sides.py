@@ -325,6 +325,7 @@ class Fixed:
 
     next_config: LayerParallelConfig
     needs_recompute: bool = False
+    loss_scale: float = 1.0
 
 
 def local_communicator() -> Communicator:
