@@ -93,6 +93,20 @@ def ends() -> str:
     return markdown(["side", *(f"N={t['layers']}" for t in tables)], rows)
 
 
+def weak() -> str:
+    """Weak scaling: twice the layers on twice the ranks, over serial one-thread torch with half the layers."""
+    stacks = {(t["layers"], t["ranks"]): t["sides"] for t in load("speed.json")["tables"] if t["table"] == "stack"}
+    depths = sorted(n for n, ranks in stacks if ranks == 2 and (n // 2, 1) in stacks)
+    rows = []
+    for name in stacks[depths[0], 2]:
+        if not name.startswith(("gpipe", "1f1b", "ours", "mgrit")):
+            continue
+        half = [stacks[n // 2, 1]["serial, 1 thread"]["seconds"]["median"] for n in depths]
+        whole = [stacks[n, 2][name]["seconds"]["median"] for n in depths]
+        rows.append([name, *(f"{w / h:.2f}" for w, h in zip(whole, half, strict=True))])
+    return markdown(["side", *(f"{n} layers on 2 ranks over {n // 2} on 1" for n in depths)], rows)
+
+
 def _speed_tables(table: str) -> list[dict[str, Any]]:
     return [t for t in load("speed.json")["tables"] if t["table"] == table and t["ranks"] == 2]
 
@@ -156,6 +170,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": memory,
     "speed": speed,
     "ends": ends,
+    "weak": weak,
     "controller": controller,
     "cosines": cosines,
     "diagnosis": diagnosis,
