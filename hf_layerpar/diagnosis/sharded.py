@@ -43,7 +43,7 @@ class _Reader:
         self.constants: list[float] = []
 
     def __call__(self, calls: Sequence[RecordedCall], x: Tensor) -> Tensor:
-        communicator, generator = self.engine.communicator, torch.Generator(x.device).manual_seed(0)
+        communicator, generator = self.engine.communicator, torch.Generator(x.device)
         seed = 0 if any(call.layer.training for call in calls) else None
         program = Program(calls, x, micro_batches=1, seed=seed, recompute=False)
         with program.running(keep_graphs=False):
@@ -51,6 +51,7 @@ class _Reader:
                 constant, y = 0.0, torch.empty_like(x, memory_format=torch.contiguous_format)
                 if owner == communicator.rank:
                     y = program.forward_step((n,), 0, x, False).contiguous()
+                    generator.manual_seed(n)  # the same start vectors whichever rank holds the layer
                     constant = lipschitz(increment_of(call), x, iterations=self.iterations, generator=generator)
                 communicator.broadcast(y, owner)
                 self.constants.append(constant)
