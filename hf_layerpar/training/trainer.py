@@ -248,9 +248,9 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
         if self._watched_run is not self.state:  # a run begins, or goes on from a checkpoint
             self._watched_run = self.state
             watch.start(stored.get(STATE))
-        inputs = self._prepare_inputs(inputs)
         if not watch.due(step, inputs):
             return
+        inputs = self._prepare_inputs(inputs)
         model.train()
 
         def loss(batch: Mapping[str, Any]) -> Tensor:
