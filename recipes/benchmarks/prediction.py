@@ -20,10 +20,10 @@ def predicted_seconds(num_layers: int, names: Collection[str]) -> dict[str, floa
     own = list(place.layers(num_layers))
     costs = calibrate(calls, make_state(seed=1), communicator, layers=own, seconds=4.0)
     found = {}
-    for name, config, interleaved in [
-        *((n, c, False) for n, c in our_configs(place.size)),
-        *our_interleaved(place.size),
-    ]:
+    sides = [*((name, config, False) for name, config in our_configs(place.size)), *our_interleaved(place.size)]
+    for name, config, interleaved in sides:
+        if name not in names:
+            continue
         owner = owner_of(config, num_layers, place.size, interleaved=interleaved)
         found[name] = predict_step(config, owner, costs, num_ranks=place.size).makespan
     return found
