@@ -60,45 +60,51 @@ SIDES: dict[str, tuple[str, ...]] = {
     "raise": (*mgrit("rediscretize"), *WATCH, "--controller", "raise"),
     "adaptive": (*mgrit("aggregate"), *WATCH, "--controller", "adaptive"),
 }
-PENALTIES = (0.3, 3.0)
-ONE_SEED: dict[str, tuple[str, ...]] = {  # with the first seed only
-    f"{name}, penalty {alpha:g}": (*SIDES[name], "--increment_penalty", str(alpha))
-    for alpha in PENALTIES
-    for name in ("serial", "pure identity c=4 1/1")
-}
-
+PENALISED = (  # with the first seed only
+    ("h=1/16", "serial", 1.0),
+    ("h=1/16", "serial", 10.0),
+    ("h=1/16", "pure identity c=4 1/1", 1.0),
+    ("h=1/16", "pure identity c=4 1/1", 10.0),
+    ("h=1", "serial", 1.0),
+    ("h=1", "pure aggregate c=4 1/1", 1.0),
+)
+"""Step size, side and weight of the increment penalty."""
 
 FIRST = ("serial", "adaptive", "paper", "raise", "pure aggregate c=4 1/1", "pure identity c=4 1/1")
-"""The sides to run first; with several seeds at h = 1/16 before anything else is repeated."""
+"""The sides to run first, with every seed at h = 1/16."""
+CONTROLLED = ("serial", "adaptive", "paper", "raise")
+"""The sides that every seed trains at h = 1 too."""
+CANDIDATES = ("pure aggregate c=8 1/1", "pure linear c=4 1/1")
+"""Pure settings that every seed trains at h = 1/16, beside those in FIRST; the others train with the first seed."""
 
 
 def jobs(steps: int, seeds: Sequence[int], only: Sequence[str]) -> list[dict[str, Any]]:
     """What to run, the most telling first."""
     found: dict[str, dict[str, Any]] = {}
 
-    def add(label: str, name: str, options: Sequence[str], seed: int, length: int = steps) -> None:
-        run = f"{label} {name}, seed {seed}, {length} steps"
+    def add(label: str, name: str, seed: int, length: int = steps, penalty: float = 0.0) -> None:
+        side, options = name, list(SIDES[name])
+        if penalty:
+            side, options = f"{name}, penalty {penalty:g}", [*options, "--increment_penalty", str(penalty)]
+        run = f"{label} {side}, seed {seed}, {length} steps"
         if not only or any(text in run for text in only):
-            job = {"run": run, "h": label, "side": name, "seed": seed, "steps": length, "options": list(options)}
+            job = {"run": run, "h": label, "side": side, "seed": seed, "steps": length, "options": options}
             found.setdefault(run, job)
 
-    for name in FIRST:
-        add("h=1/16", name, SIDES[name], seeds[0])
-    for name in FIRST:
-        add("h=1", name, SIDES[name], seeds[0])
+    for label, names in (("h=1/16", FIRST), ("h=1", CONTROLLED)):
+        for seed in seeds:
+            for name in names:
+                add(label, name, seed)
+    for label in STEP_SIZES:
+        for name in SIDES:
+            add(label, name, seeds[0])
+    for label, name, penalty in PENALISED:
+        add(label, name, seeds[0], penalty=penalty)
+    for name in ("serial", "pure aggregate c=4 1/1"):
+        add("h=1/16", name, seeds[0], LONG)
     for seed in seeds:
-        for name in FIRST:
-            add("h=1/16", name, SIDES[name], seed)
-    for name, options in SIDES.items():
-        add("h=1/16", name, options, seeds[0])
-    for name, options in ONE_SEED.items():
-        add("h=1/16", name, options, seeds[0])
-    add("h=1/16", "serial", SIDES["serial"], seeds[0], LONG)
-    add("h=1/16", "pure aggregate c=4 1/1", SIDES["pure aggregate c=4 1/1"], seeds[0], LONG)
-    for seed in seeds:
-        for label in STEP_SIZES:
-            for name, options in SIDES.items():
-                add(label, name, options, seed)
+        for name in CANDIDATES:
+            add("h=1/16", name, seed)
     return list(found.values())
 
 
