@@ -13,9 +13,8 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from hf_layerpar.errors import ConfigurationError
-from recipes.offline import DownloadError, english_text
+from recipes.offline import OFFLINE, DownloadError, english_text
 
-OFFLINE = "offline"
 HELD_OUT = 0.05
 """The share of the offline text, its end, that is kept for validation."""
 

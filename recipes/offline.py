@@ -31,6 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 from hf_layerpar.errors import ConfigurationError, LayerParallelError
 from recipes.sword import TESTAMENTS, entries, plain
 
+OFFLINE = "offline"
+"""What every recipe calls its data that needs no hub."""
+
 CACHE_VARIABLE = "HF_LAYERPAR_CACHE"
 _MANIFEST = "manifest.json"
 

@@ -123,7 +123,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         argv += ["--step_size", str(STEP_SIZES[job["h"]]), "--max_steps", str(job["steps"])]
         argv += ["--eval_steps", "200", "--output_dir", folder]
         result = pretrain_gpt2.main(argv, callbacks=probes)
-    kept = {k: result[k] for k in ("evaluation", "settings", "checks")}
+    kept = {k: result[k] for k in ("settings", "checks")}
+    kept["evaluation"] = [(entry["step"], entry["loss"]) for entry in result["evaluation"]]
     kept["losses"] = [(entry["step"], entry["loss"]) for entry in result["steps"]]
     kept["training_seconds"] = result["seconds"]["training"]
     return job | kept | {"gradients": probes[0].rows if probes else [], "seconds": time.perf_counter() - began}
