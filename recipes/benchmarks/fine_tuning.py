@@ -1,4 +1,4 @@
-"""Fine-tuning a BERT that was pretrained layer-parallel, against one that was pretrained serially (the paper's Table 1).
+"""Fine-tuning a BERT pretrained layer-parallel against one pretrained serially (the paper's Table 1).
 
     python recipes/benchmarks/fine_tuning.py [--tasks movies ...] [--seeds 0 1] [--processes 2]
 
