@@ -89,12 +89,13 @@ def train_tokenizer(lines: list[str], size: int) -> PreTrainedTokenizerFast:
         pair=f"{cls} $A {sep} $B:1 {sep}:1",
         special_tokens=[(name, tokenizer.token_to_id(name)) for name in (cls, sep)],
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=inputs, **SPECIAL)
 
 
 def english_tokens() -> tuple[np.ndarray, Path]:
-    """(the offline text as tokens `[tokens]`, the folder of its tokenizer), made on first use and then kept in the cache
-    beside the text. Curly quotation marks are made straight, as in most other text."""
+    """(the offline text as tokens `[tokens]`, the folder of its tokenizer), made on first use and then kept in the
+    cache. Curly quotation marks are made straight, as in most other text."""
 
     def fill(folder: Path, scratch: Path) -> None:
         lines = english_text().translate(_STRAIGHT).splitlines()
