@@ -9,6 +9,10 @@ settings may come first, options after it override it; the refined network, 24 s
 
     accelerate launch --config_file recipes/configs/cpu_2.yaml recipes/glue_bert.py recipes/glue_bert_refined.yaml
 
+A network that recipes/pretrain_bert.py has trained keeps its step sizes, which its checkpoint records:
+
+    python recipes/glue_bert.py --model_name runs/pretrain_bert/model --source products
+
 `python recipes/glue_bert.py --stock` trains the same thing with the Trainer of transformers alone, in one process.
 Every run ends with a table, <output_dir>/result.json and the model in <output_dir>/model.
 """
@@ -60,11 +64,17 @@ class RecipeArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Use that many training rows only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use that many rows of each other split."})
     stock: bool = field(default=False, metadata={"help": "Train with transformers' own Trainer, in one process."})
-    step_size: float = field(default=1.0, metadata={"help": "h; 0.25 refines every layer into 4 steps."})
+    step_size: float | None = field(
+        default=None, metadata={"help": "h; 0.25 refines every layer into 4 steps. Default: the checkpoint's, or 1."}
+    )
     num_steps: int | None = field(default=None, metadata={"help": "Inner steps; default: layers / step_size."})
     form: str = field(default="auto", metadata={"help": "'euler', 'split' or 'auto'."})
-    interpolation: str = field(default="constant", metadata={"help": "Weights of refined steps: constant, linear."})
-    buffers: list[int] = field(default_factory=lambda: [0, 0], metadata={"help": "Open and close layers kept exact."})
+    interpolation: str | None = field(
+        default=None, metadata={"help": "Weights of refined steps: constant (the default) or linear."}
+    )
+    buffers: list[int] | None = field(
+        default=None, metadata={"help": "Open and close layers kept exact. Default: the checkpoint's, or none."}
+    )
     agreement_batches: int = field(
         default=2, metadata={"help": "Batches on which an MGRIT gradient is compared with the exact one."}
     )
@@ -94,7 +104,7 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, LayerParallelTrainingAr
             "num_steps": recipe.num_steps,
             "strategy": args.strategy,
         }
-        if tuple(asked_for.values()) != (1, 1.0, None, "pipeline"):
+        if tuple(asked_for.values()) not in ((1, size, None, "pipeline") for size in (None, 1.0)):
             given = ", ".join(f"{name}={value}" for name, value in asked_for.items())
             raise ConfigurationError(
                 f"--stock with {given}: it trains the model as it is in one process; start it with `python` and leave "
@@ -126,10 +136,16 @@ def build_model(recipe: RecipeArguments, seed: int) -> tuple[nn.Module, Any]:
             num_steps=recipe.num_steps,
             form=recipe.form,  # type: ignore[arg-type]
             interpolation=recipe.interpolation,  # type: ignore[arg-type]
-            buffers=tuple(recipe.buffers),  # type: ignore[arg-type]
+            buffers=None if recipe.buffers is None else tuple(recipe.buffers),  # type: ignore[arg-type]
         )
         model.accepts_loss_kwargs = False  # a refined model is a new object
-    return model, AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if recipe.max_length > tokenizer.model_max_length:
+        raise ConfigurationError(
+            f"max_length={recipe.max_length}: the model of {recipe.model_name} has positions for "
+            f"{tokenizer.model_max_length} tokens"
+        )
+    return model, tokenizer
 
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:

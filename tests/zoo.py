@@ -1,4 +1,4 @@
-"""Tiny random models of 21 families, with inputs and labels, for every generic test.
+"""Tiny random models of 22 families, with inputs and labels, for every generic test.
 
 `build(name)` gives the same weights each time. Dropout is on wherever the family has one.
 """
@@ -79,6 +79,13 @@ _WHISPER |= {"decoder_start_token_id": 3, "suppress_tokens": None, "begin_suppre
 _TABLE: dict[str, tuple[Any, Any, dict[str, Any], tuple[str, ...], Callable[[], Inputs]]] = {
     "bert": (hf.BertForMaskedLM, hf.BertConfig, _TEXT | _HIDDEN_DROPOUT, ("num_hidden_layers",), text),
     "roberta": (hf.RobertaForMaskedLM, hf.RobertaConfig, _TEXT | _HIDDEN_DROPOUT, ("num_hidden_layers",), text),
+    "roberta_prelayernorm": (
+        hf.RobertaPreLayerNormForMaskedLM,
+        hf.RobertaPreLayerNormConfig,
+        _TEXT | _HIDDEN_DROPOUT,
+        ("num_hidden_layers",),
+        text,
+    ),
     "distilbert": (
         hf.DistilBertForMaskedLM,
         hf.DistilBertConfig,
@@ -166,7 +173,7 @@ ENCODER_DECODERS = ("bart", "marian", "t5", "whisper")
 EAGER_ONLY = ("gemma2", "deberta", "deberta_v2")
 """Families whose stock models refuse sdpa."""
 SPLIT = ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "vit", "deit", "t5", "opt")
-SPLIT += ("modernbert", "whisper")
+SPLIT += ("modernbert", "whisper", "roberta_prelayernorm")
 """Pre-LN families."""
 
 

@@ -37,6 +37,7 @@ BRANCH_OUTPUTS: dict[str, tuple[str, ...]] = {
     "WhisperEncoderLayer": _OPT,
     "WhisperDecoderLayer": _OPT,
     "ModernBertEncoderLayer": ("attn.Wo", "mlp.Wo"),
+    "RobertaPreLayerNormLayer": ("attention.output.dense", "crossattention.output.dense", "output.dense"),
     "T5Block": (
         "layer.0.SelfAttention.o",
         "layer.1.EncDecAttention.o",
