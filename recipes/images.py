@@ -7,6 +7,7 @@ from __future__ import annotations
 import gzip
 import math
 import random
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def read_idx(path: Path) -> np.ndarray:
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
         if content[:3] != b"\0\0\x08" or len(values) != math.prod(shape):
             raise ValueError(f"head {content[:4]!r} and shape {shape} for {len(values)} bytes")
-    except (OSError, EOFError, IndexError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, IndexError, ValueError) as error:
         raise DownloadError(f"{path} can't be read as an IDX file: {error}; delete {path.parent}") from error
     return values.reshape(shape)
 
@@ -140,7 +141,7 @@ def load_images(
     validation_rows: int,
     seed: int,
 ) -> Pictures:
-    """Fashion-MNIST ("offline"), "digits" or a hub data set; validation rows are drawn from its train split by `seed`."""
+    """Fashion-MNIST ("offline"), "digits" or a hub data set; `seed` draws the validation rows from the train split."""
     if name == OFFLINE:
         data = fashion_mnist()
     elif name == DIGITS:

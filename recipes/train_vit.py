@@ -79,7 +79,7 @@ def default_settings() -> dict[str, Any]:
         "output_dir": "runs/train_vit",
         "width": 64,
         "inner_layers": 28,
-        "max_steps": 1000,
+        "max_steps": 800,
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 250,
         "learning_rate": 1e-3,
