@@ -30,6 +30,9 @@ CLOTHES = (
     *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
 
+HIDDEN = {-1, None}
+"""What stands for a label that a data set doesn't tell."""
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -126,9 +129,9 @@ def hub_images(name: str, config: str | None, image_column: str | None, label_co
 
 
 def labelled_test(data: DatasetDict) -> Dataset | None:
-    """The split "test", or "validation" where the labels of "test" are hidden (-1, as ImageNet's) or it is missing."""
+    """The split "test", or "validation" where "test" is missing or hides its labels, as ImageNet's does."""
     for split in ("test", "validation"):
-        if split in data and len(data[split]) and min(data[split].with_format("numpy")["label"][:]) >= 0:
+        if split in data and len(data[split]) and HIDDEN.isdisjoint(data[split]["label"][:]):
             return data[split]
     return None
 

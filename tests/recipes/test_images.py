@@ -56,7 +56,7 @@ def test_digits_are_scikit_learns_split_by_seed():
     assert other.validation["label"][:] != found.validation["label"][:]
 
 
-def test_pixels_are_the_processors(tmp_path):
+def test_pixels_are_the_processors():
     values = np.random.default_rng(0).integers(0, 256, (3, 8, 8), dtype=np.uint8)
     rows = grey_images(values, np.array([2, 0, 1]), ["a", "b", "c"])
     assert [np.asarray(image).tolist() for image in rows["image"]] == values.tolist()
@@ -104,11 +104,13 @@ def test_hub_columns_are_found_by_their_type(monkeypatch):
 
 
 def test_hidden_labels_are_no_test_split(monkeypatch):
-    hub(monkeypatch, train=coloured(20), validation=coloured(5), test=coloured(6, hidden=True))
+    names = {"img": "image", "kind": "label"}  # as ImageNet's columns are called
+    splits = {"train": coloured(20), "validation": coloured(5), "test": coloured(6, hidden=True)}
+    hub(monkeypatch, **{split: rows.rename_columns(names) for split, rows in splits.items()})
     found = load()
     assert found.test is not None
     assert len(found.test) == 5
-    assert labelled_test(DatasetDict(train=coloured(3))) is None
+    assert labelled_test(DatasetDict(train=coloured(3), test=Dataset.from_dict({"label": [None]}))) is None
 
 
 def test_hub_faults_name_the_remedy(monkeypatch):
