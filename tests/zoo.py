@@ -1,4 +1,4 @@
-"""Tiny random models of 21 families, with inputs and labels, for every generic test.
+"""Tiny random models of 22 families, with inputs and labels, for every generic test.
 
 `build(name)` gives the same weights each time. Dropout is on wherever the family has one.
 """
@@ -131,6 +131,15 @@ _TABLE: dict[str, tuple[Any, Any, dict[str, Any], tuple[str, ...], Callable[[], 
         hf.MarianMTModel,
         hf.MarianConfig,
         _SEQ2SEQ | {"max_position_embeddings": 64, "decoder_start_token_id": PAD, "forced_eos_token_id": EOS},
+        ("encoder_layers", "decoder_layers"),
+        pairs,
+    ),
+    "m2m100": (
+        hf.M2M100ForConditionalGeneration,
+        hf.M2M100Config,
+        _SEQ2SEQ
+        | {"max_position_embeddings": 64, "decoder_start_token_id": EOS}
+        | {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
         ("encoder_layers", "decoder_layers"),
         pairs,
     ),

@@ -36,6 +36,8 @@ BRANCH_OUTPUTS: dict[str, tuple[str, ...]] = {
     "OPTDecoderLayer": _OPT,
     "WhisperEncoderLayer": _OPT,
     "WhisperDecoderLayer": _OPT,
+    "M2M100EncoderLayer": _OPT,
+    "M2M100DecoderLayer": _OPT,
     "ModernBertEncoderLayer": ("attn.Wo", "mlp.Wo"),
     "T5Block": (
         "layer.0.SelfAttention.o",
