@@ -1,7 +1,7 @@
 """Pairs of sentences for translation, offline or from the hub, and a tokenizer for both languages together.
 
-A pair is (source, target); a row is `{"input_ids": [source tokens], "labels": [target tokens]}`, each with </s> at its
-end and not padded.
+Pairs are a data set with the columns "source" and "target"; its rows for a model have the columns "input_ids" and
+"labels", the tokens of the two, each with </s> at its end and not padded.
 """
 
 from __future__ import annotations
@@ -9,18 +9,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from datasets import Dataset, load_dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_layerpar.errors import ConfigurationError
 from recipes.offline import ENGLISH, OFFLINE, SPANISH, DownloadError, complete_folder, fetch
 from recipes.sword import chapters
-
-Pair = tuple[str, str]
-Rows = list[dict[str, list[int]]]
 
 OFFLINE_LANGUAGES = ("en", "es")
 HELD_OUT_EVERY = 20
@@ -29,21 +27,25 @@ HELD_OUT_EVERY = 20
 LENGTH_RATIO = 1.7
 """Verses of which one has more than so many times the characters of the other were not cut at the same place."""
 
-TOKENIZER_LINES = 400_000
-"""The tokenizer is trained on at most so many lines, evenly spaced."""
+TOKENIZER_PAIRS = 200_000
+"""The tokenizer is trained on at most so many pairs, evenly spaced."""
+
+IDS = ("input_ids", "labels")
+TEXT = ("source", "target")
 
 
 @dataclass(frozen=True)
 class Bitext:
-    """Rows, and the validation pairs as text, in the order of their rows."""
+    """Rows, and the validation rows' text in their order."""
 
-    train: Rows
-    validation: Rows
-    validation_pairs: list[Pair]
+    train: Dataset
+    validation: Dataset
+    sources: list[str]
+    references: list[str]
     tokenizer: PreTrainedTokenizerBase
 
 
-def aligned_verses() -> list[Pair]:
+def aligned_verses() -> list[tuple[str, str]]:
     """About 30,000 (English, Spanish) verses, in the order of the text.
 
     The two Bibles count some verses differently: where a chapter hasn't the same verses in both, verses have moved
@@ -51,7 +53,7 @@ def aligned_verses() -> list[Pair]:
     Raises DownloadError when the texts can't be fetched.
     """
     english, spanish = chapters(fetch(ENGLISH)), chapters(fetch(SPANISH))
-    pairs: list[Pair] = []
+    pairs: list[tuple[str, str]] = []
     moved = False
     for name, theirs in spanish.items():
         ours = english.get(name, [])
@@ -62,8 +64,8 @@ def aligned_verses() -> list[Pair]:
     return [(a, b) for a, b in pairs if max(len(a), len(b)) <= LENGTH_RATIO * min(len(a), len(b))]
 
 
-def offline_pairs(source: str, target: str) -> tuple[list[Pair], list[Pair]]:
-    """(train, validation) verses. No verse of one has the same source text as one of the other.
+def offline_pairs(source: str, target: str) -> tuple[Dataset, Dataset]:
+    """(train, validation) pairs of verses. No source text of one is in the other.
 
     Raises ConfigurationError for other languages than English and Spanish.
     """
@@ -75,33 +77,40 @@ def offline_pairs(source: str, target: str) -> tuple[list[Pair], list[Pair]]:
     pairs = [pair if source == "en" else pair[::-1] for pair in aligned_verses()]
     validation = pairs[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]
     held_out = {pair[0] for pair in validation}
-    return [pair for pair in pairs if pair[0] not in held_out], validation
+    train = [pair for pair in pairs if pair[0] not in held_out]
+    found = (Dataset.from_dict(dict(zip(TEXT, zip(*side, strict=True), strict=True))) for side in (train, validation))
+    return next(found), next(found)
 
 
-def hub_pairs(name: str, config: str | None, source: str, target: str) -> tuple[list[Pair], list[Pair]]:
+def hub_pairs(name: str, config: str | None, source: str, target: str) -> tuple[Dataset, Dataset]:
     """(train, validation) pairs of a hub data set whose rows are `{"translation": {source: ..., target: ...}}`.
 
     Raises DownloadError where neither the hub nor its cache has it, ConfigurationError where its rows are others.
     """
-    from datasets import load_dataset  # an optional dependency, and slow to import
-
     try:
-        splits = [load_dataset(name, config, split=split) for split in ("train", "validation")]
+        splits: list[Any] = [load_dataset(name, config, split=split) for split in ("train", "validation")]
     except OSError as error:
         raise DownloadError(
             f"{name!r} could not be loaded: {error}. It needs the Hugging Face Hub, or its cache; --dataset_name "
             f"{OFFLINE} needs neither."
         ) from error
-    found: list[list[Pair]] = []
+
+    def sides(rows: dict[str, list]) -> dict[str, list]:
+        return {
+            side: [pair[language] for pair in rows["translation"]]
+            for side, language in zip(TEXT, (source, target), strict=True)
+        }
+
+    found: list[Dataset] = []
     for split in splits:
         columns = split.column_names
-        languages = sorted(split[0]["translation"]) if "translation" in columns else None
-        if languages is None or not {source, target} <= set(languages):
+        languages = sorted(split[0]["translation"]) if "translation" in columns else []
+        if not {source, target} <= set(languages):
             raise ConfigurationError(
                 f"dataset_name={name!r} has the columns {columns} and the languages {languages}; it needs a column "
                 f"'translation' with source_lang={source!r} and target_lang={target!r}"
             )
-        found.append([(row[source], row[target]) for row in split["translation"]])
+        found.append(split.map(sides, batched=True, remove_columns=columns))
     return found[0], found[1]
 
 
@@ -119,8 +128,6 @@ def joint_tokenizer(lines: Sequence[str], vocab_size: int) -> PreTrainedTokenize
         raise ConfigurationError(
             f"vocab_size={vocab_size} must be at least {len(special) + len(alphabet)}: every byte and {special}"
         )
-    step = -(-len(lines) // TOKENIZER_LINES)
-    lines = lines[:: max(step, 1)]
     digest = hashlib.sha256()
     for line in lines:
         digest.update(line.encode() + b"\n")
@@ -148,38 +155,48 @@ def joint_tokenizer(lines: Sequence[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast.from_pretrained(complete_folder(name, ("tokenizer.json",), fill))
 
 
-def tokenized(pairs: Sequence[Pair], tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Rows, list[Pair]]:
-    """(rows, their pairs) of those pairs of which neither side is empty or longer than `max_length` tokens."""
-    pairs = [pair for pair in pairs if all(pair)]
-    if not pairs:
-        return [], []
-    sources, targets = (list(side) for side in zip(*pairs, strict=True))
-    inputs = tokenizer(sources)["input_ids"]
-    labels = tokenizer(text_target=targets)["input_ids"]
-    kept = [i for i in range(len(pairs)) if max(len(inputs[i]), len(labels[i])) <= max_length]  # type: ignore[arg-type, index]
-    return [{"input_ids": inputs[i], "labels": labels[i]} for i in kept], [pairs[i] for i in kept]  # type: ignore[index]
+def with_tokens(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """The pairs, with their tokens, of which neither side is empty or longer than `max_length` tokens."""
+
+    def encode(rows: dict[str, list]) -> dict[str, list]:
+        found = {
+            **{side: rows[side] for side in TEXT},
+            "input_ids": tokenizer(rows["source"])["input_ids"],
+            "labels": tokenizer(text_target=rows["target"])["input_ids"],
+        }
+        kept = [
+            i
+            for i in range(len(rows["source"]))
+            if all(rows[side][i].strip() for side in TEXT) and max(len(found[side][i]) for side in IDS) <= max_length
+        ]
+        return {name: [values[i] for i in kept] for name, values in found.items()}
+
+    return pairs.map(encode, batched=True, remove_columns=pairs.column_names)
 
 
 def load_bitext(
     name: str,
     config: str | None,
-    source: str,
-    target: str,
+    languages: tuple[str, str],
     tokenizer_name: str | None,
     vocab_size: int,
     max_length: int,
-    max_eval_rows: int,
+    max_train_samples: int | None,
+    max_eval_samples: int,
 ) -> Bitext:
-    """`offline_pairs` or `hub_pairs` as rows; the validation slice is at most `max_eval_rows`, evenly spaced.
+    """`offline_pairs` or `hub_pairs` as rows.
 
-    tokenizer_name: a tokenizer of the hub or a folder; None: `joint_tokenizer` of the training pairs.
+    languages: source and target.
+    tokenizer_name: a tokenizer of the hub or a folder; None: `joint_tokenizer` of the training pairs, of which there
+        are at most `TOKENIZER_PAIRS` and which `max_train_samples` doesn't limit.
+    max_train_samples: the first so many training pairs, before those too long are left out; None: all.
+    max_eval_samples: the validation slice is at most so many of the pairs that are not too long, evenly spaced.
     Raises ConfigurationError where no pair is left on one of the two sides.
     """
-    train, validation = (
-        offline_pairs(source, target) if name == OFFLINE else hub_pairs(name, config, source, target)
-    )
+    train, validation = offline_pairs(*languages) if name == OFFLINE else hub_pairs(name, config, *languages)
     if tokenizer_name is None:
-        tokenizer: PreTrainedTokenizerBase = joint_tokenizer(list(chain.from_iterable(train)), vocab_size)
+        some = train.select(spread(len(train), TOKENIZER_PAIRS))
+        tokenizer: PreTrainedTokenizerBase = joint_tokenizer([*some["source"], *some["target"]], vocab_size)
     else:
         try:
             tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
@@ -187,12 +204,20 @@ def load_bitext(
             raise DownloadError(
                 f"tokenizer_name={tokenizer_name!r} could not be loaded: {error}. Without it one is trained."
             ) from error
-    train_rows, _ = tokenized(train, tokenizer, max_length)
-    rows, pairs = tokenized(validation, tokenizer, max_length)
-    if not train_rows or not rows or max_eval_rows < 1:
+    if max_train_samples is not None:
+        train = train.take(min(max_train_samples, len(train)))
+    train, validation = (with_tokens(pairs, tokenizer, max_length) for pairs in (train, validation))
+    if not len(train) or not len(validation) or max_eval_samples < 1:
         raise ConfigurationError(
-            f"max_length={max_length} leaves {len(train_rows)} pairs for training and {len(rows)} for validation, "
-            f"max_eval_rows={max_eval_rows} of them; each must be at least 1"
+            f"max_length={max_length} and max_train_samples={max_train_samples} leave {len(train)} pairs for training "
+            f"and {len(validation)} for validation, of which max_eval_samples={max_eval_samples}; each must be at "
+            "least 1"
         )
-    places = np.linspace(0, len(rows) - 1, min(max_eval_rows, len(rows))).round().astype(int)
-    return Bitext(train_rows, [rows[i] for i in places], [pairs[i] for i in places], tokenizer)
+    validation = validation.select(spread(len(validation), max_eval_samples))
+    rows = [pairs.select_columns(list(IDS)) for pairs in (train, validation)]
+    return Bitext(*rows, list(validation["source"]), list(validation["target"]), tokenizer)
+
+
+def spread(rows: int, count: int) -> np.ndarray:
+    """At most `count` places among `rows`, evenly spaced."""
+    return np.linspace(0, rows - 1, min(count, rows)).round().astype(int)

@@ -7,8 +7,7 @@ layer pipeline over two processes; `python recipes/translate_marian.py` does the
 (with `--coarse_operator`, `--coarsening`, ...) trains with MGRIT. A YAML file of settings may come first, options after
 it override it. The network of the paper, 6 + 6 layers on OPUS from the hub, is
 
-    accelerate launch --config_file recipes/configs/cpu_2.yaml recipes/translate_marian.py \
-        recipes/translate_marian_paper.yaml
+    accelerate launch --multi_gpu --num_processes 2 recipes/translate_marian.py recipes/translate_marian_paper.yaml
 
 `--architecture` is one of
 - pre_ln (the default): M2M100, which is Marian (sinusoidal positions, tied embeddings, no norm on them) with the norms
@@ -83,7 +82,8 @@ class RecipeArguments(NetworkArguments):
     )
     vocab_size: int = field(default=3000, metadata={"help": "Tokens of a tokenizer that is trained."})
     max_length: int = field(default=32, metadata={"help": "Pairs with more tokens on a side are left out."})
-    max_eval_rows: int = field(default=256, metadata={"help": "Pairs of the validation slice, the same each time."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first so many pairs only."})
+    max_eval_samples: int = field(default=256, metadata={"help": "Pairs of the validation slice, the same each time."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,15 +162,14 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
     bitext = load_bitext(
         recipe.dataset_name,
         recipe.dataset_config,
-        recipe.source_lang,
-        recipe.target_lang,
+        (recipe.source_lang, recipe.target_lang),
         recipe.tokenizer_name,
         recipe.vocab_size,
         recipe.max_length,
-        recipe.max_eval_rows,
+        recipe.max_train_samples,
+        recipe.max_eval_samples,
     )
     model = build_model(recipe, bitext.tokenizer, args.seed)
-    sources, references = (list(side) for side in zip(*bitext.validation_pairs, strict=True))
     generating = args.predict_with_generate
     trainer = LayerParallelTrainer(
         model=model,
@@ -179,17 +178,17 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         eval_dataset=bitext.validation,  # type: ignore[arg-type]
         data_collator=DataCollatorForSeq2Seq(bitext.tokenizer),
         processing_class=bitext.tokenizer,
-        compute_metrics=bleu_of_generated(bitext.tokenizer, references) if generating else token_accuracy,
+        compute_metrics=bleu_of_generated(bitext.tokenizer, bitext.references) if generating else token_accuracy,
         preprocess_logits_for_metrics=None if generating else best_tokens,
         callbacks=list(callbacks),
     )
 
     def also(result: dict[str, Any]) -> dict[str, Any]:
         translations = translate(trainer, bitext)
-        bleu = corpus_bleu(translations, references)
+        bleu = corpus_bleu(translations, bitext.references)
         result["metrics"]["validation"]["bleu"] = bleu["score"]
         names = ("source", "reference", "translation")
-        rows = zip(sources, references, translations, strict=True)
+        rows = zip(bitext.sources, bitext.references, translations, strict=True)
         return {"bleu": bleu, "translations": [dict(zip(names, row, strict=True)) for row in rows][:SHOWN]}
 
     return run_recipe(trainer, recipe, began, {"validation": bitext.validation}, also)

@@ -171,11 +171,11 @@ _TABLE: dict[str, tuple[Any, Any, dict[str, Any], tuple[str, ...], Callable[[], 
 
 NAMES = tuple(_TABLE)
 DECODERS = ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "opt")
-ENCODER_DECODERS = ("bart", "marian", "t5", "whisper")
+ENCODER_DECODERS = ("bart", "marian", "m2m100", "t5", "whisper")
 EAGER_ONLY = ("gemma2", "deberta", "deberta_v2")
 """Families whose stock models refuse sdpa."""
 SPLIT = ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "vit", "deit", "t5", "opt")
-SPLIT += ("modernbert", "whisper")
+SPLIT += ("modernbert", "whisper", "m2m100")
 """Pre-LN families."""
 
 
