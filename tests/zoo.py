@@ -141,6 +141,15 @@ _TABLE: dict[str, tuple[Any, Any, dict[str, Any], tuple[str, ...], Callable[[], 
         ("encoder_layers", "decoder_layers"),
         pairs,
     ),
+    "m2m100": (
+        hf.M2M100ForConditionalGeneration,
+        hf.M2M100Config,
+        _SEQ2SEQ
+        | {"max_position_embeddings": 64, "decoder_start_token_id": EOS}
+        | {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
+        ("encoder_layers", "decoder_layers"),
+        pairs,
+    ),
     "t5": (
         hf.T5ForConditionalGeneration,
         hf.T5Config,
@@ -169,11 +178,11 @@ _TABLE: dict[str, tuple[Any, Any, dict[str, Any], tuple[str, ...], Callable[[], 
 
 NAMES = tuple(_TABLE)
 DECODERS = ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "opt")
-ENCODER_DECODERS = ("bart", "marian", "t5", "whisper")
+ENCODER_DECODERS = ("bart", "marian", "m2m100", "t5", "whisper")
 EAGER_ONLY = ("gemma2", "deberta", "deberta_v2")
 """Families whose stock models refuse sdpa."""
 SPLIT = ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "vit", "deit", "t5", "opt")
-SPLIT += ("modernbert", "whisper", "roberta_prelayernorm")
+SPLIT += ("modernbert", "whisper", "roberta_prelayernorm", "m2m100")
 """Pre-LN families."""
 
 
