@@ -82,6 +82,39 @@ def words(text: str) -> tuple[str, ...]:
 NO_BUFFERS = words("--inner_layers 20 --buffers 0 0 --step_size 1")
 
 SYSTEMS = {
+    "morphology": System(
+        recipe="tag_morphology",
+        figure="Figure 3: MC, 64 layers",
+        metric="accuracy",
+        more_is_better=True,
+        options=words("--eval_steps 100"),
+        coarsening=2,
+        forward=1,
+        backward=1,
+        steps=800,
+    ),
+    "translation": System(
+        recipe="translate_marian",
+        figure="Figure 3: MT, encoder and decoder of 6 inner layers",
+        metric="bleu",
+        more_is_better=True,
+        options=words("--eval_steps 100"),
+        coarsening=3,
+        forward=1,
+        backward=1,
+        steps=1000,
+    ),
+    "bert": System(
+        recipe="pretrain_bert",
+        figure="Figure 4: BERT, 2 + 16 + 2 layers",
+        metric="loss",
+        more_is_better=False,
+        options=words("--eval_steps 100"),
+        coarsening=4,
+        forward=1,
+        backward=1,
+        steps=1000,
+    ),
     "gpt": System(
         recipe="pretrain_gpt2",
         figure="Figures 5 and 12: GPT-2, 2 + 16 + 2 layers, and 20 layers without buffers",
@@ -99,5 +132,16 @@ SYSTEMS = {
             f"serial{UNBUFFERED}": (*EXACT, *NO_BUFFERS),
             f"paper{UNBUFFERED}": (*mgrit("rediscretize", 4, 0, 1), *NO_BUFFERS),
         },
+    ),
+    "vit": System(
+        recipe="train_vit",
+        figure="Figures 4 and 5: ViT, 2 + 28 + 2 layers",
+        metric="accuracy",
+        more_is_better=True,
+        options=words("--eval_steps 100"),
+        coarsening=4,
+        forward=0,
+        backward=1,
+        steps=800,
     ),
 }
