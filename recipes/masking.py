@@ -27,7 +27,7 @@ from hf_layerpar.errors import ConfigurationError
 from recipes.language import Blocks, TokenBlocks, held_out_blocks, hub_rows
 from recipes.offline import OFFLINE, complete_folder, english_text
 
-VOCABULARY = 4096
+VOCABULARY = 2048
 SPECIAL = {
     "pad_token": "[PAD]",
     "unk_token": "[UNK]",

@@ -64,9 +64,6 @@ class RecipeArguments(NetworkArguments):
     block_size: int = field(default=64, metadata={"help": "Tokens of a row, with the two that frame it."})
     mask_share: float = field(default=0.2, metadata={"help": "Share of the tokens that is masked."})
     max_eval_blocks: int = field(default=256, metadata={"help": "Rows of the validation slice, masked once for all."})
-    initializer_range: float | None = field(
-        default=None, metadata={"help": "Standard deviation of new weights; default: 1 / sqrt(width)."}
-    )
     step_size: float = field(default=1 / 4, metadata={"help": "h of the inner layers."})
 
 
@@ -111,8 +108,7 @@ def build_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase, see
         num_hidden_layers=recipe.num_layers,
         # this class counts positions from the padding token's number
         max_position_embeddings=recipe.block_size + tokenizer.pad_token_id + 1,
-        # the 0.02 of BERT is for wide networks: it leaves the projections of narrow ones close to zero
-        initializer_range=recipe.width**-0.5 if recipe.initializer_range is None else recipe.initializer_range,
+        initializer_range=0.02 * math.sqrt(768 / recipe.width),  # BERT's 0.02, with the same gain at other widths
         hidden_dropout_prob=recipe.dropout,
         attention_probs_dropout_prob=recipe.dropout,
         pad_token_id=tokenizer.pad_token_id,

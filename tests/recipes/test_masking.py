@@ -39,7 +39,7 @@ def test_rows_of_the_offline_text(offline):
     row = offline.train[0]["input_ids"]
     assert (row.shape, row.dtype) == ((32,), torch.int64)
     assert (int(row[0]), int(row[-1])) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
-    text = tokenizer.decode(torch.cat([offline.train[i]["input_ids"][1:-1] for i in range(3)]))
+    text = tokenizer.decode(torch.cat([offline.train[i]["input_ids"][1:-1] for i in range(100)]))
     assert "in the beginning, god created the heavens and the earth." in text
     assert len(offline.validation) == 200
     assert len(offline.train) > 30_000

@@ -22,8 +22,9 @@ from recipes.masking import load_masked
 RECIPES = ROOT / "recipes"
 PAPER = RECIPES / "pretrain_bert_paper.yaml"
 SMALL = ["--width", "32", "--heads", "2", "--inner_layers", "4", "--step_size", "0.25", "--buffers", "1", "1"]
-SMALL += ["--block_size", "16", "--max_eval_blocks", "8", "--max_steps", "5", "--eval_steps", "2", "--dropout", "0.1"]
-SMALL += ["--logging_steps", "1", "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "8"]
+SMALL += ["--block_size", "16", "--max_eval_blocks", "32", "--max_steps", "5", "--eval_steps", "2", "--dropout", "0.1"]
+SMALL += ["--logging_steps", "1", "--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "32"]
+SMALL += ["--learning_rate", "3e-3"]
 TUNED = ["--max_train_samples", "40", "--max_eval_samples", "10", "--max_length", "16", "--max_steps", "4"]
 TUNED += ["--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--source", "tweets"]
 
@@ -38,7 +39,7 @@ def losses(result: dict[str, Any], key: str) -> list[float]:
 
 
 def tokenizer() -> Any:
-    return load_masked("offline", None, "", 16, 8, 0.2, False, 0).tokenizer
+    return load_masked("offline", None, "", 16, 32, 0.2, False, 0).tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def test_result_and_logs(one):
     assert result["settings"]["recipe"]["mask_share"] == 0.2
     assert set(result["evaluation"][0]) == {"step", "loss", "masked_accuracy"}
     assert result["metrics"]["validation"]["masked_accuracy"] == result["evaluation"][-1]["masked_accuracy"]
-    assert result["rows"]["validation"] == 8
+    assert result["rows"]["validation"] == 32
     logged = read_run(folder)
     assert logged.validation == [(entry["step"], entry["loss"]) for entry in result["evaluation"]]
     assert (logged.steps, len(logged.training)) == (5, 5)
@@ -77,7 +78,7 @@ def test_saved_model_loads_with_stock_transformers(one):
     model = AutoModelForMaskedLM.from_pretrained(folder / "model").eval()
     assert type(model).__module__.startswith("transformers.")
     assert model.config.num_hidden_layers == 6
-    rows = load_masked("offline", None, "", 16, 8, 0.2, False, 0).validation
+    rows = load_masked("offline", None, "", 16, 32, 0.2, False, 0).validation
     ids, labels = (torch.stack([row[key] for row in rows]) for key in ("input_ids", "labels"))
     with torch.no_grad():
         found = model(input_ids=ids, labels=labels)
@@ -86,7 +87,7 @@ def test_saved_model_loads_with_stock_transformers(one):
     right = (found.logits.argmax(-1) == labels)[masked].float().mean()
     assert float(right) == pytest.approx(result["metrics"]["validation"]["masked_accuracy"])
     saved = AutoTokenizer.from_pretrained(folder / "model")
-    assert (len(saved), saved.model_max_length) == (4096, 16)
+    assert (len(saved), saved.model_max_length) == (2048, 16)
     fill = pipeline("fill-mask", str(folder / "model"))
     assert len(fill(f"in the {fill.tokenizer.mask_token} god created")) == 5
 
@@ -142,7 +143,7 @@ def test_network_of_the_defaults():
     (stack,) = ode_view(model).stacks
     assert list(stack.step_sizes) == [1.0, 1.0, *[recipe.step_size] * 16, 1.0, 1.0]
     assert ode_view(model).settings.form == "split"
-    deviation = recipe.width**-0.5
+    deviation = 0.02 * math.sqrt(768 / recipe.width)
     for layer in model.roberta_prelayernorm.encoder.layer:
         attention = layer.attention.self
         for same in (attention.query, attention.key):
@@ -153,9 +154,11 @@ def test_network_of_the_defaults():
 
 def test_network_of_the_paper():
     recipe, args = pretrain_bert.parse([str(PAPER), "--max_steps", "7"])
+    tokens = tokenizer()
     with torch.device("meta"):
-        model = pretrain_bert.build_model(recipe, tokenizer(), args.seed)
+        model = pretrain_bert.build_model(recipe, tokens, args.seed)
     config = model.config
+    assert config.initializer_range == 0.02
     assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (768, 3072, 128)
     assert (config.hidden_dropout_prob, config.attention_probs_dropout_prob) == (0.1, 0.1)
     assert set(ode_view(model).stacks[0].step_sizes) == {1.0}
