@@ -55,6 +55,9 @@ SCALED = ("attention.self.value", "attention.output.dense", "intermediate.dense"
 class RecipeArguments(NetworkArguments):
     """Which text and which network."""
 
+    width: int = field(default=64, metadata={"help": "Hidden size; the MLPs are four times as wide."})
+    heads: int = field(default=2, metadata={"help": "Attention heads."})
+    step_size: float = field(default=1 / 4, metadata={"help": "h of the inner layers."})
     dataset_name: str = field(default=OFFLINE, metadata={"help": "'offline', or a hub data set with a text column."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub data set."})
     tokenizer_name: str = field(
@@ -64,17 +67,16 @@ class RecipeArguments(NetworkArguments):
     block_size: int = field(default=64, metadata={"help": "Tokens of a row, with the two that frame it."})
     mask_share: float = field(default=0.2, metadata={"help": "Share of the tokens that is masked."})
     max_eval_blocks: int = field(default=256, metadata={"help": "Rows of the validation slice, masked once for all."})
-    step_size: float = field(default=1 / 4, metadata={"help": "h of the inner layers."})
 
 
 def default_settings() -> dict[str, Any]:
     """What this recipe sets differently from the training arguments' own defaults."""
     return common_settings() | {
         "output_dir": "runs/pretrain_bert",
-        "max_steps": 1000,
-        "per_device_train_batch_size": 16,
+        "max_steps": 2000,
+        "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 64,
-        "learning_rate": 1e-3,
+        "learning_rate": 3e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "weight_decay": 0.01,
