@@ -101,8 +101,10 @@ def test_network_of_the_defaults():
     tokenizer = tagging.train_tokenizer(SENTENCES, 100)
     model = tag_morphology.build_model(recipe, tokenizer, ["NOUN", tagging.RARE], args.seed)
     (stack,) = ode_view(model).stacks
-    assert (len(stack.layers), ode_view(model).settings.form) == (64, "split")
+    assert list(stack.step_sizes) == [1 / 8] * 64
+    assert ode_view(model).settings.form == "split"
     assert (model.config.hidden_size, model.config.intermediate_size) == (48, 128)
+    assert model.roberta_prelayernorm.embeddings.position_embeddings.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert model.config.num_labels == 2
     assert model.accepts_loss_kwargs is False
 
