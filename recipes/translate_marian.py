@@ -34,6 +34,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout runs without being installed
 
+from datasets import disable_progress_bars
 from torch import nn
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -68,7 +69,7 @@ SHOWN = 10
 class RecipeArguments(NetworkArguments):
     """Which pairs of sentences and which network; its layers are those of the encoder, and again of the decoder."""
 
-    width: int = field(default=96, metadata={"help": "Hidden size; the MLPs are four times as wide."})
+    width: int = field(default=64, metadata={"help": "Hidden size; the MLPs are four times as wide."})
     inner_layers: int = field(default=6, metadata={"help": "Layers between the buffers, of encoder and decoder each."})
     buffers: list[int] = field(default_factory=lambda: [1, 1], metadata={"help": "Open and close layers kept exact."})
     step_size: float = field(default=1 / 4, metadata={"help": "h of the inner layers."})
@@ -98,7 +99,7 @@ def default_settings() -> dict[str, Any]:
         "max_steps": 1000,
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 64,
-        "learning_rate": 2e-3,
+        "learning_rate": 4e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.1,
         "weight_decay": 0.01,
@@ -159,6 +160,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
     """Train, evaluate, translate, save; returns what result.json holds (on every rank)."""
     began = time.monotonic()
     recipe, args = parse(sys.argv[1:] if argv is None else argv)
+    if args.disable_tqdm:
+        disable_progress_bars()
     bitext = load_bitext(
         recipe.dataset_name,
         recipe.dataset_config,
