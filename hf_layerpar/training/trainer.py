@@ -26,13 +26,13 @@ from hf_layerpar.training.callbacks import solver_log
 from hf_layerpar.training.collectives import average_gradients, broadcast_model, gather_rows, share
 from hf_layerpar.training.loading import BatchSharing, CountedStream, innermost_sampler, real_rows
 from hf_layerpar.training.losses import depends_on_item_count
-from hf_layerpar.training.saving import ShardedSaving
+from hf_layerpar.training.pushing import HubPushing
 from hf_layerpar.training.streams import SeededCollator, kept_streams, main_streams, set_main_streams
 from hf_layerpar.training.support import refuse_unsupported
 from hf_layerpar.training.watching import STATE, Watch
 
 
-class LayerParallelTrainer(ShardedSaving, Trainer):
+class LayerParallelTrainer(HubPushing, Trainer):
     """`transformers.Trainer` whose model's layers live on `args.lp_size` processes; the others are data parallel.
 
     Everything is used as in the stock Trainer. The differences:
@@ -42,6 +42,7 @@ class LayerParallelTrainer(ShardedSaving, Trainer):
       and gathered predictions count dp ranks.
     - A model whose loss ignores `num_items_in_batch` is recognised by computing the loss of its first batch twice
       (stock trusts the signature of `forward` and scales such gradients wrongly).
+    - A push to the Hub is one commit, with a card that says how the layers were solved.
     - Checkpoints are written whole or not at all, and a run resumes bit-identically at another lp size.
     - Training logs have the solver's residuals, convergence factors and times (`lp_*`).
 
