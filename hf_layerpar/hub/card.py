@@ -30,9 +30,9 @@ class CardFacts:
     architecture, auto_class, task: the model's class, the Auto class that loads it, and the Hub's name of its task.
     ode: `OdeSettings.to_dict()`; None for a model that was never converted.
     layers: of every stack, by its path, buffers included.
-    solver: `LayerParallelConfig.to_dict()` and what else was set of the layer-parallel training.
+    solver: from `solver_facts`.
     changes: (step, settings) wherever the controller chose others.
-    training: hyperparameters by name.
+    training: hyperparameters by the names of the training arguments, and what else there is to say.
     metrics: split -> metric -> value.
     evaluation: {"step", "loss", ...} over the run.
     """
@@ -96,7 +96,7 @@ def make_card(facts: CardFacts) -> ModelCard:
     environment.filters |= {"number": _number, "tuple": tuple}
     content = environment.from_string(_TEMPLATE.read_text("utf-8")).render(
         card_data=data.to_yaml(),
-        facts=dataclasses.replace(facts, evaluation=rows),
+        facts=dataclasses.replace(facts, evaluation=rows, training=_in_force(facts.training)),
         auto_class=facts.auto_class or "AutoModel",
         evaluation_names=[name for name in (rows[0] if rows else ()) if name != "step"],
         is_hub_name=is_hub_name,
@@ -114,8 +114,9 @@ def merged(made: ModelCard, there: ModelCard | None) -> ModelCard:
     return kept
 
 
-def solver_facts(config: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+def solver_facts(config: Mapping[str, Any], *, lp_size: int, **more: Any) -> dict[str, Any]:
     """`CardFacts.solver` of a `LayerParallelConfig.to_dict()`, without what had no part in the training."""
+    more = {"lp_size": lp_size} | more
     values = dict(config) | more
     names = ["strategy", "micro_batches"]
     if values["strategy"] == "mgrit":
@@ -155,6 +156,12 @@ def is_hub_name(name: str) -> bool:
     except HFValidationError:
         return False
     return name.count("/") == 1
+
+
+def _in_force(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the epochs where a number of steps overrides them, and without that where it is -1."""
+    unused = "num_train_epochs" if training.get("max_steps", -1) > 0 else "max_steps"
+    return {name: value for name, value in training.items() if name != unused and value is not None}
 
 
 def _spread(rows: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:

@@ -67,6 +67,11 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     Raises:
         CheckpointError: there is no config.json, or it names no class of transformers.
     """
+    return remote.converted(load_stock(path, **kwargs))
+
+
+def load_stock(path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """As `from_pretrained`, but not converted: the stock class with the weights as they are stored."""
     download = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
     values, _ = PreTrainedConfig.get_config_dict(path, **download)
     if not values:
@@ -86,7 +91,7 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> Any:
         # the config swallows a given dtype, which must also reach the class
         config, unused = config_class.from_dict(values, **kwargs, return_unused_kwargs=True)
         kwargs = {"config": config} | unused | dtype  # pyright: ignore[reportOperatorIssue]
-    return remote.converted(stock_class.from_pretrained(path, **kwargs))
+    return stock_class.from_pretrained(path, **kwargs)
 
 
 def attach_saving(model: PreTrainedModel) -> None:

@@ -15,9 +15,11 @@ import hashlib
 import json
 import os
 import re
+import socket
 import threading
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -137,7 +139,7 @@ class Endpoint:
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(folder)
-        self.hold_transfers = False
+        self.hold_transfers = self.closed = False
         self.refuse: int | None = None
         self.transferring, self.release = threading.Event(), threading.Event()
         self.requests: list[str] = []
@@ -172,11 +174,13 @@ class Endpoint:
 
     def close(self) -> None:
         """Gone in the middle of whatever is under way: open connections break, new ones are refused."""
+        self.closed = True
         self._server.shutdown()
         self._server.server_close()
-        self.release.set()
         for connection in list(self._server.connections):
-            connection.close()
+            with suppress(OSError):  # closed by the other side already
+                connection.shutdown(socket.SHUT_RDWR)
+        self.release.set()
 
 
 class _Server(ThreadingHTTPServer):
@@ -260,6 +264,8 @@ class _Handler(BaseHTTPRequestHandler):
             if endpoint.hold_transfers:
                 endpoint.transferring.set()
                 endpoint.release.wait()
+            if endpoint.closed:
+                raise ConnectionError("this endpoint is gone")
         if hashlib.sha256(content).hexdigest() != oid:
             raise Problem(400, "the content isn't what its hash says")
         endpoint.store.put(content)

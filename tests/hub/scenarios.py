@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def remember(model: Any, inputs: zoo.Inputs, file: Path) -> None:
 
 def push_serial(
     folder: Path, repo_id: str, family: str, settings: dict[str, Any], seed: int = 0, **options: Any
-) -> Any:
+) -> str | None:
     if dist.get_rank() != 0:
         return None
     model = converted(family, seed, **settings)
@@ -77,7 +78,7 @@ def failing_push(repo_id: str, seed: int, **options: Any) -> tuple[str, str]:
 
 
 def trainer(output_dir: Path, settings: dict[str, Any], ode: dict[str, Any]) -> LayerParallelTrainer:
-    model = convert_to_ode(runs.build("bert_classifier", 0.0), **ode)
+    model = convert_to_ode(runs.build("bert_classifier"), **ode)
     samples = runs.Samples("bert_classifier", 64)
     arguments = runs.arguments(str(output_dir), push_to_hub=True, **settings)
     run = LayerParallelTrainer(model, arguments, train_dataset=samples, eval_dataset=runs.Samples("bert_classifier", 6))
@@ -105,10 +106,10 @@ def resume(output_dir: Path, checkpoint: Path, settings: dict[str, Any], ode: di
     return run.state.global_step
 
 
-def failing_trainer(output_dir: Path, settings: dict[str, Any], **options: Any) -> list[tuple[str, str]]:
+def failing_trainer(output_dir: Path, settings: dict[str, Any]) -> list[tuple[str, str]]:
     """How a push by a new trainer ended, and how making the repository did with a token that isn't known."""
     ended = []
-    for more in ({}, {"hub_token": "hf_wrong"}):
+    for more in ({}, {"hub_token": "hf_wrong", "hub_model_id": "tester/forbidden"}):
         try:
             run = trainer(output_dir, settings | more, {})
             ended.append(("pushed", str(run.push_to_hub())))
@@ -116,3 +117,22 @@ def failing_trainer(output_dir: Path, settings: dict[str, Any], **options: Any) 
             ended.append((type(error).__name__, str(error)))
         dist.barrier()
     return ended
+
+
+def train_through_refusals(output_dir: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Training whose background pushes fail: the step it reached, and the errors that were logged."""
+    said: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    listener = Listener(logging.ERROR)
+    ours = logging.getLogger("hf_layerpar")
+    ours.addHandler(listener)
+    try:
+        run = trainer(output_dir, settings, {})
+        run.train()
+    finally:
+        ours.removeHandler(listener)
+    return {"step": run.state.global_step, "said": said}
