@@ -88,7 +88,7 @@ def make_card(facts: CardFacts) -> ModelCard:
         datasets=[name for name in facts.datasets if is_hub_name(name)] or None,
         metrics=list(dict.fromkeys(name for _, name, _ in values)) or None,
         tags=list(dict.fromkeys(tags)) or None,
-        model_name=facts.name,
+        model_name=facts.name if results else None,
         eval_results=results or None,
     )
     rows = _spread(facts.evaluation)
@@ -143,8 +143,8 @@ def facts_of_class(architecture: str | None) -> dict[str, Any]:
         and hasattr(auto, "_model_mapping")
         and holds(auto._model_mapping._model_mapping)
     ]
-    # the class for pretraining stands in another's place where a family has no head of its own for it
-    autos.sort(key=lambda name: name == "AutoModelForPreTraining")
+    # the one for pretraining stands in another's place where a family has no head of its own for it
+    autos.sort(key=lambda name: (name != "AutoModel", name == "AutoModelForPreTraining"))
     task = next((task for task, names in TASK_MAPPING.items() if holds(names)), None)
     return {"architecture": architecture, "auto_class": autos[0] if autos else None, "task": task}
 

@@ -51,7 +51,7 @@ def to_ode(source: str, target: Path, **settings: Any) -> str:
     Raises what `convert_to_ode` raises, and CheckpointError where `target` exists or `source` can't be loaded whole.
     """
     _check_new(target)
-    model = convert_to_ode(_whole(*load_stock(source, output_loading_info=True), source), **settings)
+    model = convert_to_ode(_load_whole(source), **settings)
     with _written(target) as folder:
         model.save_pretrained(folder)
         _carry(source, folder)
@@ -84,7 +84,7 @@ def to_stock(source: str, target: Path) -> None:
             f"{source} has step size {settings.step_size:g} in the {settings.form} form, which has no exact plain "
             f"form: {why}"
         )
-    model = _whole(*load_stock(source, output_loading_info=True), source)
+    model = _load_whole(source)
     delattr(model.config, CONFIG_KEY)
     with _written(target) as folder:
         model.save_pretrained(folder)
@@ -97,7 +97,8 @@ def _check_new(target: Path) -> None:
         raise CheckpointError(f"{target} exists; give the name of a new folder, or remove it first")
 
 
-def _whole(model: PreTrainedModel, info: dict[str, Any], source: str) -> PreTrainedModel:
+def _load_whole(source: str) -> PreTrainedModel:
+    model, info = load_stock(source, output_loading_info=True)
     lost = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "mismatched_keys") if info[kind]}
     if lost:
         raise CheckpointError(

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from huggingface_hub import CommitInfo, HfApi, ModelCard
+from huggingface_hub import CommitInfo, ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils import CONFIG_NAME, logging
-from transformers.utils.hub import PushInProgress
+from transformers.utils.hub import PushInProgress, hf_api
 
 from hf_layerpar.hub.card import CardFacts, make_card, solver_facts
 from hf_layerpar.hub.upload import CARD_NAME, Repository
@@ -39,8 +39,9 @@ _NOT_PUSHED = ["_*", f"{PREFIX_CHECKPOINT_DIR}-*", ".*"]
 class HubPushing(ShardedSaving):
     """The part of `LayerParallelTrainer` that pushes. Every push is one commit.
 
-    Pushes of checkpoints go on in the background; one that fails is logged as an error and leaves the Hub as it was,
-    and training goes on.
+    Pushes of checkpoints have the model, its card and, by the hub_strategy, the checkpoint; push_to_hub() has all of
+    output_dir but its checkpoints, as stock. They go on in the background; one that fails is logged as an error and
+    leaves the Hub as it was, and training goes on.
     """
 
     callback_handler: Any
@@ -91,7 +92,7 @@ class HubPushing(ShardedSaving):
             paths = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
             files = [(name, folder / name) for name in filter_repo_objects(paths, ignore_patterns=_NOT_PUSHED)]
             commit = self._committing(files, commit_message or "Upload model", "", token, revision)
-            return commit() if blocking else HfApi().run_as_future(commit)
+            return commit() if blocking else hf_api().run_as_future(commit)
 
         return self._on_first(upload)
 
@@ -100,7 +101,8 @@ class HubPushing(ShardedSaving):
         args = self.args
         if not self.is_world_process_zero() or args.hub_strategy == HubStrategy.END:
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        running = self.push_in_progress
+        busy = running is not None and not running.is_done()
         if busy and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
@@ -137,9 +139,9 @@ class HubPushing(ShardedSaving):
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
 
-        job = HfApi().run_as_future(push)
-        if busy:
-            self.push_in_progress.jobs.append(job)
+        job = hf_api().run_as_future(push)  # one after the other, in this order
+        if running is not None and busy:
+            running.jobs.append(job)
         else:
             self.push_in_progress = PushInProgress([job])  # pyright: ignore[reportArgumentType]
 

@@ -137,19 +137,23 @@ class Endpoint:
     refuse: status that every commit is answered with, for tests of failures.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, port: int = 0) -> None:
         self.store = Store(folder)
         self.hold_transfers = self.closed = False
         self.refuse: int | None = None
         self.transferring, self.release = threading.Event(), threading.Event()
         self.requests: list[str] = []
-        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.endpoint = self
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def port(self) -> int:
+        return self._server.server_port
 
     @property
     def environment(self) -> dict[str, str]:

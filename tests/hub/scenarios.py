@@ -45,6 +45,10 @@ def push_serial(
     return str(model.push_to_hub(repo_id, **options))
 
 
+def push_alone(repo_id: str) -> None:
+    converted("llama", seed=6).push_to_hub(repo_id)
+
+
 def save_and_push(folder: Path, family: str, **options: Any) -> None:
     if dist.get_rank() == 0:
         converted(family, step_size=0.5).save_pretrained(folder, push_to_hub=True, **options)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 
 from tests.hub import scenarios
 from tests.hub.endpoint import Endpoint
+from tests.hub.stock import load_stock
 from tests.multiproc import RankPool
 
 MODELS = {
@@ -38,10 +39,8 @@ def pushed(endpoint: Endpoint, ranks: RankPool, tmp_path_factory: pytest.TempPat
     return folder
 
 
-def test_stock_classes_load_what_was_pushed(
-    pushed: Path, load_stock: Callable[[Path], dict[str, Any]], endpoint: Endpoint
-) -> None:
-    found = load_stock(pushed)
+def test_stock_classes_load_what_was_pushed(pushed: Path, environment: dict[str, str], endpoint: Endpoint) -> None:
+    found = load_stock(pushed, environment)
     assert set(found) == set(MODELS) | {f"{repo_id}-2" for repo_id in MODELS}
     for repo_id, loaded in found.items():
         kind = repo_id.removeprefix("tester/").removesuffix("-2")
@@ -111,8 +110,6 @@ def test_a_card_that_people_wrote_is_kept(endpoint: Endpoint, ranks: RankPool, t
 
 
 def _base64(text: str) -> str:
-    import base64
-
     return base64.b64encode(text.encode()).decode()
 
 
@@ -152,71 +149,61 @@ def test_a_refused_push_is_raised_on_all_ranks(endpoint: Endpoint, ranks: RankPo
 
 
 def _push_without_permission(repo_id: str) -> tuple[str, str]:
-    return scenarios.failing_push(repo_id, 6, token="hf_wrong")
+    return scenarios.failing_push(repo_id, 5, token="hf_wrong")
 
 
-@pytest.mark.parametrize("first_push", [True, False])
-def test_killed_during_the_transfer(
-    endpoint: Endpoint,
-    environment: dict[str, str],
-    ranks: RankPool,
-    load_stock: Callable[[Path], dict[str, Any]],
-    tmp_path: Path,
-    first_push: bool,
-) -> None:
-    repo_id = f"tester/killed-{first_push}".lower()
-    if not first_push:
-        ranks.run(scenarios.push_serial, tmp_path, repo_id, "llama", {"step_size": 0.5})
-    before = endpoint.store.history(repo_id) if not first_push else None
-    doomed = RankPool(2, environment)
-    pids = doomed.run(os.getpid)
-    endpoint.transferring.clear()
-    endpoint.release.clear()
-    endpoint.hold_transfers = True
-    ended: list[str] = []
-    watch = threading.Thread(
-        target=lambda: ended.extend(doomed.outcomes(scenarios.failing_push, repo_id, 7 + first_push))
-    )
-    watch.start()
-    try:
-        assert endpoint.transferring.wait(60)
-        os.kill(pids[0], signal.SIGKILL)
-        watch.join(60)
-    finally:
-        endpoint.hold_transfers = False
-        endpoint.release.set()
-    assert ended[0] == "exit code -9"
-    assert "PeerLostError" in ended[1]  # and no wait for a rank that is gone
-    history = endpoint.store.history(repo_id)
-    if first_push:
-        assert [commit["message"] for commit in history] == ["initial commit"]
-        assert endpoint.files(repo_id) == set()
-        return
-    assert history == before
-    (loaded,) = load_stock(tmp_path).values()
-    assert loaded["distance"] < 1e-5
+def test_killed_during_the_first_push(endpoint: Endpoint, environment: dict[str, str]) -> None:
+    repo_id, doomed = "tester/never", RankPool(1, environment)
+    ended = _interrupted(endpoint, doomed, (scenarios.push_alone, repo_id), doomed.run(os.getpid)[0])
+    assert ended == ["exit code -9"]
+    assert [commit["message"] for commit in endpoint.store.history(repo_id)] == ["initial commit"]
+    assert endpoint.files(repo_id) == set()
 
 
-def test_an_endpoint_that_dies(tmp_path: Path) -> None:
-    folder, repo_id = tmp_path / "endpoint", "tester/dying"
+def test_an_endpoint_that_dies_and_a_rank_that_is_killed(tmp_path: Path) -> None:
+    folder, repo_id = tmp_path / "endpoint", "tester/held"
     endpoint = Endpoint(folder)
-    pool = RankPool(2, endpoint.environment | {"HF_HOME": str(tmp_path / "home")})
+    environment = endpoint.environment | {"HF_HOME": str(tmp_path / "home")}
+    pool = RankPool(2, environment)
     try:
         pool.run(scenarios.push_serial, tmp_path, repo_id, "llama", {"step_size": 0.5})
         before = endpoint.store.history(repo_id)
-        endpoint.hold_transfers = True
-        found: list[tuple[str, str]] = []
-        push = threading.Thread(target=lambda: found.extend(pool.run(scenarios.failing_push, repo_id, 9)))
-        push.start()
-        assert endpoint.transferring.wait(60)
-        endpoint.close()
-        push.join(60)
+        first, second = _interrupted(endpoint, pool, (scenarios.failing_push, repo_id, 7))
+        assert second[0] == "HubError"
+        assert first[0] not in ("pushed", "HubError")
+        assert first[0] in second[1]
+
+        endpoint = Endpoint(folder, endpoint.port)
+        assert endpoint.store.history(repo_id) == before
+        push = scenarios.failing_push, repo_id, 8
+        first, second = _interrupted(endpoint, pool, push, pool.run(os.getpid)[0])
+        assert first == "exit code -9"
+        assert "PeerLostError" in second  # and no wait for a rank that is gone
+        assert endpoint.store.history(repo_id) == before
+        (loaded,) = load_stock(tmp_path, environment).values()
+        assert loaded["distance"] < 1e-5
     finally:
         pool.close()
         endpoint.close()
-    assert [kind for kind, _ in found][1] == "HubError"
-    assert found[0][0] not in ("pushed", "HubError")
-    again = Endpoint(folder)
-    assert again.store.history(repo_id) == before
-    assert again.files(repo_id) == PLAIN
-    again.close()
+
+
+def _interrupted(endpoint: Endpoint, pool: RankPool, push: tuple[Any, ...], pid: int | None = None) -> list[Any]:
+    """How the ranks ended whose push was in the middle of its transfer when process `pid`, or the endpoint, died."""
+    endpoint.transferring.clear()
+    endpoint.release.clear()
+    endpoint.hold_transfers = True
+    ended: list[Any] = []
+    run = pool.run if pid is None else pool.outcomes
+    watch = threading.Thread(target=lambda: ended.extend(run(*push)))
+    watch.start()
+    try:
+        assert endpoint.transferring.wait(120)
+        if pid is None:
+            endpoint.close()
+        else:
+            os.kill(pid, signal.SIGKILL)
+        watch.join(120)
+    finally:
+        endpoint.hold_transfers = False
+        endpoint.release.set()
+    return ended

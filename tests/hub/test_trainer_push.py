@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from huggingface_hub import ModelCard
 
 from tests.hub import scenarios
 from tests.hub.endpoint import Endpoint
+from tests.hub.stock import load_stock
 from tests.multiproc import RankPool
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "hub_always_push": True, "max_steps": 4}
@@ -34,10 +34,10 @@ def trained(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 def test_stock_classes_load_what_the_trainer_pushed(
-    trained: Any, endpoint: Endpoint, load_stock: Callable[[Path], dict[str, Any]]
+    trained: Any, endpoint: Endpoint, environment: dict[str, str]
 ) -> None:
     folder, results = trained
-    for repo_id, loaded in load_stock(folder).items():
+    for repo_id, loaded in load_stock(folder, environment).items():
         assert loaded["distance"] < 1e-6
         assert (loaded["refused"] is not None) == (repo_id == "tester/lp2")
         first, second = results[repo_id]
