@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.ends import SlicedEnds
 from hf_layerpar.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from hf_layerpar.generation import share_generation
 from hf_layerpar.hub.card import solver_facts
 from hf_layerpar.mgrit.ladder import StackShape, exact_settings
 from hf_layerpar.mgrit.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
@@ -41,7 +42,8 @@ def parallelize(
 
     All parameters are first made equal to those of lp rank 0. Then each rank drops the layers it doesn't own (their
     parameters become None), so build the optimizer afterwards. From then on `model(**batch).loss.backward()` is all a
-    training loop needs; every lp rank must be given the same batch and keep the same random seed.
+    training loop needs; every lp rank must be given the same batch and keep the same random seed. `model.generate(...)`
+    and transformers' pipelines work too where all lp ranks call them together, with the same inputs.
 
     Args:
         model: a model from `convert_to_ode`, on its device.
@@ -139,6 +141,7 @@ class LayerParallel:
             ends = SlicedEnds(communicator, self.stacks, self)
             for stack in stacks:
                 stack.runner = ends
+            share_generation(model, communicator)
 
     @property
     def lp_size(self) -> int:
@@ -341,7 +344,7 @@ class LayerParallel:
                             self.owner_of[name] = owner[index]
                         if owner[index] != self.lp_rank:
                             tensors[key] = None
-        stack.sharded = self.lp_size > 1
+        stack.foreign = frozenset(index for index, rank in enumerate(owner) if rank != self.lp_rank)
 
     def _tied_names(self) -> dict[str, list[str]]:
         groups: dict[int, list[str]] = {}

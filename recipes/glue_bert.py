@@ -9,6 +9,10 @@ settings may come first, options after it override it; the refined network, 24 s
 
     accelerate launch --config_file recipes/configs/cpu_2.yaml recipes/glue_bert.py recipes/glue_bert_refined.yaml
 
+A network that recipes/pretrain_bert.py has trained keeps its step sizes, which its checkpoint records:
+
+    python recipes/glue_bert.py --model_name runs/pretrain_bert/model --source products
+
 `python recipes/glue_bert.py --stock` trains the same thing with the Trainer of transformers alone, in one process.
 Every run ends with a table, <output_dir>/result.json and the model in <output_dir>/model.
 """
@@ -25,15 +29,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout runs without being installed
 
-import torch.distributed as dist
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    PrinterCallback,
     Trainer,
+    TrainerCallback,
     set_seed,
 )
 
@@ -41,10 +44,10 @@ from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.convert import convert_to_ode
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
-from recipes.common import ProgressLine, agreement, common_settings, parse_settings, rank_settings, settings_of
-from recipes.glue_tasks import OFFLINE, Splits, encode, get_task, load_splits, majority_share, metrics_for
-from recipes.offline import minilm
-from recipes.results import print_table, versions, write_json
+from recipes.glue_tasks import encode, get_task, load_splits, majority_share, metrics_for
+from recipes.offline import OFFLINE, minilm
+from recipes.running import run_recipe
+from recipes.settings import common_settings, parse_settings
 
 MINILM_NAME = "minilm"
 
@@ -61,11 +64,17 @@ class RecipeArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Use that many training rows only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use that many rows of each other split."})
     stock: bool = field(default=False, metadata={"help": "Train with transformers' own Trainer, in one process."})
-    step_size: float = field(default=1.0, metadata={"help": "h; 0.25 refines every layer into 4 steps."})
+    step_size: float | None = field(
+        default=None, metadata={"help": "h; 0.25 refines every layer into 4 steps. Default: the checkpoint's, or 1."}
+    )
     num_steps: int | None = field(default=None, metadata={"help": "Inner steps; default: layers / step_size."})
     form: str = field(default="auto", metadata={"help": "'euler', 'split' or 'auto'."})
-    interpolation: str = field(default="constant", metadata={"help": "Weights of refined steps: constant, linear."})
-    buffers: list[int] = field(default_factory=lambda: [0, 0], metadata={"help": "Open and close layers kept exact."})
+    interpolation: str | None = field(
+        default=None, metadata={"help": "Weights of refined steps: constant (the default) or linear."}
+    )
+    buffers: list[int] | None = field(
+        default=None, metadata={"help": "Open and close layers kept exact. Default: the checkpoint's, or none."}
+    )
     agreement_batches: int = field(
         default=2, metadata={"help": "Batches on which an MGRIT gradient is compared with the exact one."}
     )
@@ -95,7 +104,7 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, LayerParallelTrainingAr
             "num_steps": recipe.num_steps,
             "strategy": args.strategy,
         }
-        if tuple(asked_for.values()) != (1, 1.0, None, "pipeline"):
+        if tuple(asked_for.values()) not in ((1, size, None, "pipeline") for size in (None, 1.0)):
             given = ", ".join(f"{name}={value}" for name, value in asked_for.items())
             raise ConfigurationError(
                 f"--stock with {given}: it trains the model as it is in one process; start it with `python` and leave "
@@ -127,41 +136,21 @@ def build_model(recipe: RecipeArguments, seed: int) -> tuple[nn.Module, Any]:
             num_steps=recipe.num_steps,
             form=recipe.form,  # type: ignore[arg-type]
             interpolation=recipe.interpolation,  # type: ignore[arg-type]
-            buffers=tuple(recipe.buffers),  # type: ignore[arg-type]
+            buffers=None if recipe.buffers is None else tuple(recipe.buffers),  # type: ignore[arg-type]
         )
         model.accepts_loss_kwargs = False  # a refined model is a new object
-    return model, AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if recipe.max_length > tokenizer.model_max_length:
+        raise ConfigurationError(
+            f"max_length={recipe.max_length}: the model of {recipe.model_name} has positions for "
+            f"{tokenizer.model_max_length} tokens"
+        )
+    return model, tokenizer
 
 
-def evaluate(trainer: Trainer, splits: Splits, features: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
-    """Split -> loss, the task's metrics and, for classes, the accuracy of always answering the most frequent label."""
-    found = {}
-    for name, rows in splits.held_out.items():
-        values = trainer.evaluate(features[name], metric_key_prefix=name)  # type: ignore[arg-type]
-        prefix = name + "_"
-        timing = {prefix + k for k in ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")}
-        found[name] = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix) and k not in timing}
-        if isinstance(rows[0]["label"], int):
-            found[name]["majority"] = majority_share(rows)
-    return found
-
-
-def report(result: dict[str, Any]) -> None:
-    """The result table."""
-    settings = result["settings"]
-    rows = [("task", settings["recipe"]["task"]), ("processes", len(result["ranks"]))]
-    rows += [("strategy", (settings["layer_parallel"] or {"strategy": "stock"})["strategy"])]
-    rows += [("steps", len(result["steps"])), ("training seconds", f"{result['seconds']['training']:.1f}")]
-    for split, values in result["metrics"].items():
-        rows += [(f"{split} {name}", f"{value:.4f}") for name, value in values.items()]
-    for when, found in result["gradient_agreement"].items():
-        rows += [(f"gradient cosine {when}", ", ".join(f"{v['cosine']:.4f}" for v in found))]
-    print_table(rows)
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Train, evaluate, save; returns what result.json holds (on every rank)."""
-    begin = time.monotonic()
+    began = time.monotonic()
     recipe, args = parse(sys.argv[1:] if argv is None else argv)
     model, tokenizer = build_model(recipe, args.seed)
     splits = load_splits(recipe.task, args.seed, recipe.source, recipe.max_train_samples, recipe.max_eval_samples)
@@ -179,42 +168,16 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
-        callbacks=[ProgressLine()],
+        callbacks=list(callbacks),
     )
-    trainer.remove_callback(PrinterCallback)  # ProgressLine says enough
 
-    assert trainer.model is not None
-    model = trainer.model
-    measure = not recipe.stock and args.strategy == "mgrit" and recipe.agreement_batches > 0
-    cosines = {}
-    if measure:
-        cosines["before"] = agreement(trainer, model, features["train"], recipe.agreement_batches)
-    train_begin = time.monotonic()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    train_end = time.monotonic()
-    if measure:
-        cosines["after"] = agreement(trainer, model, features["train"], recipe.agreement_batches)
-    metrics = evaluate(trainer, splits, features)
-    folder = Path(str(args.output_dir))
-    trainer.save_model(str(folder / "model"))
+    def also(result: dict[str, Any]) -> dict[str, Any]:
+        for split, rows in splits.held_out.items():
+            if isinstance(rows[0]["label"], int):
+                result["metrics"][split]["majority"] = majority_share(rows)
+        return {"metric_origin": metric_origin}
 
-    result = {
-        "settings": settings_of(recipe, args, model, recipe.stock),
-        "rows": {name: len(rows) for name, rows in features.items()},
-        "metrics": metrics,
-        "metric_origin": metric_origin,
-        "gradient_agreement": cosines,
-        "steps": [entry for entry in trainer.state.log_history if "loss" in entry],
-        "seconds": {"training": train_end - train_begin, "all": time.monotonic() - begin},
-        "ranks": rank_settings(args, model, recipe.stock),
-        "versions": versions(),
-    }
-    if trainer.is_world_process_zero():
-        write_json(folder / "result.json", result)
-        report(result)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return result
+    return run_recipe(trainer, recipe, began, {name: features[name] for name in splits.held_out}, also)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from hf_layerpar.errors import ConfigurationError
-from recipes.offline import DownloadError, sentiment
+from recipes.offline import OFFLINE, DownloadError, sentiment
 
 Row = dict[str, Any]
 
@@ -30,7 +30,6 @@ class Task:
     tests: tuple[tuple[str, str], ...] = (("test", "validation"),)
 
 
-OFFLINE = "offline"
 TASKS = {
     OFFLINE: Task(("text", None), tests=()),
     "cola": Task(("sentence", None)),

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,8 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from hf_layerpar.errors import ConfigurationError
-from recipes.offline import DownloadError, english_text
+from recipes.offline import OFFLINE, DownloadError, english_text
 
-OFFLINE = "offline"
 HELD_OUT = 0.05
 """The share of the offline text, its end, that is kept for validation."""
 
@@ -48,28 +48,40 @@ class TokenBlocks(Dataset):
         return TokenBlocks(self.rows[places].reshape(-1), self.rows.shape[1])
 
 
-def offline_blocks(text: str, length: int, max_eval_blocks: int) -> Blocks:
-    """Blocks of UTF-8 bytes, numbered as ByT5's tokenizer does; the validation blocks, evenly spaced, from the end.
+def held_out_blocks(tokens: np.ndarray, length: int, max_eval_blocks: int) -> tuple[TokenBlocks, TokenBlocks]:
+    """(training blocks, validation blocks) of `tokens` `[tokens]`; the latter, evenly spaced, from the end.
 
-    Raises ConfigurationError where the text is too short for one block on each side.
+    Raises ConfigurationError where there are too few tokens for one block on each side.
     """
-    tokenizer = ByT5Tokenizer(extra_ids=0)
-    # the tokenizer itself does the same, byte by byte in Python
-    tokens = np.frombuffer(text.encode(), np.uint8).astype(np.uint16) + tokenizer.offset
     held_out = int(len(tokens) * HELD_OUT)
     if held_out < length:
         raise ConfigurationError(
-            f"block_size={length}: the validation part of {len(tokens)} bytes has {held_out}; use smaller blocks"
+            f"block_size={length}: the validation part of {len(tokens)} tokens has {held_out}; use smaller blocks"
         )
     train, validation = np.split(tokens, [len(tokens) - held_out])
-    return Blocks(TokenBlocks(train, length), TokenBlocks(validation, length).spread(max_eval_blocks), tokenizer)
+    return TokenBlocks(train, length), TokenBlocks(validation, length).spread(max_eval_blocks)
 
 
-def hub_blocks(
-    name: str, config: str | None, tokenizer_name: str, length: int, max_eval_blocks: int, streaming: bool, seed: int
-) -> Blocks:
-    """Blocks of a hub data set's column "text", each document ended by the tokenizer's end-of-text token. The first
-    blocks of its train split are the validation blocks.
+def offline_blocks(text: str, length: int, max_eval_blocks: int) -> Blocks:
+    """`held_out_blocks` of UTF-8 bytes, numbered as ByT5's tokenizer does."""
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    # the tokenizer itself does the same, byte by byte in Python
+    tokens = np.frombuffer(text.encode(), np.uint8).astype(np.uint16) + tokenizer.offset
+    return Blocks(*held_out_blocks(tokens, length, max_eval_blocks), tokenizer)
+
+
+def hub_rows(
+    name: str,
+    config: str | None,
+    tokenizer_name: str,
+    cut: Callable[[dict[str, list], PreTrainedTokenizerBase, int], dict[str, list]],
+    length: int,
+    max_eval_blocks: int,
+    streaming: bool,
+    seed: int,
+) -> tuple[Any, Any, PreTrainedTokenizerBase]:
+    """(train, validation, tokenizer): what `cut(rows, tokenizer, length)` makes of a hub data set's column "text". The
+    first blocks of its train split are the validation blocks.
 
     streaming: read while training (give max_steps then), instead of downloading and cutting everything first.
     Raises DownloadError where the hub or its cache don't have the data or the tokenizer.
@@ -87,25 +99,27 @@ def hub_blocks(
     columns = list(next(iter(data)))
     if "text" not in columns:
         raise ConfigurationError(f"dataset_name={name!r} has the columns {columns}; it needs one called 'text'")
-
-    def cut(rows: dict[str, list]) -> dict[str, list]:
-        found = tokenizer(rows["text"], add_special_tokens=False)["input_ids"]
-        tokens = [token for document in found for token in (*document, tokenizer.eos_token_id)]
-        blocks = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
-        return {"input_ids": blocks, "labels": blocks}
-
-    blocks: Any = data.map(cut, batched=True, remove_columns=columns).with_format("torch")
+    settings = {"tokenizer": tokenizer, "length": length}
+    blocks: Any = data.map(cut, batched=True, remove_columns=columns, fn_kwargs=settings).with_format("torch")
     train, validation = blocks.skip(max_eval_blocks), blocks.take(max_eval_blocks)
     if streaming:
         train = train.shuffle(seed=seed, buffer_size=10_000)
         validation = list(validation)
-    return Blocks(train, validation, tokenizer)
+    return train, validation, tokenizer
+
+
+def _cut(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, list]:
+    """Blocks of the documents, each ended by the tokenizer's end-of-text token."""
+    found = tokenizer(rows["text"], add_special_tokens=False)["input_ids"]
+    tokens = [token for document in found for token in (*document, tokenizer.eos_token_id)]
+    blocks = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
+    return {"input_ids": blocks, "labels": blocks}
 
 
 def load_blocks(
     name: str, config: str | None, tokenizer_name: str, length: int, max_eval_blocks: int, streaming: bool, seed: int
 ) -> Blocks:
-    """`offline_blocks` of the offline text, or `hub_blocks`."""
+    """`offline_blocks` of the offline text, or those of `hub_rows`."""
     if length < 2 or max_eval_blocks < 1:
         raise ConfigurationError(
             f"block_size={length} must be at least 2 (a token and the next), max_eval_blocks={max_eval_blocks} at "
@@ -113,4 +127,4 @@ def load_blocks(
         )
     if name == OFFLINE:
         return offline_blocks(english_text(), length, max_eval_blocks)
-    return hub_blocks(name, config, tokenizer_name, length, max_eval_blocks, streaming, seed)
+    return Blocks(*hub_rows(name, config, tokenizer_name, _cut, length, max_eval_blocks, streaming, seed))

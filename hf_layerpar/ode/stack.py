@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
@@ -23,6 +24,7 @@ from transformers.utils import output_capturing
 
 from hf_layerpar.config import OdeSettings
 from hf_layerpar.errors import UnsupportedModelError
+from hf_layerpar.ode.cache import add_stand_in, find_cache, is_splittable
 from hf_layerpar.ode.families import LEADING_STATE, family_of
 
 
@@ -73,9 +75,9 @@ class LayerForward:
 class ModelForward:
     """The `forward` put on each model that holds stacks.
 
-    While a stack has a solver, it turns the KV cache off unless the caller asked for it, tells the stacks of requests
-    for per-layer values, and checks that no layer was left out. An attribute and not a hook, because PEFT calls
-    `forward` past the hooks.
+    While a stack has a solver, it turns the KV cache off unless the caller asked for it (as `generate` does), tells the
+    stacks of requests for per-layer values, and checks that no layer was left out. An attribute and not a hook, because
+    PEFT calls `forward` past the hooks.
     """
 
     model: PreTrainedModel
@@ -146,7 +148,9 @@ class LayerStack:
     step_sizes: h of each layer; buffer layers have 1.
     solver: None evaluates each layer in line; otherwise it gets the recorded calls of the whole stack.
     runner: runs the forwards of the models that hold the stack, where the solver wants something done around them.
-    sharded: this rank lacks the parameters of some layers, so the stack can't be evaluated in line here.
+    foreign: places of the layers whose parameters this rank lacks; with some, the stack can't be evaluated in line.
+    cached_tokens: while the solver runs, length of the KV cache that each layer adds to; None where they have none. A
+        layer must then be evaluated once, with the whole batch.
     serial_reason: what the running model forward asked for that needs each layer's own value, if anything.
     """
 
@@ -159,7 +163,8 @@ class LayerStack:
         self.step_sizes = (1.0,) * opening + (settings.step_size,) * inner + (1.0,) * closing
         self.solver: Solver | None = None
         self.runner: ModelRunner | None = None
-        self.sharded = False
+        self.foreign: frozenset[int] = frozenset()
+        self.cached_tokens: int | None = None
         self.serial_reason: str | None = None
         self._family = family_of(self.layers[0])
         self._records: list[RecordedCall] = []
@@ -172,6 +177,11 @@ class LayerStack:
         """Put a `LayerForward` on every layer."""
         for index, layer in enumerate(self.layers):
             layer.forward = LayerForward(self, index)
+
+    @property
+    def sharded(self) -> bool:
+        """Some layers live on other ranks."""
+        return bool(self.foreign)
 
     @property
     def needs_recompute(self) -> bool:
@@ -200,14 +210,15 @@ class LayerStack:
         x, args, kwargs = self._split_state(index, args, kwargs)
         if self.solver is None:
             return self._in_line(index, x, args, kwargs)
-        reason = self._needs_serial(args, kwargs)
+        cache = find_cache((*args, *kwargs.values()))
+        reason = self._needs_serial(cache)
         if reason is None:
-            return self._record(index, x, args, kwargs)
+            return self._record(index, x, args, kwargs, cache)
         if self.sharded:
             raise UnsupportedModelError(
                 f"{reason} needs every layer's value on this rank, but {self.path} is spread over lp ranks. Call "
-                "without it (use_cache=False, no output_hidden_states or output_attentions), or load the saved "
-                "checkpoint without parallelize"
+                "without it (use_cache=False, or a DynamicCache under torch.no_grad(); no output_hidden_states or "
+                "output_attentions), or load the saved checkpoint without parallelize"
             )
         return self._in_line(index, x, args, kwargs)
 
@@ -232,7 +243,7 @@ class LayerStack:
             family = LEADING_STATE
         return family.with_state(output, self._euler(index, x, family.state(output)))
 
-    def _record(self, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def _record(self, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any], cache: Cache | None) -> Any:
         if index == 0:
             self.forget()
             self._start = x
@@ -253,8 +264,20 @@ class LayerStack:
             return self._family.pack(x, self._shared)
         calls, shared = self._records, self._shared
         self.forget()
+        return self._family.pack(self._solve(calls, x, cache), shared)
+
+    def _solve(self, calls: Sequence[RecordedCall], x: Tensor, cache: Cache | None) -> Tensor:
         assert self.solver is not None
-        return self._family.pack(self.solver(calls, x), shared)
+        if cache is None:
+            return self.solver(calls, x)
+        self.cached_tokens = int(cache.get_seq_length())
+        try:
+            y = self.solver(calls, x)
+        finally:
+            self.cached_tokens = None
+        for index in self.foreign:
+            add_stand_in(cache, self.layers[index], x)
+        return y
 
     def _euler(self, index: int, x: Tensor, y: Tensor) -> Tensor:
         # x + 1 * (y - x) would not be bit-equal to y
@@ -264,9 +287,10 @@ class LayerStack:
         # in the split form the layer scales its own branches
         return self.step_sizes[index] == 1 or self.settings.form == "split"
 
-    def _needs_serial(self, args: tuple, kwargs: dict[str, Any]) -> str | None:
-        if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
-            return "a KV cache (use_cache=True or past_key_values)"
+    def _needs_serial(self, cache: Cache | None) -> str | None:
+        if cache is not None and not (self.sharded and is_splittable(cache) and not torch.is_grad_enabled()):
+            gradients = " with gradients" if torch.is_grad_enabled() else ""
+            return f"a KV cache{gradients} (use_cache=True or past_key_values: {type(cache).__name__})"
         collecting = output_capturing._active_collector.get()
         if collecting:
             return f"output_{next(iter(collecting))}"

@@ -61,16 +61,20 @@ class Settings(Protocol):
     def loss_scale(self) -> float: ...
 
 
-class HasNeedsRecompute(Protocol):
+class StackState(Protocol):
     @property
     def needs_recompute(self) -> bool: ...
+
+    @property
+    def cached_tokens(self) -> int | None: ...
 
 
 class StackEngine:
     """The solver of one stack; called in the place of the layer loop with every layer's recorded call.
 
     `settings.next_config` is asked for the settings of each solve and `settings.loss_scale` for what its loss will be
-    multiplied by, `stack.needs_recompute` for whether graphs are recomputed in the backward (gradient checkpointing).
+    multiplied by, `stack.needs_recompute` for whether graphs are recomputed in the backward (gradient checkpointing),
+    `stack.cached_tokens` for whether (not None) layers add to a KV cache.
     fits: those of the fitted coarse operators. learning: whether training solves add to them.
     """
 
@@ -80,7 +84,7 @@ class StackEngine:
         owner: Sequence[int],
         buffers: tuple[int, int],
         settings: Settings,
-        stack: HasNeedsRecompute,
+        stack: StackState,
     ) -> None:
         self.communicator, self.owner, self.buffers = communicator, tuple(owner), buffers
         self.settings, self.stack = settings, stack
@@ -108,9 +112,11 @@ class StackEngine:
             "seed": seed,
             "settings": config,
             "loss scale": self.settings.loss_scale,
+            "cached tokens": self.stack.cached_tokens,
         }
         self.communicator.agree(facts, x.device)
-        micro_batches = max(1, min(config.micro_batches, x.shape[0]))
+        caching = self.stack.cached_tokens is not None  # a cache takes the whole batch at once
+        micro_batches = 1 if caching else max(1, min(config.micro_batches, x.shape[0]))
         recompute = with_grad and self.stack.needs_recompute
         increments = None
         if with_grad and config.increment_penalty:

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import get_args
 
-from transformers import TrainingArguments
+from transformers import Seq2SeqTrainingArguments
 
 from hf_layerpar.config import LayerParallelConfig, Operator, Relaxation, Strategy
 from hf_layerpar.errors import ConfigurationError
@@ -15,8 +15,10 @@ from hf_layerpar.training.controller import Policy
 
 
 @dataclass
-class LayerParallelTrainingArguments(TrainingArguments):
-    """`transformers.TrainingArguments` plus `lp_size` and the fields of `LayerParallelConfig`, by the same names.
+class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
+    """`transformers.TrainingArguments` plus `lp_size` and the fields of `LayerParallelConfig`, by the same names; and
+    `predict_with_generate`, `generation_max_length`, `generation_num_beams`, `generation_config` as in
+    `Seq2SeqTrainingArguments`.
 
     They are ordinary fields, so `HfArgumentParser` reads them from the command line, from YAML and from JSON.
     `per_device_train_batch_size` counts per dp rank: the lp ranks of one dp rank share its batch.

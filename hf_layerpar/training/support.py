@@ -62,6 +62,10 @@ def refuse_unsupported(args: LayerParallelTrainingArguments, model: nn.Module | 
             "that loss is computed from the whole batch's logits, and a process would have those of its own rows; use "
             "sliced_ends=False",
         ),
+        f"predict_with_generate with a {type(model).__name__}": (
+            args.predict_with_generate and model is not None and not hasattr(model, "generate"),
+            "it has no generate; use a model with a language-modelling head, or predict_with_generate=False",
+        ),
         "save_on_each_node": (
             args.save_on_each_node and args.lp_size > 1,
             "only lp rank 0 has the whole model to write; save to a directory that all nodes share",

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer
+from transformers import Seq2SeqTrainer
+from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import unwrap_peft_model
 
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
@@ -32,7 +33,7 @@ from hf_layerpar.training.support import refuse_unsupported
 from hf_layerpar.training.watching import STATE, Watch
 
 
-class LayerParallelTrainer(HubPushing, Trainer):
+class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
     """`transformers.Trainer` whose model's layers live on `args.lp_size` processes; the others are data parallel.
 
     Everything is used as in the stock Trainer. The differences:
@@ -45,6 +46,8 @@ class LayerParallelTrainer(HubPushing, Trainer):
     - A push to the Hub is one commit, with a card that says how the layers were solved.
     - Checkpoints are written whole or not at all, and a run resumes bit-identically at another lp size.
     - Training logs have the solver's residuals, convergence factors and times (`lp_*`).
+    - With `predict_with_generate` it evaluates and predicts as `Seq2SeqTrainer` does, but every sample counts once
+      (stock repeats samples to fill the last batch, and weighs the loss of a small last batch as that of a full one).
 
     Raises ConfigurationError at construction for what can't work, and those of `convert_to_ode` and `parallelize`.
     """
@@ -70,7 +73,9 @@ class LayerParallelTrainer(HubPushing, Trainer):
         self._sharding_args = args  # call_model_init runs inside super().__init__
         if model is not None:
             model = self._shard(model)
-        super().__init__(model, args, *positional, **kwargs)  # type: ignore[arg-type]
+        Trainer.__init__(self, model, args, *positional, **kwargs)  # type: ignore[arg-type]
+        if args.generation_config is not None:  # Seq2SeqTrainer's own __init__ lacks optimizer_cls_and_kwargs
+            self.model.generation_config = self.load_generation_config(args.generation_config)  # type: ignore[arg-type]
         if self.mesh.lp_size > 1 and self.optimizer is not None:
             raise ConfigurationError(
                 "optimizers=(optimizer, ...) holds parameters of layers that other processes own; pass "
@@ -128,9 +133,6 @@ class LayerParallelTrainer(HubPushing, Trainer):
         super().create_accelerator_and_postprocess()
         if self.mesh.world_size > 1:
             self.accelerator.gather_for_metrics = self._gather_for_metrics
-            self.gather_function = functools.partial(
-                self._gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
-            )
         loading = self.accelerator.dataloader_config
         if loading.data_seed is None:  # stock takes the main stream's current seed, which a resumed run may not have
             loading.data_seed = self._data_seed
@@ -295,10 +297,31 @@ class LayerParallelTrainer(HubPushing, Trainer):
         return torch.tensor(math.sqrt(math.fsum(everything)), device=self.args.device)  # fsum knows no order
 
     # ---- evaluation
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # stock forgets eval_use_gather_object after its first loop, and Seq2SeqTrainer sets a function that gathers
+        # from the whole world, samples that fill the last batch up included
+        self.gather_function = functools.partial(
+            self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
+        )
+        return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+        **gen_kwargs: Any,
     ) -> Any:
-        return super().prediction_step(model, self._share(inputs), prediction_loss_only, ignore_keys)
+        inputs = self._share(inputs)
+        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
+        rows = find_batch_size(inputs)
+        if self.args.predict_with_generate and found[1] is not None and len(found[1]) != rows:
+            raise ConfigurationError(
+                f"generation gave {len(found[1])} sequences for {rows} samples; with predict_with_generate use "
+                "num_return_sequences=1 (in generation_config, or as an argument of evaluate and predict)"
+            )
+        return found
 
     def _gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """As accelerate's, over the dp ranks; the lp ranks of each have the same predictions."""

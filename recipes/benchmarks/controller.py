@@ -15,9 +15,6 @@ with the runs that are missing there. `--fresh` forgets them.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing as mp
-import os
 import sys
 import tempfile
 import time
@@ -31,7 +28,8 @@ from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.mgrit.ladder import StackShape, cheapest_first, describe, escalation, predicted_share
 from recipes.benchmarks.controller_picture import draw
 from recipes.benchmarks.launch import RESULTS
-from recipes.results import print_table, versions, write_json
+from recipes.benchmarks.pool import run_missing
+from recipes.results import print_table
 
 NETWORK = ("--width", "64", "--heads", "4", "--block_size", "32", "--max_eval_blocks", "128")
 TRAINING = ("--per_device_train_batch_size", "8", "--micro_batches", "1", "--agreement_batches", "0")
@@ -123,7 +121,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         argv += ["--step_size", str(STEP_SIZES[job["h"]]), "--max_steps", str(job["steps"])]
         argv += ["--eval_steps", "200", "--output_dir", folder]
         result = pretrain_gpt2.main(argv, callbacks=probes)
-    kept = {k: result[k] for k in ("evaluation", "settings", "checks")}
+    kept = {k: result[k] for k in ("settings", "checks")}
+    kept["evaluation"] = [(entry["step"], entry["loss"]) for entry in result["evaluation"]]
     kept["losses"] = [(entry["step"], entry["loss"]) for entry in result["steps"]]
     kept["training_seconds"] = result["seconds"]["training"]
     return job | kept | {"gradients": probes[0].rows if probes else [], "seconds": time.perf_counter() - began}
@@ -196,21 +195,16 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="run again what the output has")
     options = parser.parse_args()
 
-    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    wanted = {job["run"]: job for job in jobs(options.steps, options.seeds, options.only)}
-    done: dict[str, dict[str, Any]] = {}
-    if options.output.exists() and not options.fresh:
-        done = {run["run"]: run for run in json.loads(options.output.read_text())["runs"]}
-    missing = [job for name, job in wanted.items() if name not in done]
-    with mp.get_context("spawn").Pool(options.processes) as pool:
-        for count, run in enumerate(pool.imap_unordered(run_job, missing), start=1):
-            done[run["run"]] = run
-            print(f"{count}/{len(missing)}  {run['run']}", flush=True)
-            runs = [done[name] for name in wanted if name in done]
-            content = {"summary": summarise(runs), "ranks": RANKS, "runs": runs, "versions": versions()}
-            write_json(options.output, content)
-    draw(json.loads(options.output.read_text()), options.output.with_suffix(".png"))
-    print_summary(json.loads(options.output.read_text())["summary"])
+    content = run_missing(
+        jobs(options.steps, options.seeds, options.only),
+        run_job,
+        lambda runs: {"summary": summarise(runs), "ranks": RANKS},
+        options.output,
+        processes=options.processes,
+        fresh=options.fresh,
+    )
+    draw(content, options.output.with_suffix(".png"))
+    print_summary(content["summary"])
 
 
 def print_summary(summary: dict[str, Any]) -> None:

@@ -164,6 +164,50 @@ def diagnosis() -> str:
     return markdown(["model", "verdict", "share of exact training's fall in loss"], rows)
 
 
+def paper() -> str:
+    """The paper's systems in small: the metric after training by seed, and its distance from serial's."""
+    rows = []
+    for name in ("morphology", "translation", "bert", "gpt", "vit"):
+        summary = load(f"paper/{name}.json")["summary"]
+        for side, row in summary["sides"].items():
+            final = ", ".join(f"{value:.3f}" for value in row["final"].values())
+            above = ", ".join(f"{value:+.3f}" for value in row["minus_serial"].values())
+            switches = "; ".join(f"{found[0][0]}: {found[0][1]}" for found in row["switches"].values() if found)
+            above = "" if side.startswith("serial") else above
+            rows.append([name, f"{summary['metric']}", side, final, above, switches])
+    head = ["system", "metric", "gradient", "after training, by seed", "minus serial", "first switch of each seed"]
+    return markdown(head, rows)
+
+
+def fine_tuning() -> str:
+    """Test accuracy after fine-tuning, by how the network was pretrained."""
+    rows = []
+    for task, row in load("paper/fine_tuning.json")["summary"].items():
+        sides = row["sides"]
+        cells = [f"{100 * sides['serial']['accuracy']:.1f}"]
+        for side in ("switched", "adaptive"):
+            cells.append(f"{100 * sides[side]['accuracy']:.1f} ({100 * sides[side]['minus_serial']:+.1f})")
+        cells += [f"{100 * row['serial_deviation']:.1f}", f"{100 * row['majority']:.1f}"]
+        rows.append([task, str(sides["serial"]["runs"]), *cells])
+    head = ["task", "runs a side", "pretrained serially, %", "switched", "adaptive", "deviation of serial's runs"]
+    return markdown([*head, "most frequent label"], rows)
+
+
+def paper_speed() -> str:
+    """The paper's deep networks: measured on two ranks, predicted for more."""
+    rows = []
+    for name, network in load("paper/speed.json")["networks"].items():
+        depth, predicted = network["measured_depth"], network["predicted"]
+        ranks = predicted["ranks"]
+        for side, values in predicted["speedup"][str(depth)].items():
+            measured = network["measured_on_2_ranks"]["sides"][side]
+            two = f"{1 / measured['ratio']:.2f}" if "ratio" in measured else "fails"
+            cells = [f"{values[ranks.index(p)]:.2f}" if ranks.index(p) < len(values) else "" for p in (2, 8, 32)]
+            rows.append([f"{name}, {network['stacks']} x {depth} layers", side, two, *cells])
+    head = ["network", "settings", "measured, 2 ranks", "predicted, 2 ranks", "8 ranks", "32 ranks"]
+    return markdown(head, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "parity": parity,
     "parity_runs": parity_runs,
@@ -174,6 +218,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "controller": controller,
     "cosines": cosines,
     "diagnosis": diagnosis,
+    "paper": paper,
+    "fine_tuning": fine_tuning,
+    "paper_speed": paper_speed,
 }
 
 

@@ -416,7 +416,7 @@ def drop_layers(model: Any, keep: int) -> dict[str, Tensor]:
     """Leave the first `keep` layers of every stack; returns the full state dict as gathered, no storage shared."""
     full = {key: value.clone() for key, value in model.state_dict().items()}
     for stack in ode_view(model).stacks:
-        stack.sharded = True
+        stack.foreign = frozenset(range(keep, len(stack.layers)))
         for layer in stack.layers[keep:]:
             for module in layer.modules():
                 for name in module._parameters:

@@ -239,7 +239,7 @@ def test_layers_left_out_or_repeated():
 def test_what_a_sharded_stack_refuses():
     model, inputs, solver = solved_llama()
     for stack in ode_view(model).stacks:
-        stack.sharded = True
+        stack.foreign = frozenset({3})
     for options in ({"use_cache": True}, {"output_hidden_states": True}, {"output_attentions": True}):
         with refused(UnsupportedModelError, next(iter(options)), "model.layers", "use_cache=False"):
             model.set_attn_implementation("eager")
@@ -248,7 +248,7 @@ def test_what_a_sharded_stack_refuses():
     assert model(**inputs).loss.isfinite()
     deberta, inputs = zoo.build("deberta")  # gathers its hidden states itself
     use_solver(convert_to_ode(deberta), solver)
-    ode_view(deberta).stacks[0].sharded = True
+    ode_view(deberta).stacks[0].foreign = frozenset({3})
     with refused(UnsupportedModelError, "output_hidden_states", "deberta.encoder.layer"):
         deberta(**inputs, output_hidden_states=True)
     assert solver.runs == [4]

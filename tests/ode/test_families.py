@@ -1,4 +1,4 @@
-"""21 families: at step size 1 a converted model is the stock model, bit for bit, solved in line or by a solver."""
+"""22 families: at step size 1 a converted model is the stock model, bit for bit, solved in line or by a solver."""
 
 from __future__ import annotations
 

@@ -56,7 +56,10 @@ def test_the_most_telling_runs_come_first_and_none_twice():
     assert len(set(names)) == len(names)
     assert names[:2] == ["h=1/16 serial, seed 0, 2000 steps", "h=1/16 adaptive, seed 0, 2000 steps"]
     every = {(job["h"], job["side"], job["seed"]) for job in wanted if job["steps"] == 2000}
-    assert every >= {(h, side, seed) for h in controller.STEP_SIZES for side in controller.SIDES for seed in (0, 1, 2)}
+    assert every >= {(h, side, 0) for h in controller.STEP_SIZES for side in controller.SIDES}
+    assert every >= {(h, side, s) for h in controller.STEP_SIZES for side in controller.CONTROLLED for s in (1, 2)}
+    assert every >= {("h=1/16", side, s) for side in (*controller.FIRST, *controller.CANDIDATES) for s in (1, 2)}
+    assert len(every) == len([job for job in wanted if job["steps"] == 2000])
     assert [job["run"] for job in controller.jobs(10, [0], ["h=1 paper"])] == ["h=1 paper, seed 0, 10 steps"]
 
 

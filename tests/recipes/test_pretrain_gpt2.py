@@ -38,8 +38,8 @@ def test_two_processes_train_as_one(one, tmp_path):
     alone, _ = one
     two = run(tmp_path, 2, "--micro_batches", "2")
     assert [rank["layers"]["transformer.h"] for rank in two["ranks"]] == [[0, 1, 2], [3, 4, 5]]
-    assert [step for step, _ in alone["evaluation"]] == [2, 4, 5]
-    ours, theirs = ([loss for _, loss in found["evaluation"]] for found in (two, alone))
+    assert [entry["step"] for entry in alone["evaluation"]] == [2, 4, 5]
+    ours, theirs = ([entry["loss"] for entry in found["evaluation"]] for found in (two, alone))
     assert ours == pytest.approx(theirs, abs=1e-4)
     losses = [entry["loss"] for entry in alone["steps"]]
     assert len(losses) == 5
@@ -57,7 +57,8 @@ def test_result_and_logs(one):
     assert result["versions"]["torch"] == torch.__version__
     assert result["gradient_agreement"] == {}
     logged = read_run(folder)
-    assert [list(entry) for entry in logged.validation] == result["evaluation"]
+    assert logged.validation == [(entry["step"], entry["loss"]) for entry in result["evaluation"]]
+    assert result["metrics"]["validation"]["loss"] == result["evaluation"][-1]["loss"]
     assert (logged.steps, len(logged.training)) == (5, 5)
 
 
@@ -74,7 +75,7 @@ def test_saved_model_loads_with_stock_transformers(one):
     batch = torch.stack([blocks.validation[i]["input_ids"] for i in range(8)])
     with torch.no_grad():
         loss = float(model(input_ids=batch, labels=batch).loss)
-    assert loss == pytest.approx(result["evaluation"][-1][1], abs=1e-4)
+    assert loss == pytest.approx(result["metrics"]["validation"]["loss"], abs=1e-4)
 
 
 def test_mgrit_measures_its_gradient(tmp_path):

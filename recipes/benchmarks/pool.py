@@ -1,0 +1,52 @@
+"""Training runs of one process and one thread each, several at a time; what is finished is kept at once."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from recipes.results import versions, write_json
+
+Run = dict[str, Any]
+
+
+def run_missing(
+    jobs: Sequence[Run],
+    work: Callable[[Run], Run],
+    summarise: Callable[[list[Run]], dict[str, Any]],
+    output: Path,
+    *,
+    processes: int,
+    fresh: bool,
+) -> dict[str, Any]:
+    """Work those jobs that `output` doesn't have, and write it anew after each.
+
+    Args:
+        jobs: each with its own name under "run".
+        work: what is to be kept of a job's run, in a process of its own; with the name under "run".
+        summarise: the entries of the file beside "runs" and "versions", from the runs so far.
+        fresh: do the others again too.
+
+    Returns: what `output` holds, runs in the order of the jobs.
+    """
+    os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done: dict[str, Run] = {}
+    if output.exists() and not fresh:
+        done = {run["run"]: run for run in json.loads(output.read_text(encoding="utf-8"))["runs"]}
+    missing = [job for job in jobs if job["run"] not in done]
+
+    def write() -> None:
+        runs = [done[job["run"]] for job in jobs if job["run"] in done]
+        write_json(output, summarise(runs) | {"runs": runs, "versions": versions()})
+
+    with mp.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+        for count, run in enumerate(pool.imap_unordered(work, missing), start=1):
+            done[run["run"]] = run
+            print(f"{count}/{len(missing)}  {run['run']}", flush=True)
+            write()
+    write()
+    return json.loads(output.read_text(encoding="utf-8"))
