@@ -1,4 +1,7 @@
-"""The `hf-layerpar` command: `check` diagnoses a model, `plan` predicts a step, `report` shows a run's logs."""
+"""The `hf-layerpar` command.
+
+`check` diagnoses a model, `convert` writes its ODE form, `plan` predicts a step, `report` shows a run's logs.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from hf_layerpar.cli_check import add_check
+from hf_layerpar.cli_convert import add_convert
 from hf_layerpar.config import LayerParallelConfig, OdeSettings, Operator, Relaxation, Strategy
 from hf_layerpar.errors import ConfigurationError, LayerParallelError
 from hf_layerpar.mgrit.ownership import contiguous_owner, interleaved_owner
@@ -33,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="hf-layerpar", description="Layer-parallel training: models diagnosed, steps predicted, runs reviewed."
+        prog="hf-layerpar",
+        description="Layer-parallel training: models diagnosed and converted, steps predicted, runs reviewed.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_report(commands)
@@ -72,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "up to --micro-batches",
     )
     add_check(commands, _positive)
+    add_convert(commands, _positive)
     return parser
 
 

@@ -23,3 +23,7 @@ class PeerLostError(LayerParallelError, RuntimeError):
 
 class CheckpointError(LayerParallelError, RuntimeError):
     """A checkpoint is missing, incomplete, or belongs to another model."""
+
+
+class HubError(LayerParallelError, RuntimeError):
+    """Another rank could not push to the Hub, whose former revision is untouched; that rank raises the cause."""

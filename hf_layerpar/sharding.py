@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.ends import SlicedEnds
 from hf_layerpar.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from hf_layerpar.generation import share_generation
+from hf_layerpar.hub.card import solver_facts
 from hf_layerpar.mgrit.ladder import StackShape, exact_settings
 from hf_layerpar.mgrit.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
 from hf_layerpar.mgrit.strategies import check_stacked, inner_grid
 from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.ode.families import shared_modules
+from hf_layerpar.ode.pushing import ModelPush
 from hf_layerpar.ode.stack import LayerStack
 from hf_layerpar.parallel.communicator import Communicator, GroupCommunicator, LocalCommunicator
 from hf_layerpar.parallel.engine import StackEngine, SweepReport
+from hf_layerpar.parallel.first_rank import on_first_rank
 from hf_layerpar.parallel.fits import Key
 
 _ATTRIBUTE = "_hf_layerpar_parallel"
@@ -64,6 +68,7 @@ def parallelize(
     communicator: Communicator = LocalCommunicator() if group is None else GroupCommunicator(group)
     handle = LayerParallel(model, config, view.stacks, communicator, split)
     object.__setattr__(model, _ATTRIBUTE, handle)
+    object.__setattr__(model, "push_to_hub", handle.push_to_hub)
     return handle
 
 
@@ -226,6 +231,25 @@ class LayerParallel:
                 self._communicator.wait(self._communicator.receive(buffer, owner))
                 full[name] = buffer.cpu()
         return full
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo | None:
+        """Pushes the whole model; `model.push_to_hub` is this too. Collective over the lp ranks (of one dp rank).
+
+        lp rank 0 uploads what `save_pretrained` writes, in one commit, which it returns. The others wait for it.
+        options: those of `PreTrainedModel.push_to_hub`.
+
+        Raises what failed on lp rank 0, and HubError that quotes it on the others; the Hub then has what it had.
+        """
+        group, device, doing = self.group, self.device, f"the push to {repo_id!r}"
+        self._communicator.agree({"push_to_hub": repo_id}, device)
+        push = on_first_rank(lambda: ModelPush(repo_id, **options), doing, group, device)
+        state_dict = self.state_dict()
+
+        def upload() -> CommitInfo:
+            assert push is not None
+            return push(self._model, state_dict, solver_facts(self.config.to_dict(), lp_size=self.lp_size))
+
+        return on_first_rank(upload, doing, group, device)
 
     def fits(self) -> dict[str, dict[Key, tuple[Tensor, Tensor]]] | None:
         """The running fits of the coarse operators `mean` and `linear` that live on this rank, by stack path, on the

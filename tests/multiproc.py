@@ -12,7 +12,8 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import connection
 from typing import Any
@@ -49,10 +50,13 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
 
 
 class RankPool:
-    """`world` ranks that live until `close`, or until one of them fails."""
+    """`world` ranks that live until `close`, or until one of them fails.
 
-    def __init__(self, world: int) -> None:
-        self.world = world
+    environment: variables that count when a library is imported; with them every rank starts from nothing.
+    """
+
+    def __init__(self, world: int, environment: dict[str, str] | None = None) -> None:
+        self.world, self.environment = world, environment
         self._ranks: list[tuple[Any, Any]] = []  # (process, pipe)
 
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 180.0) -> list[Any]:
@@ -103,14 +107,28 @@ class RankPool:
                 yield rank, report
 
     def _start(self) -> None:
-        context, port = mp.get_context("forkserver"), free_port()
-        context.set_forkserver_preload(_PRELOAD)
+        context, port = mp.get_context("forkserver" if self.environment is None else "spawn"), free_port()
+        if self.environment is None:
+            context.set_forkserver_preload(_PRELOAD)
         for rank in range(self.world):
             mine, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, self.world, port, theirs))
-            process.start()
+            with _variables(self.environment or {}):
+                process.start()
             theirs.close()
             self._ranks.append((process, mine))
+
+
+@contextmanager
+def _variables(values: dict[str, str]) -> Iterator[None]:
+    """The environment with `values`, which a process started inside inherits."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 _POOLS: dict[int, RankPool] = {}

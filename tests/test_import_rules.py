@@ -15,6 +15,10 @@ FORBIDDEN = {
     "mgrit": ("torch", "transformers", "accelerate", "hf_layerpar.parallel", "hf_layerpar.ode", "hf_layerpar.training"),
     "parallel": ("transformers", "accelerate", "hf_layerpar.ode", "hf_layerpar.training"),
     "ode": ("torch.distributed", "accelerate", "hf_layerpar.mgrit", "hf_layerpar.parallel", "hf_layerpar.training"),
+    "hub": (
+        *("torch", "accelerate", "hf_layerpar.mgrit", "hf_layerpar.ode", "hf_layerpar.parallel"),
+        *("hf_layerpar.sharding", "hf_layerpar.training"),
+    ),
     "config.py": ("torch", "transformers"),
     "errors.py": ("torch", "transformers"),
     "sharding.py": ("accelerate", "hf_layerpar.training"),

@@ -23,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -32,17 +31,17 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from huggingface_hub import HfApi
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
-from transformers.utils.hub import create_and_tag_model_card
 
 from hf_layerpar.config import CONFIG_KEY
 from hf_layerpar.errors import CheckpointError, ConfigurationError
 from hf_layerpar.ode import remote
 from hf_layerpar.ode.convert import ode_view
-from hf_layerpar.ode.fold import can_fold, folded_state_dict
+from hf_layerpar.ode.files import is_of_a_checkpoint, makes_loadable
+from hf_layerpar.ode.fold import folded_state_dict
+from hf_layerpar.ode.pushing import ModelPush, PushToHub, kind_of
 
 _DOWNLOAD_ARGUMENTS = (
     "cache_dir",
@@ -68,6 +67,11 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     Raises:
         CheckpointError: there is no config.json, or it names no class of transformers.
     """
+    return remote.converted(load_stock(path, **kwargs))
+
+
+def load_stock(path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """As `from_pretrained`, but not converted: the stock class with the weights as they are stored."""
     download = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
     values, _ = PreTrainedConfig.get_config_dict(path, **download)
     if not values:
@@ -87,12 +91,16 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> Any:
         # the config swallows a given dtype, which must also reach the class
         config, unused = config_class.from_dict(values, **kwargs, return_unused_kwargs=True)
         kwargs = {"config": config} | unused | dtype  # pyright: ignore[reportOperatorIssue]
-    return remote.converted(stock_class.from_pretrained(path, **kwargs))
+    return stock_class.from_pretrained(path, **kwargs)
 
 
 def attach_saving(model: PreTrainedModel) -> None:
-    """Make `model.save_pretrained` write what this module's docstring says. Called by `convert_to_ode`."""
+    """Make `model.save_pretrained` write what this module's docstring says, and `model.push_to_hub` push that.
+
+    Called by `convert_to_ode`.
+    """
     model.save_pretrained = SavePretrained(model)
+    model.push_to_hub = PushToHub(model)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @dataclasses.dataclass(eq=False)
@@ -137,7 +145,10 @@ class SavePretrained:
         target = Path(os.path.realpath(save_directory))
         if target.is_file():
             raise CheckpointError(f"{save_directory} is a file; give save_pretrained a directory")
-        upload = _Upload(self.model, save_directory, token, kwargs) if push_to_hub else None
+        push = None
+        if push_to_hub:  # before the weights are written
+            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            push = ModelPush(repo_id, token=token, **kwargs)
         # beside a new directory, but inside an existing one, which may be a mount point
         temporary = (target if target.is_dir() else target.parent) / f".{target.name}.saving-{uuid.uuid4().hex[:8]}"
         temporary.mkdir(parents=True)
@@ -156,8 +167,8 @@ class SavePretrained:
             _publish(temporary, target, variant)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)  # it is gone already where it became the target
-        if upload is not None:
-            upload(target, names)
+        if push is not None:
+            push.upload(self.model, target, names, variant=variant)
 
     def _check_complete(self, state_dict: dict[str, Tensor]) -> None:
         for stack in ode_view(self.model).stacks:
@@ -184,9 +195,9 @@ class SavePretrained:
                 state_dict[key] = state_dict[kept]
         counted = state_dict.keys() - {name for name, _ in model.named_buffers()} - tied.keys()
         parameters = sum(state_dict[key].numel() for key in counted)
-        plain = all(step_size == 1 for stack in ode_view(model).stacks for step_size in stack.step_sizes)
-        fold = not plain and settings.form == "split" and can_fold(model, state_dict)
-        source = None if plain or fold else remote.modeling_source(model)
+        kind = kind_of(model, state_dict)
+        fold = kind == "folded"
+        source = remote.modeling_source(model) if kind == "code" else None
         save(model, directory, state_dict=folded_state_dict(model, state_dict) if fold else state_dict, **kwargs)
         with _edited(directory / CONFIG_NAME) as config:
             config[CONFIG_KEY] = dataclasses.replace(settings, folded=fold).to_dict()
@@ -219,34 +230,17 @@ def _publish(temporary: Path, target: Path, variant: str | None) -> None:
             sync(target.parent)
             return
     new = os.listdir(temporary)
-    new.sort(key=_makes_loadable)
+    new.sort(key=makes_loadable)
     stale = []
     if CONFIG_NAME in new:  # not for adapters, which lie beside their base model
-        stale = [name for name in os.listdir(target) if name not in new and _is_of_a_checkpoint(name, variant)]
+        stale = [name for name in os.listdir(target) if name not in new and is_of_a_checkpoint(name, variant)]
     changed = [name for name in new[:-1] if name.endswith(".safetensors") or not _same(temporary / name, target / name)]
     if changed or stale:
-        for name in sorted([*stale, new[-1]], key=_makes_loadable, reverse=True):
+        for name in sorted([*stale, new[-1]], key=makes_loadable, reverse=True):
             (target / name).unlink(missing_ok=True)
     for name in [*changed, new[-1]]:
         os.replace(temporary / name, target / name)
     sync(target)
-
-
-def _makes_loadable(name: str) -> bool:
-    """Whether weights load as soon as this file is there: the only weight file, or the index of several."""
-    return (
-        re.search(r"-\d{5}-of-\d{5}\.", name) is None
-        and re.search(r"\.(safetensors|bin)(\.index.*)?$", name) is not None
-    )
-
-
-def _is_of_a_checkpoint(name: str, variant: str | None) -> bool:
-    """Whether a file would be read, or left over, beside new weights of this variant."""
-    dotted = re.escape(f".{variant}") if variant else ""
-    shard = r"(-\d{5}-of-\d{5})?"
-    weights = rf"(model|pytorch_model){dotted}{shard}\.(safetensors|bin)"
-    index = rf"(model\.safetensors|pytorch_model\.bin)\.index{dotted}\.json"
-    return re.fullmatch(rf"{weights}|{index}|{remote.MODULE_NAME}\.py", name) is not None
 
 
 def _same(a: Path, b: Path) -> bool:
@@ -260,29 +254,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class _Upload:
-    """The Hub half of stock's `save_pretrained`: a repository made before the weights are written, one commit after."""
-
-    def __init__(
-        self, model: PreTrainedModel, directory: Any, token: str | bool | None, options: dict[str, Any]
-    ) -> None:
-        self.tags = model.model_tags
-        self.token = token
-        self.commit_message = options.pop("commit_message", None) or "Upload model"
-        self.create_pr = options.pop("create_pr", False)
-        self.api = HfApi(token=token)
-        repo_id = options.pop("repo_id", os.path.basename(os.path.abspath(directory)))
-        self.repo_id = self.api.create_repo(repo_id, exist_ok=True, **options).repo_id
-
-    def __call__(self, directory: Path, names: list[str]) -> None:
-        card = create_and_tag_model_card(self.repo_id, self.tags, token=self.token)  # pyright: ignore[reportArgumentType]
-        card.save(directory / "README.md")
-        self.api.upload_folder(
-            repo_id=self.repo_id,
-            folder_path=directory,
-            allow_patterns=[*names, "README.md"],
-            commit_message=self.commit_message,
-            create_pr=self.create_pr,
-        )

@@ -29,6 +29,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import sort_checkpoints, unwrap_peft_model
 
@@ -43,6 +44,13 @@ from hf_layerpar.training.streams import kept_streams, main_streams, set_main_st
 EXACT_WEIGHTS = "exact_weights.safetensors"
 _OPTIMIZER = re.compile(r"optimizer-(\d{5})-of-(\d{5})\.pt")
 _FITS = r"coarse_fits-{dp_rank:05d}-(\d{{5}})-of-(\d{{5}})\.pt"
+
+
+def is_training_state(name: str) -> bool:
+    """Whether a file of a checkpoint serves to go on with the training, and not to use the model."""
+    return name in (EXACT_WEIGHTS, SCHEDULER_NAME, TRAINER_STATE_NAME) or name.startswith(
+        ("optimizer-", "coarse_fits-", "rng_state_")
+    )
 
 
 # ---- directories

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Seq2SeqTrainer, Trainer
+from transformers import Seq2SeqTrainer
 from transformers.trainer_pt_utils import find_batch_size
 from transformers.trainer_utils import unwrap_peft_model
 
@@ -27,13 +27,13 @@ from hf_layerpar.training.callbacks import solver_log
 from hf_layerpar.training.collectives import average_gradients, broadcast_model, gather_rows, share
 from hf_layerpar.training.loading import BatchSharing, CountedStream, innermost_sampler, real_rows
 from hf_layerpar.training.losses import depends_on_item_count
-from hf_layerpar.training.saving import ShardedSaving
+from hf_layerpar.training.pushing import HubPushing
 from hf_layerpar.training.streams import SeededCollator, kept_streams, main_streams, set_main_streams
 from hf_layerpar.training.support import refuse_unsupported
 from hf_layerpar.training.watching import STATE, Watch
 
 
-class LayerParallelTrainer(ShardedSaving, Seq2SeqTrainer):
+class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
     """`transformers.Trainer` whose model's layers live on `args.lp_size` processes; the others are data parallel.
 
     Everything is used as in the stock Trainer. The differences:
@@ -43,6 +43,7 @@ class LayerParallelTrainer(ShardedSaving, Seq2SeqTrainer):
       and gathered predictions count dp ranks.
     - A model whose loss ignores `num_items_in_batch` is recognised by computing the loss of its first batch twice
       (stock trusts the signature of `forward` and scales such gradients wrongly).
+    - A push to the Hub is one commit, with a card that says how the layers were solved.
     - Checkpoints are written whole or not at all, and a run resumes bit-identically at another lp size.
     - Training logs have the solver's residuals, convergence factors and times (`lp_*`).
     - With `predict_with_generate` it evaluates and predicts as `Seq2SeqTrainer` does, but every sample counts once

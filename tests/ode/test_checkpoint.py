@@ -25,7 +25,7 @@ from transformers import BertTokenizer
 
 from hf_layerpar.config import OdeSettings
 from hf_layerpar.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from hf_layerpar.ode import checkpoint, remote
+from hf_layerpar.ode import remote
 from hf_layerpar.ode.checkpoint import from_pretrained
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
 from tests import zoo
@@ -407,45 +407,6 @@ def test_adapters_are_written_as_stock_writes_them(tmp_path: Path) -> None:
     loaded = from_pretrained(plain)
     loaded.load_adapter(str(tmp_path))
     assert distance(logits(loaded, inputs), logits(model, inputs)) < 1e-6
-
-
-class Hub:
-    """Stands in for HfApi: one repository, kept as a directory."""
-
-    calls: list[tuple[str, dict[str, Any]]]
-    root: Path
-
-    def __init__(self, token: Any = None) -> None:
-        self.token = token
-
-    def create_repo(self, repo_id: str, **options: Any) -> Any:
-        self.calls.append(("create_repo", {"repo_id": repo_id, "token": self.token} | options))
-        return type("Url", (), {"repo_id": f"me/{repo_id}"})
-
-    def upload_folder(self, folder_path: Path, allow_patterns: list[str], **options: Any) -> None:
-        self.calls.append(("upload_folder", options))
-        for name in allow_patterns:
-            shutil.copy(folder_path / name, self.root)
-
-
-def test_push_to_hub_uploads_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Hub.calls, Hub.root = [], tmp_path / "hub"
-    Hub.root.mkdir()
-    monkeypatch.setattr(checkpoint, "HfApi", Hub)
-    card = type("Card", (), {"save": lambda self, path: path.write_text("card")})
-    monkeypatch.setattr(checkpoint, "create_and_tag_model_card", lambda *args, **kwargs: card())
-    model, inputs = converted("gpt2", step_size=0.5, form="split")
-    target = tmp_path / "mine"
-    target.mkdir()
-    (target / "optimizer.pt").write_text("stays here")
-    model.save_pretrained(target, push_to_hub=True, token="t", private=True, commit_message="m", create_pr=True)
-    assert Hub.calls == [
-        ("create_repo", {"repo_id": "mine", "token": "t", "exist_ok": True, "private": True}),
-        ("upload_folder", {"repo_id": "me/mine", "commit_message": "m", "create_pr": True}),
-    ]
-    assert files(Hub.root) == {"config.json", "generation_config.json", "model.safetensors", "README.md"}
-    stock = type(model).from_pretrained(Hub.root)
-    assert distance(logits(stock, inputs), logits(model, inputs)) < 1e-5
 
 
 # Layers held by other ranks

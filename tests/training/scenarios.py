@@ -7,7 +7,6 @@ import os
 import random
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -260,34 +259,6 @@ def own_optimizer_error() -> str:
     except ConfigurationError as error:
         return str(error)
     return "no error"
-
-
-class FakeHub:
-    """Records what would be uploaded."""
-
-    def __init__(self) -> None:
-        self.repos: list[str] = []
-        self.uploads: list[set[str]] = []
-
-    def create_repo(self, name: str, **options: Any) -> Any:
-        self.repos.append(name)
-        return SimpleNamespace(repo_id=name)
-
-    def upload_folder(self, folder_path: str, **options: Any) -> Any:
-        self.uploads.append(set(os.listdir(folder_path)))
-        return SimpleNamespace(done=lambda: True)
-
-
-def train_and_push(output_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
-    hub, original = FakeHub(), hf.trainer.hf_api
-    hf.trainer.hf_api = lambda: hub
-    try:
-        run = trainer(output_dir, "llama", settings | {"push_to_hub": True, "hub_model_id": "me/tiny"})
-        run.train()
-        run.push_to_hub()
-    finally:
-        hf.trainer.hf_api = original
-    return {"repo": hub.repos, "uploads": hub.uploads}
 
 
 def train_adapters(output_dir: str, settings: dict[str, Any], resume: Any = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Under a launcher, with trackers and the Hub, as a user would run it."""
+"""Under a launcher and with trackers, as a user would run it."""
 
 from __future__ import annotations
 
@@ -46,19 +46,6 @@ def test_torchrun(ranks1: RankPool, tmp_path: Path) -> None:
     written = EventAccumulator(str(events)).Reload()
     assert {"train/loss", "train/lp_forward_seconds", "train/lp_backward_waited"} <= set(written.Tags()["scalars"])
     assert [e.value for e in written.Scalars("train/loss")] == pytest.approx(one["losses"], abs=1e-5)
-
-
-def test_hub(ranks2: RankPool, tmp_path: Path) -> None:
-    writer, other = ranks2.run(
-        scenarios.train_and_push, str(tmp_path), {"lp_size": 2, "save_strategy": "steps", "save_steps": 2}
-    )
-    assert writer["repo"] == ["me/tiny"]
-    assert [sorted(files & {"model.safetensors", "config.json", "README.md"}) for files in writer["uploads"]] == [
-        ["config.json", "model.safetensors"],
-        ["config.json", "model.safetensors"],
-        ["README.md", "config.json", "model.safetensors"],
-    ]
-    assert other == {"repo": [], "uploads": []}
 
 
 def test_adapters(ranks1: RankPool, ranks2: RankPool, tmp_path: Path) -> None:

@@ -1,0 +1,48 @@
+"""`hf-layerpar convert`: a checkpoint into its ODE form, and back. Everything heavy is imported when it runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+from hf_layerpar.config import Form, Interpolation
+from hf_layerpar.errors import ConfigurationError
+
+
+def add_convert(commands: Any, positive: Callable[[str], int]) -> None:
+    """Adds the command to the parsers of `hf-layerpar`. positive: the type of its counts."""
+    convert = commands.add_parser(
+        "convert",
+        help="write a checkpoint in its ODE form, or an ODE form as a plain checkpoint",
+        description="Reads every layer of a checkpoint as Euler steps of size h and writes the result as a new "
+        "checkpoint, with tokenizer and processor. With --to-stock it takes the settings off again, where stock "
+        "transformers computes the same without them.",
+    )
+    convert.set_defaults(run=_convert)
+    convert.add_argument("source", metavar="SOURCE", help="local folder or name on the hub")
+    convert.add_argument("target", metavar="TARGET", type=Path, help="new folder")
+    convert.add_argument("--step-size", type=float, metavar="H", help="h in (0, 1]; default 1, the model as it is")
+    convert.add_argument("--num-steps", type=positive, metavar="N", help="of every stack; default: layers / H")
+    convert.add_argument("--form", choices=("auto", *get_args(Form)), help="default auto: split where layers allow it")
+    convert.add_argument("--interpolation", choices=get_args(Interpolation), help="of new weights; default constant")
+    convert.add_argument("--buffers", type=int, nargs=2, metavar=("OPEN", "CLOSE"), help="layers that keep step size 1")
+    convert.add_argument("--to-stock", action="store_true", help="a checkpoint of ours into a plain one")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    settings = {name: getattr(options, name) for name in ("step_size", "num_steps", "form", "interpolation", "buffers")}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if options.to_stock and settings:
+        given = ", ".join(f"--{name.replace('_', '-')}" for name in settings)
+        raise ConfigurationError(f"--to-stock takes the settings off; leave out {given}")
+    from hf_layerpar.ode.transfer import to_ode, to_stock
+
+    if options.to_stock:
+        to_stock(options.source, options.target)
+        print(f"{options.target} is a plain checkpoint")
+        return
+    if "buffers" in settings:
+        settings["buffers"] = tuple(settings["buffers"])
+    print(f"{options.target}: {to_ode(options.source, options.target, **settings)}")
