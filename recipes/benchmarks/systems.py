@@ -113,7 +113,7 @@ SYSTEMS = {
         coarsening=4,
         forward=1,
         backward=1,
-        steps=1000,
+        steps=1500,
     ),
     "gpt": System(
         recipe="pretrain_gpt2",
