@@ -11,7 +11,6 @@ that are missing there, `--fresh` forgets them.
 from __future__ import annotations
 
 import argparse
-import multiprocessing as mp
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checko
 
 from recipes.benchmarks.launch import RESULTS
 from recipes.benchmarks.paper import folder_of, run_job
-from recipes.benchmarks.pool import Run, run_missing
+from recipes.benchmarks.pool import Run, run_missing, worker_pool
 from recipes.benchmarks.systems import EXACT, words
 from recipes.results import print_table
 
@@ -104,7 +103,7 @@ def pretrain(processes: int) -> None:
         for job in (network_of(side, seed) for seed in PRETRAINING_SEEDS for side in SIDES)
         if not (folder_of(job) / "model" / "config.json").exists()
     ]
-    with mp.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+    with worker_pool(processes) as pool:
         for run in pool.imap_unordered(run_job, missing):
             print(f"pretrained {run['run']}", flush=True)
 

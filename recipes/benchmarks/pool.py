@@ -14,6 +14,16 @@ from recipes.results import versions, write_json
 Run = dict[str, Any]
 
 
+def worker_pool(processes: int) -> Any:
+    """A pool whose processes work one job each."""
+    return mp.get_context("spawn").Pool(processes, _pass_as_main, maxtasksperchild=1)
+
+
+def _pass_as_main() -> None:
+    # the masking collator of transformers takes a process of any other name for a worker of a data loader
+    mp.current_process().name = "MainProcess"
+
+
 def run_missing(
     jobs: Sequence[Run],
     work: Callable[[Run], Run],
@@ -43,7 +53,7 @@ def run_missing(
         runs = [done[job["run"]] for job in jobs if job["run"] in done]
         write_json(output, summarise(runs) | {"runs": runs, "versions": versions()})
 
-    with mp.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+    with worker_pool(processes) as pool:
         for count, run in enumerate(pool.imap_unordered(work, missing), start=1):
             done[run["run"]] = run
             print(f"{count}/{len(missing)}  {run['run']}", flush=True)
