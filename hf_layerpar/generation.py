@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,10 +104,9 @@ class ScoresOfFirstRank(LogitsProcessor):
 
 def share_generation(model: nn.Module, communicator: Communicator) -> None:
     """Put our `generate` on every HuggingFace model in `model` that has one."""
-    models: Iterable[PreTrainedModel] = (m for m in model.modules() if isinstance(m, PreTrainedModel))
-    for module in models:
-        if module.can_generate():
-            module.generate = SharedGenerate(module, communicator)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.can_generate():
+            object.__setattr__(module, "generate", SharedGenerate(module, communicator))
 
 
 def _fact(value: Any) -> Any:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers as hf
+from peft import LoraConfig, get_peft_model
 from transformers.cache_utils import EncoderDecoderCache
 
 from hf_layerpar import LayerParallelConfig, convert_to_ode, ode_view, parallelize
@@ -52,7 +53,7 @@ def generated(name: str, conversion: dict[str, Any], hows: list[str]) -> dict[st
             ours = model.generate(**options(batch, how))
             assert expected.logits is not None
             assert ours.logits is not None
-            found[case, len(batch["input_ids"])] = {
+            found[case, len(next(iter(batch.values())))] = {
                 "tokens": ours.sequences.tolist(),
                 "same": torch.equal(ours.sequences, expected.sequences),
                 "same bits": all(torch.equal(a, b) for a, b in zip(ours.logits, expected.logits, strict=True)),
@@ -61,12 +62,12 @@ def generated(name: str, conversion: dict[str, Any], hows: list[str]) -> dict[st
     return found
 
 
-FAMILIES = ["gpt2", "llama", "gemma3", "marian", "bart", "t5"]
+FAMILIES = ["gpt2", "llama", "gemma3", "marian", "bart", "t5", "whisper"]
 
 
 @pytest.mark.parametrize(
     ("world", "name"),
-    [(1, "gpt2"), (1, "bart"), *((2, name) for name in FAMILIES), *((3, name) for name in FAMILIES[1:] if name != "bart")],
+    [(1, "gpt2"), (1, "bart"), *((2, name) for name in FAMILIES), (3, "gemma3"), (3, "marian"), (3, "t5")],
 )
 def test_tokens_and_scores_are_those_of_the_serial_model(world: int, name: str) -> None:
     hows = [how for how in HOW if "lookup" not in how or name in ("gpt2", "llama")]
@@ -105,7 +106,7 @@ def stop_and_cache(name: str) -> dict[str, Any]:
     cache = ours.past_key_values
     cross = None
     if isinstance(cache, EncoderDecoderCache):
-        cross = [layer.keys is not None for layer in cache.cross_attention_cache.layers]
+        cross = [layer.keys[0].numel() > 1 for layer in cache.cross_attention_cache.layers]
         cache = cache.self_attention_cache
     decoder = ode_view(model).stacks[-1]
     return {
@@ -129,6 +130,42 @@ def test_early_end_and_a_cache_of_the_own_layers(name: str) -> None:
         assert all((numbers > 1) == own for numbers, own in zip(found["numbers a token"], found["own"], strict=True))
         assert found["cross"] in (None, found["own"])
     assert [sum(owns) for owns in zip(*(found["own"] for found in ranks), strict=True)] == [1] * 4
+
+
+def other_ways() -> dict[str, bool]:
+    """Adapters, inference mode, copies, another model's guesses, and caches that the caller keeps."""
+    adapters = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
+    serial, inputs = zoo.build("llama")
+    serial = convert_to_ode(get_peft_model(serial, adapters).eval())
+    model = copy.deepcopy(serial)
+    parallelize(model)
+    twin, assistant = copy.deepcopy(model), zoo.build("llama", layers=1)[0].eval()
+    free = options(inputs, {})
+    one = {name: value[:1] for name, value in free.items() if isinstance(value, torch.Tensor)}
+    one |= {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    found = {"adapters": torch.equal(model.generate(**free), serial.generate(**free))}
+    with torch.inference_mode():
+        found["inference mode"] = torch.equal(model.generate(**free), serial.generate(**free))
+    found["copy"] = torch.equal(twin.generate(**free), serial.generate(**free))
+    guessed = [m.generate(**one, assistant_model=assistant).sequences for m in (model, serial)]
+    found["guesses"] = torch.equal(*guessed)
+
+    def further(m: Any) -> list[torch.Tensor]:
+        begun = m.generate(**one)
+        ids = torch.cat([begun.sequences, inputs["input_ids"][:1, :3]], 1)
+        begun = m.generate(ids, past_key_values=begun.past_key_values, max_new_tokens=4, do_sample=False)
+        with torch.no_grad():
+            cache = m(ids, use_cache=True).past_key_values
+            return [begun, m(begun[:, -3:], past_key_values=cache).logits]
+
+    found["kept caches"] = all(map(torch.equal, further(model), further(serial)))
+    return found
+
+
+def test_other_ways_to_generate() -> None:
+    for found in run_ranks(other_ways, 2):
+        assert len(found) == 5
+        assert all(found.values()), found
 
 
 def refusals() -> dict[str, str]:

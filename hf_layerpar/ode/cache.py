@@ -37,13 +37,15 @@ def add_stand_in(cache: Cache, layer: nn.Module, x: Tensor) -> None:
     places = {place for module in layer.modules() if isinstance(place := getattr(module, "layer_idx", None), int)}
     if len(places) != 1:
         raise UnsupportedModelError(
-            f"{type(layer).__name__} has {len(places)} places in the KV cache (layer_idx), not one, so the cache can't be "
-            "spread over lp ranks; generate with use_cache=False, or without parallelize"
+            f"{type(layer).__name__} has {len(places)} places in the KV cache (layer_idx), not one, so the cache can't "
+            "be spread over lp ranks; generate with use_cache=False, or without parallelize"
         )
     (place,) = places
     numbers = x.new_zeros(x.shape[0], 1, x.shape[1], 1)
     _self_attention(cache).update(numbers, numbers, place)
-    if isinstance(cache, EncoderDecoderCache):  # nobody asks for the length of its keys of the encoder states
+    if isinstance(cache, EncoderDecoderCache) and not cache.is_updated.get(place):
+        one = numbers[:, :, :1]  # nobody asks how many encoder states there are
+        cache.cross_attention_cache.update(one, one, place)
         cache.is_updated[place] = True
 
 

@@ -76,8 +76,8 @@ class ModelForward:
     """The `forward` put on each model that holds stacks.
 
     While a stack has a solver, it turns the KV cache off unless the caller asked for it (as `generate` does), tells the
-    stacks of requests for per-layer values, and checks that no layer was left out. An attribute and not a hook, because PEFT calls
-    `forward` past the hooks.
+    stacks of requests for per-layer values, and checks that no layer was left out. An attribute and not a hook, because
+    PEFT calls `forward` past the hooks.
     """
 
     model: PreTrainedModel
@@ -148,7 +148,7 @@ class LayerStack:
     step_sizes: h of each layer; buffer layers have 1.
     solver: None evaluates each layer in line; otherwise it gets the recorded calls of the whole stack.
     runner: runs the forwards of the models that hold the stack, where the solver wants something done around them.
-    foreign: places of the layers whose parameters this rank lacks. With some, the stack can't be evaluated in line here.
+    foreign: places of the layers whose parameters this rank lacks; with some, the stack can't be evaluated in line.
     cached_tokens: while the solver runs, length of the KV cache that each layer adds to; None where they have none. A
         layer must then be evaluated once, with the whole batch.
     serial_reason: what the running model forward asked for that needs each layer's own value, if anything.

@@ -297,7 +297,8 @@ class LayerParallelTrainer(ShardedSaving, Seq2SeqTrainer):
 
     # ---- evaluation
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # Seq2SeqTrainer sets one that gathers from the whole world, samples that fill the last batch up included
+        # stock forgets eval_use_gather_object after its first loop, and Seq2SeqTrainer sets a function that gathers
+        # from the whole world, samples that fill the last batch up included
         self.gather_function = functools.partial(
             self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
         )

@@ -164,6 +164,24 @@ def evaluate(
     return {k: scores[k] for k in keys} | seen | {"predictions": np.asarray(predictions), "rank": run.mesh.lp_rank}
 
 
+def evaluate_objects(output_dir: str, settings: dict[str, Any], count: int) -> list[list[int]]:
+    """The labels, gathered as objects, of two evaluations and a prediction."""
+    seen: list[list[int]] = []
+
+    def metrics(prediction: hf.EvalPrediction) -> dict[str, float]:
+        assert all(isinstance(batch, list) for batch in prediction.label_ids)
+        seen.append([int(label) for batch in prediction.label_ids for label in batch])
+        return {}
+
+    settings = settings | {"eval_use_gather_object": True, "eval_do_concat_batches": False}
+    samples = Samples("bert_classifier", count)
+    run = trainer(output_dir, "bert_classifier", settings, eval_dataset=samples, compute_metrics=metrics)
+    run.evaluate()
+    run.evaluate()
+    run.predict(samples)
+    return seen
+
+
 class RaggedSamples(Samples):
     """Samples of one to twelve tokens; a batch of one has no padding to speak of."""
 

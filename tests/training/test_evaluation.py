@@ -44,7 +44,8 @@ def test_ragged_predictions(ranks1: RankPool, ranks4: RankPool, tmp_path) -> Non
 
 
 def test_objects_are_gathered_too(ranks2: RankPool, ranks1: RankPool, tmp_path) -> None:
-    settings = {"eval_use_gather_object": True, "prediction_loss_only": False}
-    one = ranks1.run(scenarios.evaluate, str(tmp_path), "bert_classifier", settings, 7)[0]
-    two = ranks2.run(scenarios.evaluate, str(tmp_path), "bert_classifier", settings, 7)[0]
-    assert two["labels"] == one["labels"]
+    """In every evaluation, where stock forgets about it after the first one."""
+    one = ranks1.run(scenarios.evaluate_objects, str(tmp_path), {}, 7)[0]
+    assert one == [[i % 2 for i in range(7)]] * 3
+    for lp_size in (1, 2):
+        assert ranks2.run(scenarios.evaluate_objects, str(tmp_path), {"lp_size": lp_size}, 7) == [one, one]
