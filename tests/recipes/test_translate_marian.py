@@ -63,11 +63,11 @@ def test_two_processes_train_and_translate_as_one(one, tmp_path):
     assert {path: [rank["layers"][path] for rank in two["ranks"]] for path in stacks} == stacks
     losses = [entry["loss"] for entry in alone["steps"]]
     assert len(losses) == 120
-    assert [entry["loss"] for entry in two["steps"]] == pytest.approx(losses, abs=1e-3)
+    assert [entry["loss"] for entry in two["steps"]] == pytest.approx(losses, abs=1e-4)
     assert [entry["step"] for entry in alone["evaluation"]] == [60, 120]
     for name in ("loss", "accuracy"):
         ours, theirs = ([entry[name] for entry in found["evaluation"]] for found in (two, alone))
-        assert ours == pytest.approx(theirs, abs=1e-3)
+        assert ours == pytest.approx(theirs, abs=1e-4)
     assert alone["evaluation"][-1]["loss"] < losses[0] - 2, "it doesn't learn"
     assert two["translations"] == alone["translations"]
     assert len({row["translation"] for row in two["translations"]}) > 2
