@@ -36,7 +36,8 @@ class System:
     options: of every side.
     coarsening, forward, backward: the paper's settings; 0 iterations are an exact sweep.
     steps: of training. Checks are made every twentieth of them.
-    sides: more of them, by name.
+    without: the usual sides that it doesn't have (the small GPT-2 has its adaptive runs in `controller.py`).
+    more_sides: those that it has beside them, by name.
     """
 
     recipe: str
@@ -48,6 +49,7 @@ class System:
     forward: int
     backward: int
     steps: int
+    without: tuple[str, ...] = ()
     more_sides: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -60,13 +62,13 @@ class System:
         watch = ("--check_every", str(self.steps // 20), "--check_gradient", "true", "--controller_ranks", "8")
         paper = mgrit("rediscretize", self.coarsening, self.forward, self.backward)
         ours = mgrit("aggregate", self.coarsening, 1, 1)
-        return {
+        usual = {
             "serial": EXACT,
             "paper": (*paper, *watch, "--controller", "paper"),
             "switched": paper,
             "adaptive": (*ours, *watch, "--controller", "adaptive"),
-            **self.more_sides,
         }
+        return {side: options for side, options in usual.items() if side not in self.without} | self.more_sides
 
     def command(self, side: str, seed: int, folder: str) -> list[str]:
         """The recipe's options for one run."""
@@ -128,6 +130,7 @@ SYSTEMS = {
         forward=0,
         backward=1,
         steps=2000,
+        without=("adaptive",),
         more_sides={
             f"serial{UNBUFFERED}": (*EXACT, *NO_BUFFERS),
             f"paper{UNBUFFERED}": (*mgrit("rediscretize", 4, 0, 1), *NO_BUFFERS),
