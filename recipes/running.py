@@ -125,6 +125,18 @@ def evaluate(trainer: Trainer, name: str, rows: Any) -> dict[str, float]:
     return metrics_of(last, "eval")
 
 
+def save(trainer: Trainer, folder: Path) -> None:
+    """The model into `folder`; with push_to_hub also its card, and both to the Hub."""
+    before, trainer.args.output_dir = trainer.args.output_dir, str(folder)
+    try:
+        if trainer.args.push_to_hub:
+            trainer.push_to_hub()
+        else:
+            trainer.save_model()
+    finally:
+        trainer.args.output_dir = before
+
+
 def run_recipe(
     trainer: Trainer,
     recipe: Any,
@@ -141,8 +153,8 @@ def run_recipe(
         held_out: split -> its rows, evaluated after training.
         also: given the result, more entries for it; called on every rank.
 
-    The model is saved to <output_dir>/model and the logs to <output_dir>/trainer_state.json, which `hf-layerpar report`
-    reads. The process group is destroyed at the end.
+    The model is saved to <output_dir>/model, with `--push_to_hub true --hub_model_id NAME` to the Hub too, and the logs
+    to <output_dir>/trainer_state.json, which `hf-layerpar report` reads. The process group is destroyed at the end.
     """
     args, model, rows = trainer.args, trainer.model, trainer.train_dataset
     assert model is not None
@@ -160,8 +172,8 @@ def run_recipe(
         cosines["after"] = agreement(trainer, model, rows, recipe.agreement_batches)  # type: ignore[arg-type]
     metrics = {name: evaluate(trainer, name, split) for name, split in held_out.items()}
     folder = Path(str(args.output_dir))
-    trainer.save_model(str(folder / "model"))
     trainer.save_state()
+    save(trainer, folder / "model")
 
     log = trainer.state.log_history
     result = {
