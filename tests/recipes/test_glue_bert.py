@@ -129,7 +129,7 @@ def test_options_override_the_settings_file(tmp_path):
     settings.write_text("output_dir: here\nlearning_rate: 1e-3\nmax_steps: 7\nbuffers: [1, 2]\nseed: 5\n")
     recipe, args = glue_bert.parse([str(settings), "--max_steps", "9", "--task", "sst2"])
     assert (args.output_dir, args.learning_rate, args.max_steps, args.seed) == ("here", 1e-3, 9, 5)
-    assert (recipe.buffers, recipe.task, recipe.step_size) == ([1, 2], "sst2", 1.0)
+    assert (recipe.buffers, recipe.task, recipe.step_size) == ([1, 2], "sst2", None)
     assert args.lp_size == 1
 
 
