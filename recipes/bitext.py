@@ -214,8 +214,13 @@ def load_bitext(
             "least 1"
         )
     validation = validation.select(spread(len(validation), max_eval_samples))
-    rows = [pairs.select_columns(list(IDS)) for pairs in (train, validation)]
-    return Bitext(*rows, list(validation["source"]), list(validation["target"]), tokenizer)
+    return Bitext(
+        train=train.select_columns(list(IDS)),
+        validation=validation.select_columns(list(IDS)),
+        sources=list(validation["source"]),
+        references=list(validation["target"]),
+        tokenizer=tokenizer,
+    )
 
 
 def spread(rows: int, count: int) -> np.ndarray:

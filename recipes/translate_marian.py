@@ -11,8 +11,8 @@ it override it. The network of the paper, 6 + 6 layers on OPUS from the hub, is
 
 `--architecture` is one of
 - pre_ln (the default): M2M100, which is Marian (sinusoidal positions, tied embeddings, no norm on them) with the norms
-  before the branches, as in the paper. A layer is x + h f(x), so small h makes neighbouring layers alike, which is what
-  MGRIT lives on, and the trained network folds into a checkpoint of stock transformers at every h.
+  before the branches, as in the paper. Every branch adds h f(x), so with small h one step of c h resembles c layers,
+  which is what MGRIT lives on; and the trained network folds into a checkpoint of stock transformers at every h.
 - marian: MarianMTModel itself, whose layers end in a norm. It has the euler form only, so its checkpoint is a stock one
   at `--step_size 1`, and otherwise has code of its own (`trust_remote_code=True`).
 
