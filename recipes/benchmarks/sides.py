@@ -326,6 +326,7 @@ class Fixed:
     next_config: LayerParallelConfig
     needs_recompute: bool = False
     loss_scale: float = 1.0
+    cached_tokens: int | None = None
 
 
 def local_communicator() -> Communicator:
