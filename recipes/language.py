@@ -56,7 +56,8 @@ def held_out_blocks(tokens: np.ndarray, length: int, max_eval_blocks: int) -> tu
     held_out = int(len(tokens) * HELD_OUT)
     if held_out < length:
         raise ConfigurationError(
-            f"block_size={length}: the validation part of {len(tokens)} tokens has {held_out}; use smaller blocks"
+            f"blocks of {length} tokens: the validation part of {len(tokens)} tokens has {held_out}; use a smaller "
+            "block_size"
         )
     train, validation = np.split(tokens, [len(tokens) - held_out])
     return TokenBlocks(train, length), TokenBlocks(validation, length).spread(max_eval_blocks)
