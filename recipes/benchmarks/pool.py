@@ -41,7 +41,7 @@ def run_missing(
         summarise: the entries of the file beside "runs" and "versions", from the runs so far.
         fresh: do the others again too.
 
-    Returns: what `output` holds, runs in the order of the jobs.
+    Returns: what `output` holds: the runs of these jobs, and before them others that it had.
     """
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done: dict[str, Run] = {}
@@ -50,7 +50,9 @@ def run_missing(
     missing = [job for job in jobs if job["run"] not in done]
 
     def write() -> None:
-        runs = [done[job["run"]] for job in jobs if job["run"] in done]
+        wanted = {job["run"] for job in jobs}
+        others = [run for name, run in done.items() if name not in wanted]
+        runs = others + [done[job["run"]] for job in jobs if job["run"] in done]
         write_json(output, summarise(runs) | {"runs": runs, "versions": versions()})
 
     with worker_pool(processes) as pool:

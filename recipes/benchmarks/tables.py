@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout runs without being installed
 
 from recipes.benchmarks.launch import RESULTS, ROOT
+from recipes.benchmarks.systems import SYSTEMS
 
 README = ROOT / "README.md"
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -167,7 +168,10 @@ def diagnosis() -> str:
 def paper() -> str:
     """The paper's systems in small: the metric after training by seed, and its distance from serial's."""
     rows = []
-    for name in ("morphology", "translation", "bert", "gpt", "vit"):
+    for name, system in SYSTEMS.items():
+        if not (RESULTS / "paper" / f"{name}.json").exists():
+            rows.append([name, system.metric, "not run yet", "", "", ""])
+            continue
         summary = load(f"paper/{name}.json")["summary"]
         for side, row in summary["sides"].items():
             final = ", ".join(f"{value:.3f}" for value in row["final"].values())
