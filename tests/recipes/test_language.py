@@ -40,7 +40,7 @@ def test_validation_slice_is_spread_over_its_part():
 
 
 def test_wrong_sizes_are_named():
-    with pytest.raises(ConfigurationError, match="blocks of 4096 tokens.*smaller block_size"):
+    with pytest.raises(ConfigurationError, match=r"blocks of 4096 tokens.*smaller block_size"):
         offline_blocks(TEXT, 4096, 8)
     with pytest.raises(ConfigurationError, match="block_size=1 must be at least 2"):
         load_blocks("offline", None, "", 1, 8, False, 0)
