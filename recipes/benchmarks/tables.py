@@ -132,6 +132,13 @@ def controller() -> str:
             ]
             parallel = f"{min(run['layer_parallel'] for run in runs):.0%}" if runs else ""
             rows.append([label, side, above, parallel, " / ".join(f"{s:.2f}" for s in share)])
+    usual = min(run["steps"] for run in result["runs"])
+    longer = [run for run in result["runs"] if run["steps"] != usual]
+    serial = {(run["h"], run["seed"]): run["evaluation"][-1][1] for run in longer if run["side"] == "serial"}
+    for run in longer:
+        loss, base = run["evaluation"][-1][1], serial[run["h"], run["seed"]]
+        above = f"final loss {loss:.3f}" if run["side"] == "serial" else f"{loss - base:+.3f}"
+        rows.append([f"{run['h']}, {run['steps']} steps", run["side"], above, "", ""])
     ranks = " / ".join(map(str, result["ranks"]))
     head = ["", "gradient", "validation loss minus serial, by seed", "least share of steps layer-parallel"]
     return markdown([*head, f"predicted step over one rank's, {ranks} ranks"], rows)
@@ -141,14 +148,16 @@ def cosines() -> str:
     """Gradient cosine with the exact one on the serial runs, by operator, at three moments of training."""
     rows = []
     for run in load("controller.json")["runs"]:
-        if run["side"] != "serial" or not run["gradients"]:
+        if not run["gradients"]:
             continue
         steps = sorted({row["step"] for row in run["gradients"]})
         chosen = [min(steps, key=lambda s: abs(s - share * steps[-1])) for share in (0.1, 0.5, 1.0)]
         table: dict[str, dict[int, float]] = {}
         for row in run["gradients"]:
             table.setdefault(row["settings"].removeprefix("mgrit "), {})[row["step"]] = row["cosine"]
-        what = f"{run['h']}, {run['steps']} steps"
+        what = f"{run['h']}, {run['steps']} steps" + run["side"].removeprefix("serial")
+        if run["side"] != "serial":
+            table = {name: found for name, found in table.items() if name.endswith("1/1 c=4")}
         rows += [[what, name, *(f"{found[s]:.3f} ({s})" for s in chosen)] for name, found in table.items()]
     return markdown(["serial run", "settings", "early (step)", "middle", "end"], rows)
 
@@ -197,21 +206,6 @@ def fine_tuning() -> str:
     return markdown([*head, "most frequent label"], rows)
 
 
-def paper_speed() -> str:
-    """The paper's deep networks: measured on two ranks, predicted for more."""
-    rows = []
-    for name, network in load("paper/speed.json")["networks"].items():
-        depth, predicted = network["measured_depth"], network["predicted"]
-        ranks = predicted["ranks"]
-        for side, values in predicted["speedup"][str(depth)].items():
-            measured = network["measured_on_2_ranks"]["sides"][side]
-            two = f"{1 / measured['ratio']:.2f}" if "ratio" in measured else "fails"
-            cells = [f"{values[ranks.index(p)]:.2f}" if ranks.index(p) < len(values) else "" for p in (2, 8, 32)]
-            rows.append([f"{name}, {network['stacks']} x {depth} layers", side, two, *cells])
-    head = ["network", "settings", "measured, 2 ranks", "predicted, 2 ranks", "8 ranks", "32 ranks"]
-    return markdown(head, rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "parity": parity,
     "parity_runs": parity_runs,
@@ -224,7 +218,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "diagnosis": diagnosis,
     "paper": paper,
     "fine_tuning": fine_tuning,
-    "paper_speed": paper_speed,
 }
 
 
