@@ -19,7 +19,7 @@ from hf_layerpar.errors import ConfigurationError, LayerParallelError
 from hf_layerpar.mgrit.ownership import contiguous_owner, interleaved_owner
 from hf_layerpar.mgrit.planner import Accuracy, Choice, plan_step, predict_step
 from hf_layerpar.mgrit.simulate import Costs, StepTimeline
-from hf_layerpar.mgrit.strategies import inner_grid
+from hf_layerpar.mgrit.strategies import interval_points
 from hf_layerpar.report.command import add_report
 from hf_layerpar.report.timeline import as_text, draw
 
@@ -154,9 +154,7 @@ def _choose(options: argparse.Namespace, costs: Costs) -> tuple[LayerParallelCon
 def _owner(options: argparse.Namespace, config: LayerParallelConfig) -> Sequence[int]:
     """As `parallelize` shares the layers out, or as asked for."""
     layers, ranks, buffers = options.layers, options.ranks, tuple(options.buffers)
-    points: list[int] = []
-    if config.strategy == "mgrit":
-        points = [buffers[0] + p for p in inner_grid(config, layers, buffers).levels[1]]
+    points = interval_points(config, layers, buffers)
     if options.interleaved:
         if not points:
             raise ConfigurationError(f"--interleaved needs the intervals of --strategy mgrit, not {config.strategy}")

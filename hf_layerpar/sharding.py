@@ -18,7 +18,7 @@ from hf_layerpar.generation import share_generation
 from hf_layerpar.hub.card import solver_facts
 from hf_layerpar.mgrit.ladder import StackShape, exact_settings
 from hf_layerpar.mgrit.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
-from hf_layerpar.mgrit.strategies import check_stacked, inner_grid
+from hf_layerpar.mgrit.strategies import check_stacked, inner_grid, interval_points
 from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.ode.families import shared_modules
 from hf_layerpar.ode.pushing import ModelPush
@@ -305,10 +305,8 @@ class LayerParallel:
         config: LayerParallelConfig, stack: LayerStack, num_ranks: int, split: Sequence[int] | str | None
     ) -> tuple[int, ...]:
         num_layers, buffers = len(stack.layers), stack.settings.buffers
-        boundaries: list[int] = []
         with _naming(stack):
-            if config.strategy == "mgrit":
-                boundaries = [buffers[0] + p for p in inner_grid(config, num_layers, buffers).levels[1]]
+            boundaries = interval_points(config, num_layers, buffers)
             if isinstance(split, str):
                 if split != INTERLEAVED or config.strategy != "mgrit":
                     raise ConfigurationError(

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checko
 
 from hf_layerpar.config import CONFIG_KEY
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.hub.card import CardFacts, facts_of_class, make_card, solver_facts
+from hf_layerpar.hub.card import CardFacts, changes_of, facts_of_class, make_card, solver_facts
 from recipes.glue_tasks import OFFLINE, TASKS
 
 GLUE = "nyu-mll/glue"
@@ -49,7 +49,7 @@ def facts_of(result: Mapping[str, Any], config: Mapping[str, Any] | None, name: 
         ode=ode,
         layers=layers,
         solver=solver,
-        changes=_changes(result.get("checks", ())),
+        changes=changes_of(result.get("checks", ())),
         training=(training or {})
         | {"optimizer steps": max((entry["step"] for entry in result.get("steps", ())), default=None)}
         | {"seconds": result["seconds"]["training"], "devices": [rank["device"] for rank in ranks]},
@@ -78,14 +78,6 @@ def _datasets(recipe: Mapping[str, Any]) -> tuple[str, ...]:
     if name := recipe.get("dataset_name"):
         return (Path(name).name if Path(name).is_dir() else name,)  # where a folder lies is nobody's business
     return (GLUE,) if recipe.get("task") in TASKS else ()
-
-
-def _changes(checks: Sequence[Mapping[str, Any]]) -> tuple[tuple[int, str], ...]:
-    changes: list[tuple[int, str]] = []
-    for check in checks:
-        if not changes or changes[-1][1] != check["lp_check_name"]:
-            changes.append((check["step"], check["lp_check_name"]))
-    return tuple(changes)
 
 
 def main(argv: Sequence[str] | None = None) -> Path:

@@ -12,7 +12,7 @@ from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.mgrit.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
 from hf_layerpar.mgrit.plan import Direction
 from hf_layerpar.mgrit.simulate import Costs, simulate
-from hf_layerpar.mgrit.strategies import build_plan, inner_grid
+from hf_layerpar.mgrit.strategies import build_plan, interval_points
 
 
 class Predictor:
@@ -56,9 +56,8 @@ class Predictor:
         return min(found, key=lambda prediction: prediction.seconds)
 
     def _step(self, path: str, config: LayerParallelConfig, split: str | None) -> float:
-        depth, points = self.depths[path], []
-        if config.strategy == "mgrit":
-            points = [self.buffers[0] + p for p in inner_grid(config, depth, self.buffers).levels[1]]
+        depth = self.depths[path]
+        points = interval_points(config, depth, self.buffers)
         owner = (
             interleaved_owner(depth, self.ranks, points, self.buffers)
             if split == INTERLEAVED

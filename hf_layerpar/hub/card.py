@@ -126,6 +126,16 @@ def solver_facts(config: Mapping[str, Any], *, lp_size: int, **more: Any) -> dic
     return {name: values[name] for name in [*names, *more]}
 
 
+def changes_of(log: Iterable[Mapping[str, Any]]) -> tuple[tuple[int, str], ...]:
+    """(step, settings) of the controller's checks, where they differ from those before."""
+    changes: list[tuple[int, str]] = []
+    for entry in log:
+        name = entry.get("lp_check_name")
+        if name is not None and (not changes or changes[-1][1] != name):
+            changes.append((entry["step"], name))
+    return tuple(changes)
+
+
 def facts_of_class(architecture: str | None) -> dict[str, Any]:
     """`CardFacts` fields that the name of a class of transformers tells: architecture, auto_class and task."""
     from transformers.modelcard import TASK_MAPPING

@@ -11,7 +11,7 @@ from hf_layerpar.config import LayerParallelConfig, Operator
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.mgrit.ownership import contiguous_owner
 from hf_layerpar.mgrit.planner import predict_step
-from hf_layerpar.mgrit.strategies import inner_grid
+from hf_layerpar.mgrit.strategies import interval_points
 
 _ITERATIONS = ((1, 1), (2, 1), (2, 2), (0, 1), (0, 2))
 
@@ -38,9 +38,7 @@ def predicted_share(config: LayerParallelConfig, stacks: Sequence[StackShape], n
     """Simulated time of a step of all stacks on `num_ranks` ranks over that of one rank, in unit costs."""
     made = serial = 0.0
     for stack in stacks:
-        points = []
-        if config.strategy == "mgrit":
-            points = [stack.buffers[0] + p for p in inner_grid(config, stack.num_layers, stack.buffers).levels[1]]
+        points = interval_points(config, stack.num_layers, stack.buffers)
         owner = contiguous_owner(stack.num_layers, num_ranks, boundaries=points)
         step = predict_step(config, owner, num_ranks=num_ranks, buffers=stack.buffers)
         made, serial = made + step.makespan, serial + step.serial

@@ -13,7 +13,7 @@ from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.mgrit.ownership import interleaved_owner
 from hf_layerpar.mgrit.plan import Direction
 from hf_layerpar.mgrit.simulate import Costs, StepTimeline, simulate
-from hf_layerpar.mgrit.strategies import build_plan, inner_grid
+from hf_layerpar.mgrit.strategies import build_plan, interval_points
 
 Accuracy = Literal["exact", "high", "good", "any"]
 """How far the gradient may be from the exact one, by what was measured on networks made for MGRIT (small steps,
@@ -154,7 +154,7 @@ def _splits(
     found = blocks([round(cut) for cut in ideal])
     if config.strategy != "mgrit":
         return found
-    points = [buffers[0] + p for p in inner_grid(config, num_layers, buffers).levels[1]]
+    points = interval_points(config, num_layers, buffers)
     places = [0, *points[1:-1], num_layers]
     cuts = sorted({min(places, key=lambda p: abs(p - cut)) for cut in ideal})
     if len(cuts) == num_ranks + 1:

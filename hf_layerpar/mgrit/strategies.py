@@ -72,6 +72,13 @@ def inner_grid(config: LayerParallelConfig, num_layers: int, buffers: tuple[int,
     return Grid.coarsened(inner, config.factors)
 
 
+def interval_points(config: LayerParallelConfig, num_layers: int, buffers: tuple[int, int]) -> list[int]:
+    """The places in the stack where intervals of the finest grid begin or end; none without MGRIT."""
+    if config.strategy != "mgrit":
+        return []
+    return [buffers[0] + p for p in inner_grid(config, num_layers, buffers).levels[1]]
+
+
 def _sweep(builder: PlanBuilder, config: LayerParallelConfig, buffers: tuple[int, int]) -> int:
     forward = builder.direction == "forward"
     iterations = config.forward_iterations if forward else config.backward_iterations

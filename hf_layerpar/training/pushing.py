@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.hub import PushInProgress, hf_api
 
-from hf_layerpar.hub.card import CardFacts, make_card, solver_facts
+from hf_layerpar.hub.card import CardFacts, changes_of, make_card, solver_facts
 from hf_layerpar.hub.upload import CARD_NAME, Repository
 from hf_layerpar.ode.files import is_of_a_checkpoint
 from hf_layerpar.ode.pushing import VERSIONS, model_facts
@@ -249,16 +249,6 @@ def evaluations_of(log: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str,
             if values:
                 found.setdefault(prefix, []).append({"step": entry["step"]} | values)
     return found
-
-
-def changes_of(log: Iterable[Mapping[str, Any]]) -> tuple[tuple[int, str], ...]:
-    """(step, settings) of the controller's checks, where they differ from those before."""
-    changes: list[tuple[int, str]] = []
-    for entry in log:
-        name = entry.get("lp_check_name")
-        if name is not None and (not changes or changes[-1][1] != name):
-            changes.append((entry["step"], name))
-    return tuple(changes)
 
 
 def _dataset_names(trainer: Any) -> list[str]:

@@ -24,7 +24,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.mgrit.ownership import contiguous_owner, interleaved_owner
-from hf_layerpar.mgrit.strategies import inner_grid
+from hf_layerpar.mgrit.strategies import interval_points
 from hf_layerpar.parallel.communicator import Communicator, GroupCommunicator, LocalCommunicator
 from hf_layerpar.parallel.engine import StackEngine
 from recipes.benchmarks.stack import BATCH, make_stack, make_state
@@ -335,7 +335,7 @@ def local_communicator() -> Communicator:
 
 def owner_of(config: LayerParallelConfig, num_layers: int, num_ranks: int, *, interleaved: bool) -> tuple[int, ...]:
     """As `parallelize` shares the layers."""
-    boundaries = inner_grid(config, num_layers, (0, 0)).levels[1] if config.strategy == "mgrit" else ()
+    boundaries = interval_points(config, num_layers, (0, 0))
     if interleaved:
         return interleaved_owner(num_layers, num_ranks, boundaries, (0, 0))
     return contiguous_owner(num_layers, num_ranks, boundaries=boundaries)
