@@ -10,14 +10,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_layerpar.errors import ConfigurationError
-from recipes.offline import ENGLISH, OFFLINE, SPANISH, DownloadError, complete_folder, fetch
+from recipes.language import spread
+from recipes.offline import ENGLISH, NAME_OFFLINE, OFFLINE, SPANISH, DownloadError, complete_folder, fetch, hub_dataset
 from recipes.sword import chapters
 
 OFFLINE_LANGUAGES = ("en", "es")
@@ -87,13 +86,7 @@ def hub_pairs(name: str, config: str | None, source: str, target: str) -> tuple[
 
     Raises DownloadError where neither the hub nor its cache has it, ConfigurationError where its rows are others.
     """
-    try:
-        splits: list[Any] = [load_dataset(name, config, split=split) for split in ("train", "validation")]
-    except OSError as error:
-        raise DownloadError(
-            f"{name!r} could not be loaded: {error}. It needs the Hugging Face Hub, or its cache; --dataset_name "
-            f"{OFFLINE} needs neither."
-        ) from error
+    splits = [hub_dataset(name, config, NAME_OFFLINE, split=split) for split in ("train", "validation")]
 
     def sides(rows: dict[str, list]) -> dict[str, list]:
         return {
@@ -221,8 +214,3 @@ def load_bitext(
         references=list(validation["target"]),
         tokenizer=tokenizer,
     )
-
-
-def spread(rows: int, count: int) -> np.ndarray:
-    """At most `count` places among `rows`, evenly spaced."""
-    return np.linspace(0, rows - 1, min(count, rows)).round().astype(int)

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from hf_layerpar.errors import ConfigurationError
-from recipes.offline import OFFLINE, DownloadError, sentiment
+from recipes.offline import OFFLINE, hub_dataset, sentiment
 
 Row = dict[str, Any]
 
@@ -88,15 +88,7 @@ def load_splits(
 
 
 def _load_glue(name: str) -> Any:
-    from datasets import load_dataset  # an optional dependency, and slow to import
-
-    try:
-        return load_dataset("nyu-mll/glue", name)
-    except OSError as error:
-        raise DownloadError(
-            f"GLUE task {name!r} could not be loaded: {error}. It needs the Hugging Face Hub, or a data set cached "
-            f"from it; --task {OFFLINE} needs neither."
-        ) from error
+    return hub_dataset("nyu-mll/glue", name, f"--task {OFFLINE} needs neither")
 
 
 def _glue_rows(split: Any, task: Task) -> list[Row]:

@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from hf_layerpar.errors import ConfigurationError
-from recipes.offline import FASHION_MNIST, OFFLINE, DownloadError, fetch
+from recipes.offline import FASHION_MNIST, NAME_OFFLINE, OFFLINE, DownloadError, fetch, hub_dataset
 
 DIGITS = "digits"
 """What the recipe calls scikit-learn's digits, which need no download."""
@@ -103,13 +103,7 @@ def hub_images(name: str, config: str | None, image_column: str | None, label_co
     image_column, label_column: needed where it has not just one column of images and one of class labels.
     Raises DownloadError where the hub or its cache don't have the data, ConfigurationError where its columns don't do.
     """
-    try:
-        data: Any = datasets.load_dataset(name, config)
-    except OSError as error:
-        raise DownloadError(
-            f"{name!r} could not be loaded: {error}. It needs the Hugging Face Hub, or its cache; --dataset_name "
-            f"{OFFLINE} needs neither."
-        ) from error
+    data = hub_dataset(name, config, NAME_OFFLINE)
     if "train" not in data:
         raise ConfigurationError(f"dataset_name={name!r} has the splits {sorted(data)}; it needs one called 'train'")
     features = data["train"].features

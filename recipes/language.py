@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from hf_layerpar.errors import ConfigurationError
-from recipes.offline import OFFLINE, DownloadError, english_text
+from recipes.offline import NAME_OFFLINE, OFFLINE, DownloadError, english_text, hub_dataset
 
 HELD_OUT = 0.05
 """The share of the offline text, its end, that is kept for validation."""
@@ -27,6 +27,11 @@ class Blocks:
     train: Any
     validation: Any
     tokenizer: PreTrainedTokenizerBase
+
+
+def spread(rows: int, count: int) -> np.ndarray:
+    """At most `count` places among `rows`, evenly spaced."""
+    return np.linspace(0, rows - 1, min(count, rows)).round().astype(int)
 
 
 class TokenBlocks(Dataset):
@@ -44,8 +49,7 @@ class TokenBlocks(Dataset):
 
     def spread(self, count: int) -> TokenBlocks:
         """At most `count` of the rows, evenly spaced."""
-        places = np.linspace(0, len(self) - 1, min(count, len(self))).round().astype(int)
-        return TokenBlocks(self.rows[places].reshape(-1), self.rows.shape[1])
+        return TokenBlocks(self.rows[spread(len(self), count)].reshape(-1), self.rows.shape[1])
 
 
 def held_out_blocks(tokens: np.ndarray, length: int, max_eval_blocks: int) -> tuple[TokenBlocks, TokenBlocks]:
@@ -87,15 +91,13 @@ def hub_rows(
     streaming: read while training (give max_steps then), instead of downloading and cutting everything first.
     Raises DownloadError where the hub or its cache don't have the data or the tokenizer.
     """
-    from datasets import load_dataset  # an optional dependency, and slow to import
-
+    data = hub_dataset(name, config, NAME_OFFLINE, split="train", streaming=streaming)
     try:
-        data = load_dataset(name, config, split="train", streaming=streaming)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
     except OSError as error:
         raise DownloadError(
-            f"{name!r} or its tokenizer {tokenizer_name!r} could not be loaded: {error}. They need the Hugging Face "
-            f"Hub, or its cache; --dataset_name {OFFLINE} needs neither."
+            f"tokenizer_name={tokenizer_name!r} could not be loaded: {error}. It needs the Hugging Face Hub, or its "
+            f"cache; {NAME_OFFLINE}."
         ) from error
     columns = list(next(iter(data)))
     if "text" not in columns:

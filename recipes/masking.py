@@ -26,6 +26,7 @@ from transformers import (
 from hf_layerpar.errors import ConfigurationError
 from recipes.language import Blocks, TokenBlocks, held_out_blocks, hub_rows
 from recipes.offline import OFFLINE, complete_folder, english_text
+from recipes.predictions import accuracy
 
 VOCABULARY = 2048
 SPECIAL = {
@@ -160,13 +161,6 @@ def _cut(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, length: int)
     return {"input_ids": [[cls, *tokens[i : i + inner], sep] for i in starts]}
 
 
-def most_likely(logits: Any, labels: Any) -> Tensor:
-    """For the Trainer's `preprocess_logits_for_metrics`: tokens `[B, T]` instead of logits `[B, T, V]`."""
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
-
-
 def masked_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of the masked tokens that are the most likely ones."""
-    tokens, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
-    masked = labels != -100
-    return {"masked_accuracy": float((tokens == labels)[masked].mean())}
+    return {"masked_accuracy": accuracy(prediction)["accuracy"]}

@@ -23,6 +23,7 @@ import zipfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from filelock import FileLock
 
@@ -33,6 +34,9 @@ from recipes.sword import TESTAMENTS, entries, plain
 
 OFFLINE = "offline"
 """What every recipe calls its data that needs no hub."""
+
+NAME_OFFLINE = f"--dataset_name {OFFLINE} needs neither"
+"""The remedy where data of the hub can't be had."""
 
 CACHE_VARIABLE = "HF_LAYERPAR_CACHE"
 _MANIFEST = "manifest.json"
@@ -342,6 +346,19 @@ def _tar_members(tar: tarfile.TarFile, wanted: str) -> Iterator[tuple[str, bytes
         stream = tar.extractfile(member) if member.isfile() and re.fullmatch(wanted, member.name) else None
         if stream is not None:
             yield PurePosixPath(member.name).name, stream.read()
+
+
+def hub_dataset(name: str, config: str | None, remedy: str, **options: Any) -> Any:
+    """`datasets.load_dataset`. Raises DownloadError, which ends with `remedy`, where neither the hub nor its cache have
+    the data."""
+    from datasets import load_dataset  # an optional dependency, and slow to import
+
+    try:
+        return load_dataset(name, config, **options)
+    except OSError as error:
+        raise DownloadError(
+            f"{name!r} ({config}) could not be loaded: {error}. It needs the Hugging Face Hub, or its cache; {remedy}."
+        ) from error
 
 
 def main() -> None:

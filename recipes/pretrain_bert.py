@@ -42,8 +42,9 @@ from transformers import (
 
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
-from recipes.masking import Masks, load_masked, masked_accuracy, most_likely
+from recipes.masking import Masks, load_masked, masked_accuracy
 from recipes.offline import OFFLINE
+from recipes.predictions import likeliest
 from recipes.running import run_recipe
 from recipes.settings import NetworkArguments, common_settings, parse_settings
 
@@ -147,7 +148,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         data_collator=Masks(text.tokenizer, recipe.mask_share),
         processing_class=text.tokenizer,
         compute_metrics=masked_accuracy,
-        preprocess_logits_for_metrics=most_likely,
+        preprocess_logits_for_metrics=likeliest,
         callbacks=list(callbacks),
     )
     return run_recipe(trainer, recipe, began, {"validation": text.validation})

@@ -25,6 +25,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_layerpar.agreement import gradient_agreement
+from hf_layerpar.hub.card import metrics_of
 from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.sharding import layer_parallel
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
@@ -36,9 +37,6 @@ TRAINING_SETTINGS = (
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "gradient_checkpointing"),
 )
 """The training arguments that result.json records."""
-
-TIMING = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
-"""What the Trainer adds to the metrics of an evaluation that says nothing of the model."""
 
 
 class ProgressLine(TrainerCallback):
@@ -104,13 +102,6 @@ def rank_settings(args: LayerParallelTrainingArguments, model: nn.Module, stock:
     entries: list[Any] = [None] * args.world_size
     dist.all_gather_object(entries, entry)
     return entries
-
-
-def metrics_of(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
-    """The metrics of an evaluation under their own names, without its timing."""
-    start = prefix + "_"
-    names = {key: key.removeprefix(start) for key in entry if key.startswith(start)}
-    return {name: entry[key] for key, name in names.items() if name not in TIMING}
 
 
 def evaluate(trainer: Trainer, name: str, rows: Any) -> dict[str, float]:

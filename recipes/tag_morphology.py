@@ -42,9 +42,10 @@ from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
 from recipes.offline import OFFLINE
+from recipes.predictions import likeliest
 from recipes.running import run_recipe
 from recipes.settings import NetworkArguments, common_settings, parse_settings
-from recipes.tagging import baselines, best_tags, encode, label_names, tag_metrics, train_tokenizer
+from recipes.tagging import baselines, encode, label_names, tag_metrics, train_tokenizer
 from recipes.treebank import load_treebank
 
 
@@ -145,7 +146,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         data_collator=DataCollatorForTokenClassification(tokenizer),
         processing_class=tokenizer,
         compute_metrics=tag_metrics,
-        preprocess_logits_for_metrics=best_tags,
+        preprocess_logits_for_metrics=likeliest,
         callbacks=list(callbacks),
     )
 

@@ -11,13 +11,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from recipes.predictions import IGNORED
 from recipes.treebank import Sentence
-
-IGNORED = -100
-"""The label that no loss and no metric counts."""
 
 RARE = "rare"
 """The one label of all tags that the training sentences have fewer than `RARE_BELOW` times, or never."""
@@ -68,11 +65,6 @@ def encode(
 
 def _row(ids: list[int], labels: list[int]) -> dict[str, list[int]]:
     return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
-
-
-def best_tags(logits: Tensor, labels: Tensor) -> Tensor:
-    """`[B, T]` numbers of the likeliest tags of `[B, T, tags]` logits, for `preprocess_logits_for_metrics`."""
-    return logits.argmax(dim=-1)
 
 
 def tag_metrics(prediction: EvalPrediction) -> dict[str, float]:

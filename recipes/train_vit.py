@@ -27,10 +27,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that a checkout runs without being installed
 
-import numpy as np
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
-    EvalPrediction,
     TrainerCallback,
     ViTConfig,
     ViTForImageClassification,
@@ -44,6 +42,7 @@ from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
 from recipes.images import crop_and_mirror, load_images, pixel_rows
 from recipes.offline import OFFLINE
+from recipes.predictions import accuracy, likeliest
 from recipes.running import run_recipe
 from recipes.settings import NetworkArguments, common_settings, parse_settings
 
@@ -123,15 +122,6 @@ def build_model(recipe: RecipeArguments, labels: Sequence[str], seed: int) -> nn
     return recipe.as_ode(ViTForImageClassification(config))
 
 
-def predicted_class(logits: Tensor, labels: Tensor) -> Tensor:
-    """`[B]` from `[B, classes]`, so that evaluation keeps no more than that."""
-    return logits.argmax(-1)
-
-
-def accuracy(p: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float(np.mean(np.asarray(p.predictions) == np.asarray(p.label_ids)))}
-
-
 def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Train, evaluate, save; returns what result.json holds (on every rank)."""
     began = time.monotonic()
@@ -155,7 +145,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         data_collator=default_data_collator,
         processing_class=processor,
         compute_metrics=accuracy,
-        preprocess_logits_for_metrics=predicted_class,
+        preprocess_logits_for_metrics=likeliest,
         callbacks=list(callbacks),
     )
     return run_recipe(trainer, recipe, began, features)

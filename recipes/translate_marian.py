@@ -52,9 +52,10 @@ from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
 from recipes.bitext import Bitext, load_bitext
 from recipes.offline import OFFLINE
+from recipes.predictions import accuracy, likeliest
 from recipes.running import run_recipe
 from recipes.settings import NetworkArguments, common_settings, parse_settings
-from recipes.translation_metrics import best_tokens, bleu_of_generated, corpus_bleu, decoded, token_accuracy
+from recipes.translation_metrics import bleu_of_generated, corpus_bleu, decoded
 
 ARCHITECTURES: dict[str, tuple[Any, Any]] = {
     "pre_ln": (M2M100Config, M2M100ForConditionalGeneration),
@@ -181,8 +182,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         eval_dataset=bitext.validation,  # type: ignore[arg-type]
         data_collator=DataCollatorForSeq2Seq(bitext.tokenizer),
         processing_class=bitext.tokenizer,
-        compute_metrics=bleu_of_generated(bitext.tokenizer, bitext.references) if generating else token_accuracy,
-        preprocess_logits_for_metrics=None if generating else best_tokens,
+        compute_metrics=bleu_of_generated(bitext.tokenizer, bitext.references) if generating else accuracy,
+        preprocess_logits_for_metrics=None if generating else likeliest,
         callbacks=list(callbacks),
     )
 

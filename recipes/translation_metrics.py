@@ -1,7 +1,4 @@
-"""Metrics of translations: accuracy of the reference's next token, and BLEU of what a model generates.
-
-Shapes: N sentences, B of them in a batch, T tokens, V vocabulary.
-"""
+"""BLEU of what a model generates. Shapes: N sentences of T tokens."""
 
 from __future__ import annotations
 
@@ -9,25 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-IGNORED = -100
-"""What the Trainer fills rows up with, and what no loss counts."""
-
-
-def best_tokens(outputs: Any, labels: Tensor) -> Tensor:
-    """The likeliest token at every place, `[B, T]`, from a model's outputs beside the loss: the first is the logits
-    `[B, T, V]`, which would fill the memory if they were kept."""
-    logits = outputs[0] if isinstance(outputs, tuple) else outputs
-    return logits.argmax(-1)
-
-
-def token_accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """{"accuracy"}: the share of the references' tokens that are the likeliest ones after those before them."""
-    labels = np.asarray(prediction.label_ids)
-    counted = labels != IGNORED
-    return {"accuracy": float((np.asarray(prediction.predictions) == labels)[counted].mean())}
+from recipes.predictions import IGNORED
 
 
 def decoded(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hf_layerpar.errors import ConfigurationError
-from recipes.offline import HEBREW, OFFLINE, DownloadError, fetch
+from recipes.offline import HEBREW, OFFLINE, fetch, hub_dataset
 
 TARGETS = ("upos", "feats")
 
@@ -85,15 +85,8 @@ def folder_splits(folder: Path, target: str) -> dict[str, list[Sentence]]:
 
 def hub_splits(name: str, config: str | None, target: str) -> dict[str, list[Sentence]]:
     """The splits train, validation and test of a hub data set."""
-    from datasets import load_dataset  # an optional dependency, and slow to import
-
-    try:
-        data: Any = load_dataset(name, config)
-    except OSError as error:
-        raise DownloadError(
-            f"{name!r} ({config}) could not be loaded: {error}. It needs the Hugging Face Hub, or its cache; "
-            f"--dataset_name {OFFLINE} and --dataset_name FOLDER, with a folder of CoNLL-U files, need neither."
-        ) from error
+    remedy = f"--dataset_name {OFFLINE} and --dataset_name FOLDER, with a folder of CoNLL-U files, need neither"
+    data = hub_dataset(name, config, remedy)
     needed = ["tokens", "upos"] + ["feats"] * (target == "feats")
     found = {}
     for split in SPLITS:

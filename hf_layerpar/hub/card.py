@@ -18,6 +18,7 @@ MARK = "<!-- Written by hf_layerpar, anew at each push. Take this line out to ke
 TAGS = ("hf_layerpar", "layer-parallel", "neural-ode")
 _TEMPLATE = Path(__file__).with_name("card.md")
 _MOST_EVALUATIONS = 12
+_TIMING = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,14 @@ def solver_facts(config: Mapping[str, Any], *, lp_size: int, **more: Any) -> dic
         names += [name for name in ("damping",) if values.get(name)]
     names += [name for name in ("increment_penalty", "sliced_ends", "stacked") if values.get(name)]
     return {name: values[name] for name in [*names, *more]}
+
+
+def metrics_of(entry: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The metrics of an evaluation, which the Trainer calls <prefix>_<name>, under their own names and without what it
+    adds of its timing."""
+    start = prefix + "_"
+    names = {key: key.removeprefix(start) for key in entry if key.startswith(start)}
+    return {name: entry[key] for key, name in names.items() if name not in _TIMING}
 
 
 def changes_of(log: Iterable[Mapping[str, Any]]) -> tuple[tuple[int, str], ...]:

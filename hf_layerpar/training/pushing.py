@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.hub import PushInProgress, hf_api
 
-from hf_layerpar.hub.card import CardFacts, changes_of, make_card, solver_facts
+from hf_layerpar.hub.card import CardFacts, changes_of, make_card, metrics_of, solver_facts
 from hf_layerpar.hub.upload import CARD_NAME, Repository
 from hf_layerpar.ode.files import is_of_a_checkpoint
 from hf_layerpar.ode.pushing import VERSIONS, model_facts
@@ -239,13 +239,7 @@ def evaluations_of(log: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str,
         for prefix in [key.removesuffix("_runtime") for key in entry if key.endswith("_runtime")]:
             if prefix == "train":
                 continue
-            timing = {f"{prefix}_{name}" for name in ("runtime", "samples_per_second", "steps_per_second")}
-            timing.add(f"{prefix}_model_preparation_time")
-            values = {
-                key.removeprefix(f"{prefix}_"): value
-                for key, value in entry.items()
-                if key.startswith(f"{prefix}_") and key not in timing and isinstance(value, int | float)
-            }
+            values = {k: v for k, v in metrics_of(entry, prefix).items() if isinstance(v, int | float)}
             if values:
                 found.setdefault(prefix, []).append({"step": entry["step"]} | values)
     return found

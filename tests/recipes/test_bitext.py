@@ -7,7 +7,8 @@ import pytest
 
 from hf_layerpar.errors import ConfigurationError
 from recipes import bitext, offline
-from recipes.bitext import aligned_verses, hub_pairs, joint_tokenizer, load_bitext, offline_pairs, spread, with_tokens
+from recipes.bitext import aligned_verses, hub_pairs, joint_tokenizer, load_bitext, offline_pairs, with_tokens
+from recipes.language import spread
 from recipes.offline import DownloadError
 
 LINES = ["Y dijo Dios: Sea la luz: y fué la luz.", "God said, “Let there be light,” and there was light."] * 20
@@ -109,7 +110,7 @@ def hub(monkeypatch, column: str = "translation") -> None:
         assert (name, config) == ("some/opus", "de-en")
         return datasets.Dataset.from_dict({column: rows[:40] if split == "train" else rows[40:]})
 
-    monkeypatch.setattr(bitext, "load_dataset", load)
+    monkeypatch.setattr(datasets, "load_dataset", load)
 
 
 def test_hub_pairs(monkeypatch, cache):
@@ -141,7 +142,7 @@ def test_hub_faults_name_the_remedy(monkeypatch, cache):
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(bitext, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
     with pytest.raises(DownloadError, match="--dataset_name offline"):
         hub_pairs("some/opus", None, "de", "en")
 

@@ -26,7 +26,8 @@ from hf_layerpar.report.run import read_run
 from recipes import translate_marian
 from recipes.benchmarks.launch import ROOT, launch
 from recipes.bitext import Bitext, load_bitext
-from recipes.translation_metrics import best_tokens, bleu_of_generated, corpus_bleu, token_accuracy
+from recipes.predictions import accuracy, likeliest
+from recipes.translation_metrics import bleu_of_generated, corpus_bleu
 from tests.multiproc import run_ranks
 
 SCRIPT = ROOT / "recipes" / "translate_marian.py"
@@ -181,8 +182,8 @@ def test_accuracy_counts_the_references_tokens():
     best = torch.tensor([[3, 1, 2], [5, 6, 0]])
     logits = torch.nn.functional.one_hot(best, 8).float()
     for outputs in (logits, (logits, torch.zeros(2))):
-        assert torch.equal(best_tokens(outputs, labels), best)
-    assert token_accuracy(EvalPrediction(predictions=best.numpy(), label_ids=labels.numpy())) == {"accuracy": 3 / 5}
+        assert torch.equal(likeliest(outputs, labels), best)
+    assert accuracy(EvalPrediction(predictions=best.numpy(), label_ids=labels.numpy())) == {"accuracy": 3 / 5}
 
 
 def test_network_of_the_defaults(bitext):
