@@ -29,6 +29,7 @@ from hf_layerpar.mgrit.ladder import StackShape, cheapest_first, describe, escal
 from recipes.benchmarks.controller_picture import draw
 from recipes.benchmarks.launch import RESULTS
 from recipes.benchmarks.pool import run_missing
+from recipes.benchmarks.systems import EXACT, mgrit
 from recipes.results import print_table
 
 NETWORK = ("--width", "64", "--heads", "4", "--block_size", "32", "--max_eval_blocks", "128")
@@ -41,15 +42,9 @@ PROBE_EVERY = 200
 LONG = 5000
 
 
-def mgrit(operator: str, c: int = 4, forward: int = 1, backward: int = 1) -> tuple[str, ...]:
-    settings = {"coarse_operator": operator, "coarsening": c}
-    settings |= {"forward_iterations": forward, "backward_iterations": backward}
-    return ("--strategy", "mgrit", *(text for k, v in settings.items() for text in (f"--{k}", str(v))))
-
-
 WATCH = ("--check_every", "100", "--check_gradient", "true", "--controller_ranks", str(LADDER_RANKS))
 SIDES: dict[str, tuple[str, ...]] = {
-    "serial": ("--strategy", "pipeline"),
+    "serial": EXACT,
     **{f"pure {operator} c=4 1/1": mgrit(operator) for operator in ("rediscretize", "aggregate", "identity", "mean")},
     "pure linear c=4 1/1": mgrit("linear"),
     "pure identity c=8 1/1": mgrit("identity", 8),

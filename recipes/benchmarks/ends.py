@@ -7,6 +7,7 @@ model runs.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -49,10 +50,11 @@ def model_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
     h = 1 / num_layers
     converted = convert_to_ode(GPT2LMHeadModel(config), step_size=h, num_steps=num_layers, form="split")
     ids = torch.randint(0, VOCABULARY, (BATCH, TOKENS))
+    batch = {"input_ids": ids, "labels": ids}
     stock = GPT2LMHeadModel(config)
     stock.load_state_dict(folded_state_dict(converted))
 
-    converted(input_ids=ids, labels=ids).loss.backward()
+    converted(**batch).loss.backward()
     exact = {name: p.grad.clone() for name, p in converted.named_parameters() if p.grad is not None}
     converted.zero_grad()
     # the stock model's projections are W' = h W, so dL/dW = h dL/dW'
@@ -63,7 +65,7 @@ def model_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
         Entry(
             f"stock, {t} thread{'s' * (t > 1)}",
             {"method": "stock", "threads": t},
-            partial(_stock, place, stock, ids, scale, threads=t),
+            partial(stock_side, place, stock, batch, scale, threads=t),
         )
         for t in (1, 2)
     ]
@@ -75,17 +77,21 @@ def model_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
                 Entry(f"{schedule} M={m}", settings, partial(_pipelining, place, converted, ids, schedule, m))
             )
     for name, settings in our_configs(place.size, with_ends=True):
-        make = partial(_ours, place, converted, ids, settings)
+        make = partial(our_side, place, converted, batch, settings)
         entries.append(Entry(name, settings.to_dict() | {"method": "ours", "ownership": "contiguous"}, make))
     return entries, exact
 
 
-def _stock(place: Place, model: nn.Module, ids: Tensor, scale: dict[str, float], *, threads: int) -> Side:
+def stock_side(
+    place: Place, model: nn.Module, batch: dict[str, Tensor], scale: Mapping[str, float] | None = None, threads: int = 1
+) -> Side:
+    """The model itself on rank 0. scale: as in `Side`."""
+
     def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(**batch).loss.backward()
 
     answers = dict(model.named_parameters()) if place.rank == 0 else {}
-    return Side(only_first(place, step), list(model.parameters()), answers, threads, scale)
+    return Side(only_first(place, step), list(model.parameters()), answers, threads, scale or {})
 
 
 def _ddp(place: Place, stock: nn.Module, ids: Tensor, scale: dict[str, float]) -> Side:
@@ -133,12 +139,13 @@ def _pipelining(place: Place, converted: GPT2LMHeadModel, ids: Tensor, schedule:
     return Side(step, list(stage.parameters()), answers)
 
 
-def _ours(place: Place, converted: nn.Module, ids: Tensor, config: LayerParallelConfig) -> Side:
+def our_side(place: Place, converted: nn.Module, batch: dict[str, Tensor], config: LayerParallelConfig) -> Side:
+    """A copy of the converted model, its layers on all ranks."""
     model: Any = copy.deepcopy(converted)
     handle = parallelize(model, config)
 
     def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+        model(**batch).loss.backward()
 
     # the ends are replicated: rank 0 answers for them
     answers = {n: p for n, p in model.named_parameters() if n in handle.owner_of or place.rank == 0}

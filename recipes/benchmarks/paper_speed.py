@@ -26,22 +26,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checko
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.mgrit.ownership import contiguous_owner
 from hf_layerpar.mgrit.planner import predict_step
 from hf_layerpar.mgrit.simulate import Costs
-from hf_layerpar.mgrit.strategies import inner_grid
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
 from hf_layerpar.ode.stack import RecordedCall
 from hf_layerpar.parallel.calibrate import calibrate
-from hf_layerpar.sharding import parallelize
 from recipes.benchmarks.alternate import measure
+from recipes.benchmarks.ends import our_side, stock_side
 from recipes.benchmarks.launch import RESULTS, launch
 from recipes.benchmarks.paper_networks import NETWORKS, SIZES, Batch, Network
 from recipes.benchmarks.paper_speed_picture import draw
-from recipes.benchmarks.sides import Entry, Place, Side, init_ranks, local_communicator, only_first
+from recipes.benchmarks.sides import Entry, Place, init_ranks, local_communicator, owner_of
 from recipes.results import print_table, versions, write_json
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -68,30 +66,11 @@ def settings_of(network: Network) -> dict[str, LayerParallelConfig]:
     }
 
 
-def stock_side(place: Place, model: nn.Module, batch: Batch) -> Side:
-    own = copy.deepcopy(model)
+def measured_costs(converted: Any, batch: Batch) -> dict[str, Costs]:
+    """What a layer of each stack, and a message between the ranks, takes here; by the stack's path. Collective.
 
-    def step() -> None:
-        own(**batch).loss.backward()
-
-    return Side(only_first(place, step), list(own.parameters()), dict(own.named_parameters()) if not place.rank else {})
-
-
-def our_side(place: Place, model: nn.Module, batch: Batch, config: LayerParallelConfig) -> Side:
-    own: Any = convert_to_ode(copy.deepcopy(model))  # type: ignore[type-var]
-    handle = parallelize(own, config)
-
-    def step() -> None:
-        own(**batch).loss.backward()
-
-    # the ends are replicated: rank 0 answers for them
-    answers = {n: p for n, p in own.named_parameters() if n in handle.owner_of or place.rank == 0}
-    return Side(step, list(own.parameters()), answers)
-
-
-def measured_costs(model: Any, batch: Batch) -> dict[str, Costs]:
-    """What a layer of each stack, and a message between the ranks, takes here; by the stack's path. Collective."""
-    converted = convert_to_ode(copy.deepcopy(model))
+    The converted model serves nothing else afterwards.
+    """
     found: dict[str, Costs] = {}
 
     def solver(path: str, calls: Sequence[RecordedCall], x: Tensor) -> Tensor:
@@ -115,13 +94,14 @@ def run_rank(options: argparse.Namespace) -> None:
     model(**batch).loss.backward()
     exact = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
+    converted = convert_to_ode(copy.deepcopy(model))
     entries = [Entry(SERIAL, {}, partial(stock_side, place, model, batch))]
     entries += [
-        Entry(side, config.to_dict(), partial(our_side, place, model, batch, config))
+        Entry(side, config.to_dict(), partial(our_side, place, converted, batch, config))
         for side, config in settings_of(network).items()
     ]
     sides = measure(entries, exact, options.rounds)
-    costs = {path: dataclasses.asdict(found) for path, found in measured_costs(model, batch).items()}
+    costs = {path: dataclasses.asdict(found) for path, found in measured_costs(converted, batch).items()}
     if place.rank == 0:
         layers = sum(p.numel() for name, p in model.named_parameters() if name.startswith(tuple(costs)))
         sizes = {"layers": layers, "ends": sum(p.numel() for p in model.parameters()) - layers}
@@ -132,8 +112,7 @@ def run_rank(options: argparse.Namespace) -> None:
 
 def stack_seconds(config: LayerParallelConfig, depth: int, ranks: int, costs: Costs) -> float:
     """The simulated step of one stack."""
-    points = list(inner_grid(config, depth, (0, 0)).levels[1]) if config.strategy == "mgrit" else []
-    return predict_step(config, contiguous_owner(depth, ranks, boundaries=points), costs, num_ranks=ranks).makespan
+    return predict_step(config, owner_of(config, depth, ranks, interleaved=False), costs, num_ranks=ranks).makespan
 
 
 def predictions(network: Network, found: dict[str, Any]) -> dict[str, Any]:

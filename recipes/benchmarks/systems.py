@@ -19,7 +19,7 @@ SWITCHED_AFTER = 2 / 3
 """The share of a "switched" run that is trained layer-parallel."""
 
 
-def mgrit(operator: str, coarsening: int, forward: int, backward: int) -> tuple[str, ...]:
+def mgrit(operator: str, coarsening: int = 4, forward: int = 1, backward: int = 1) -> tuple[str, ...]:
     """Options of MGRIT on two levels; 0 iterations are an exact sweep."""
     settings = {"coarse_operator": operator, "coarsening": coarsening}
     settings |= {"forward_iterations": forward, "backward_iterations": backward}

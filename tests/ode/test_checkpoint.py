@@ -9,7 +9,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ from hf_layerpar.ode import remote
 from hf_layerpar.ode.checkpoint import from_pretrained
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
 from tests import zoo
+from tests.fresh import report_of
 
 torch.set_num_threads(1)
 
@@ -192,23 +192,8 @@ def euler_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def remote_report(euler_checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    env = os.environ | {
-        "PYTHONPATH": str(ROOT),
-        "HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules")),
-        "HF_HUB_OFFLINE": "1",
-    }
-    script = Path(__file__).with_name("load_remote.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(euler_checkpoints)],
-        env=env,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.rpartition("REPORT")[2])
+    environment = {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules")), "HF_HUB_OFFLINE": "1"}
+    return report_of(Path(__file__).with_name("load_remote.py"), euler_checkpoints, environment, timeout=120)
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.report.run import read_run
 from recipes import glue_bert, pretrain_bert
-from recipes.benchmarks.launch import ROOT, launch
+from recipes.benchmarks.launch import ROOT
 from recipes.masking import load_masked
+from tests.recipes.launched import result_of
 
 RECIPES = ROOT / "recipes"
 PAPER = RECIPES / "pretrain_bert_paper.yaml"
@@ -27,11 +27,6 @@ SMALL += ["--logging_steps", "1", "--per_device_train_batch_size", "16", "--per_
 SMALL += ["--learning_rate", "3e-3"]
 TUNED = ["--max_train_samples", "40", "--max_eval_samples", "10", "--max_length", "16", "--max_steps", "4"]
 TUNED += ["--per_device_train_batch_size", "8", "--learning_rate", "1e-3", "--source", "tweets"]
-
-
-def run(recipe: str, folder: Path, processes: int, *options: str) -> dict[str, Any]:
-    launch(processes, RECIPES / f"{recipe}.py", [*options, "--output_dir", str(folder)], timeout=300)
-    return json.loads((folder / "result.json").read_text())
 
 
 def losses(result: dict[str, Any], key: str) -> list[float]:
@@ -45,12 +40,12 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> tuple[dict[str, Any], Path]:
     folder = tmp_path_factory.mktemp("one")
-    return run("pretrain_bert", folder, 1, *SMALL), folder
+    return result_of("pretrain_bert", folder, 1, *SMALL), folder
 
 
 def test_two_processes_train_as_one(one, tmp_path):
     alone, _ = one
-    two = run("pretrain_bert", tmp_path, 2, *SMALL)
+    two = result_of("pretrain_bert", tmp_path, 2, *SMALL)
     assert [rank["layers"]["roberta_prelayernorm.encoder.layer"] for rank in two["ranks"]] == [[0, 1, 2], [3, 4, 5]]
     assert [entry["step"] for entry in alone["evaluation"]] == [2, 4, 5]
     for key in ("evaluation", "steps"):
@@ -105,7 +100,7 @@ def test_pretrained_network_is_fine_tuned(one, tmp_path):
     """Its step sizes come from the checkpoint, on one process as on two; what comes out is ordinary again."""
     _, pretrained = one
     options = ["--model_name", str(pretrained / "model"), *TUNED]
-    alone, two = (run("glue_bert", tmp_path / str(n), n, *options) for n in (1, 2))
+    alone, two = (result_of("glue_bert", tmp_path / str(n), n, *options) for n in (1, 2))
     for result in (alone, two):
         ode = result["settings"]["ode"]
         assert (ode["step_size"], ode["form"], ode["buffers"]) == (0.25, "split", [1, 1])

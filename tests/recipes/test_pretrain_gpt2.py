@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.report.run import read_run
 from recipes import pretrain_gpt2
-from recipes.benchmarks.launch import ROOT, launch
+from recipes.benchmarks.launch import ROOT
+from tests.recipes.launched import result_of
 
-SCRIPT = ROOT / "recipes" / "pretrain_gpt2.py"
 PAPER = ROOT / "recipes" / "pretrain_gpt2_paper.yaml"
 SMALL = ["--width", "32", "--heads", "2", "--inner_layers", "4", "--step_size", "0.25", "--buffers", "1", "1"]
 SMALL += ["--block_size", "16", "--max_eval_blocks", "8", "--max_steps", "5", "--eval_steps", "2"]
@@ -24,8 +23,7 @@ SMALL += ["--logging_steps", "1", "--per_device_train_batch_size", "4", "--per_d
 
 
 def run(folder: Path, processes: int, *options: str) -> dict[str, Any]:
-    launch(processes, SCRIPT, [*SMALL, "--output_dir", str(folder), *options], timeout=300)
-    return json.loads((folder / "result.json").read_text())
+    return result_of("pretrain_gpt2", folder, processes, *SMALL, *options)
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,10 @@ from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.report.run import read_run
 from recipes import tag_morphology, tagging
-from recipes.benchmarks.launch import ROOT, launch
+from recipes.benchmarks.launch import ROOT
 from recipes.treebank import Sentence, load_treebank
+from tests.recipes.launched import result_of
 
-SCRIPT = ROOT / "recipes" / "tag_morphology.py"
 PAPER = ROOT / "recipes" / "tag_morphology_paper.yaml"
 SMALL = ["--width", "32", "--heads", "2", "--mlp_width", "32", "--inner_layers", "4", "--step_size", "0.5"]
 SMALL += ["--buffers", "1", "1", "--max_length", "16", "--vocabulary", "500", "--max_train_samples", "100"]
@@ -28,8 +28,7 @@ SENTENCES = [Sentence(("the", "dog", "barks"), ("DET", "NOUN", "VERB"))]
 
 
 def run(folder: Path, processes: int, *options: str) -> dict[str, Any]:
-    launch(processes, SCRIPT, [*SMALL, "--output_dir", str(folder), *options], timeout=300)
-    return json.loads((folder / "result.json").read_text())
+    return result_of("tag_morphology", folder, processes, *SMALL, *options)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,10 @@ from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.report.run import read_run
 from recipes import train_vit
-from recipes.benchmarks.launch import ROOT, launch
+from recipes.benchmarks.launch import ROOT
 from recipes.images import load_images, pixel_rows
+from tests.recipes.launched import result_of
 
-SCRIPT = ROOT / "recipes" / "train_vit.py"
 PAPER = ROOT / "recipes" / "train_vit_paper.yaml"
 SMALL = ["--dataset_name", "digits", "--image_size", "8", "--patch_size", "4", "--validation_rows", "50"]
 SMALL += ["--width", "32", "--heads", "2", "--inner_layers", "4", "--step_size", "0.25", "--buffers", "1", "1"]
@@ -26,8 +25,7 @@ SMALL += ["--per_device_train_batch_size", "16", "--per_device_eval_batch_size",
 
 
 def run(folder: Path, processes: int, *options: str) -> dict[str, Any]:
-    launch(processes, SCRIPT, [*SMALL, "--output_dir", str(folder), *options], timeout=300)
-    return json.loads((folder / "result.json").read_text())
+    return result_of("train_vit", folder, processes, *SMALL, *options)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,13 @@ from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.report.run import read_run
 from recipes import translate_marian
-from recipes.benchmarks.launch import ROOT, launch
+from recipes.benchmarks.launch import ROOT
 from recipes.bitext import Bitext, load_bitext
 from recipes.predictions import accuracy, likeliest
 from recipes.translation_metrics import bleu_of_generated, corpus_bleu
 from tests.multiproc import run_ranks
+from tests.recipes.launched import result_of
 
-SCRIPT = ROOT / "recipes" / "translate_marian.py"
 PAPER = ROOT / "recipes" / "translate_marian_paper.yaml"
 VOCAB, LENGTH, TRAIN, VALIDATION = 600, 24, 6000, 24
 NETWORK = ["--width", "32", "--heads", "2", "--inner_layers", "2", "--step_size", "0.5", "--buffers", "1", "1"]
@@ -42,8 +41,7 @@ SMALL += ["--per_device_train_batch_size", "8", "--per_device_eval_batch_size", 
 
 
 def run(folder: Path, processes: int, *options: str) -> dict[str, Any]:
-    launch(processes, SCRIPT, [*SMALL, "--output_dir", str(folder), *options], timeout=300)
-    return json.loads((folder / "result.json").read_text())
+    return result_of("translate_marian", folder, processes, *SMALL, *options)
 
 
 @pytest.fixture(scope="module")
