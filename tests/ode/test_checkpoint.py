@@ -34,7 +34,6 @@ torch.set_num_threads(1)
 
 POST_NORM = tuple(name for name in zoo.NAMES if name not in zoo.SPLIT)
 GEMMA = ("gemma2", "gemma3")
-ROOT = Path(__file__).parents[2]
 
 
 def build(name: str, **changes: Any) -> tuple[Any, zoo.Inputs]:
