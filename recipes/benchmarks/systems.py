@@ -36,8 +36,7 @@ class System:
     options: of every side.
     coarsening, forward, backward: the paper's settings; 0 iterations are an exact sweep.
     steps: of training. Checks are made every twentieth of them.
-    without: the usual sides that it doesn't have (the small GPT-2 has its adaptive runs in `controller.py`).
-    more_sides: those that it has beside them, by name.
+    more_sides: those that it has beside the usual ones, by name.
     """
 
     recipe: str
@@ -49,7 +48,6 @@ class System:
     forward: int
     backward: int
     steps: int
-    without: tuple[str, ...] = ()
     more_sides: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
@@ -62,13 +60,12 @@ class System:
         watch = ("--check_every", str(self.steps // 20), "--check_gradient", "true", "--controller_ranks", "8")
         paper = mgrit("rediscretize", self.coarsening, self.forward, self.backward)
         ours = mgrit("aggregate", self.coarsening, 1, 1)
-        usual = {
+        return {
             "serial": EXACT,
             "paper": (*paper, *watch, "--controller", "paper"),
             "switched": paper,
             "adaptive": (*ours, *watch, "--controller", "adaptive"),
-        }
-        return {side: options for side, options in usual.items() if side not in self.without} | self.more_sides
+        } | self.more_sides
 
     def command(self, side: str, seed: int, folder: str) -> list[str]:
         """The recipe's options for one run."""
@@ -100,9 +97,9 @@ SYSTEMS = {
         figure="Figure 3: MT, encoder and decoder of 6 inner layers",
         metric="bleu",
         more_is_better=True,
-        options=words("--eval_steps 100"),
+        options=words("--eval_steps 100 --max_eval_samples 512"),
         coarsening=3,
-        forward=1,
+        forward=2,
         backward=1,
         steps=1000,
     ),
@@ -130,7 +127,6 @@ SYSTEMS = {
         forward=0,
         backward=1,
         steps=2000,
-        without=("adaptive",),
         more_sides={
             f"serial{UNBUFFERED}": (*EXACT, *NO_BUFFERS),
             f"paper{UNBUFFERED}": (*mgrit("rediscretize", 4, 0, 1), *NO_BUFFERS),
