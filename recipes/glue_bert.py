@@ -44,8 +44,8 @@ from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.convert import convert_to_ode
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
-from recipes.glue_tasks import encode, get_task, load_splits, majority_share, metrics_for
-from recipes.offline import OFFLINE, minilm
+from recipes.glue_tasks import GLUE, encode, get_task, load_splits, majority_share, metrics_for
+from recipes.offline import OFFLINE, SENTENCES, minilm
 from recipes.running import run_recipe
 from recipes.settings import common_settings, parse_settings
 
@@ -177,7 +177,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
                 result["metrics"][split]["majority"] = majority_share(rows)
         return {"metric_origin": metric_origin}
 
-    return run_recipe(trainer, recipe, began, {name: features[name] for name in splits.held_out}, also)
+    data = f"{SENTENCES.about}: {recipe.source}" if recipe.task == OFFLINE else GLUE
+    return run_recipe(trainer, recipe, began, {name: features[name] for name in splits.held_out}, data, also)
 
 
 if __name__ == "__main__":

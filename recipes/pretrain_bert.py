@@ -43,7 +43,7 @@ from transformers import (
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
 from recipes.masking import Masks, load_masked, masked_accuracy
-from recipes.offline import OFFLINE
+from recipes.offline import ENGLISH, OFFLINE, data_name
 from recipes.predictions import likeliest
 from recipes.running import run_recipe
 from recipes.settings import NetworkArguments, common_settings, parse_settings
@@ -151,7 +151,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         preprocess_logits_for_metrics=likeliest,
         callbacks=list(callbacks),
     )
-    return run_recipe(trainer, recipe, began, {"validation": text.validation})
+    data = data_name(recipe.dataset_name, ENGLISH)
+    return run_recipe(trainer, recipe, began, {"validation": text.validation}, data)
 
 
 if __name__ == "__main__":

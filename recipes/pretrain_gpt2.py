@@ -37,7 +37,7 @@ from transformers import (
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
 from recipes.language import load_blocks
-from recipes.offline import OFFLINE
+from recipes.offline import ENGLISH, OFFLINE, data_name
 from recipes.running import run_recipe
 from recipes.settings import NetworkArguments, common_settings, parse_settings
 
@@ -124,7 +124,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         processing_class=blocks.tokenizer,
         callbacks=list(callbacks),
     )
-    return run_recipe(trainer, recipe, began, {"validation": blocks.validation})
+    data = data_name(recipe.dataset_name, ENGLISH)
+    return run_recipe(trainer, recipe, began, {"validation": blocks.validation}, data)
 
 
 if __name__ == "__main__":

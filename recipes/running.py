@@ -1,6 +1,7 @@
 """The course that every recipe takes: compare gradients, train, evaluate, save, and write result.json.
 
 result.json of every recipe holds
+- data: what the model card calls it
 - settings: {"recipe", "ode", "layer_parallel", "training"}
 - rows: {split: number of rows}
 - metrics: {split: {"loss", and the task's metrics}} after training
@@ -116,12 +117,12 @@ def evaluate(trainer: Trainer, name: str, rows: Any) -> dict[str, float]:
     return metrics_of(last, "eval")
 
 
-def save(trainer: Trainer, folder: Path) -> None:
+def save(trainer: Trainer, folder: Path, data: str) -> None:
     """The model into `folder`; with push_to_hub also its card, and both to the Hub."""
     before, trainer.args.output_dir = trainer.args.output_dir, str(folder)
     try:
         if trainer.args.push_to_hub:
-            trainer.push_to_hub()
+            trainer.push_to_hub(dataset=data)
         else:
             trainer.save_model()
     finally:
@@ -133,6 +134,7 @@ def run_recipe(
     recipe: Any,
     began: float,
     held_out: Mapping[str, Any],
+    data: str,
     also: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda result: {},
 ) -> dict[str, Any]:
     """Train, evaluate, save; returns what <output_dir>/result.json holds, on every rank.
@@ -142,6 +144,7 @@ def run_recipe(
         recipe: the recipe's dataclass, with `agreement_batches`.
         began: `time.monotonic()` of the recipe's start.
         held_out: split -> its rows, evaluated after training.
+        data: what the model card calls them (`recipes.offline.data_name`).
         also: given the result, more entries for it; called on every rank.
 
     The model is saved to <output_dir>/model, with `--push_to_hub true --hub_model_id NAME` to the Hub too, and the logs
@@ -164,10 +167,11 @@ def run_recipe(
     metrics = {name: evaluate(trainer, name, split) for name, split in held_out.items()}
     folder = Path(str(args.output_dir))
     trainer.save_state()
-    save(trainer, folder / "model")
+    save(trainer, folder / "model", data)
 
     log = trainer.state.log_history
     result = {
+        "data": data,
         "settings": settings_of(recipe, args, model, stock),  # type: ignore[arg-type]
         "rows": {name: size(split) for name, split in {"train": rows, **held_out}.items()},
         "metrics": metrics,
@@ -196,8 +200,7 @@ def size(rows: Any) -> int | None:
 def report(result: dict[str, Any]) -> None:
     """The result as a table on the terminal."""
     settings = result["settings"]
-    data = settings["recipe"].get("dataset_name") or settings["recipe"].get("task")
-    rows: list[tuple[str, Any]] = [("data", data), ("processes", len(result["ranks"]))]
+    rows: list[tuple[str, Any]] = [("data", result["data"]), ("processes", len(result["ranks"]))]
     rows += [("strategy", (settings["layer_parallel"] or {"strategy": "stock"})["strategy"])]
     if settings["ode"]:
         rows += [("step size", settings["ode"]["step_size"])]

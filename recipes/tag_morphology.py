@@ -41,7 +41,7 @@ from transformers import (
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
-from recipes.offline import OFFLINE
+from recipes.offline import HEBREW, OFFLINE, data_name
 from recipes.predictions import likeliest
 from recipes.running import run_recipe
 from recipes.settings import NetworkArguments, common_settings, parse_settings
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
             result["metrics"][name] |= baselines(train, split, labels)
         return {}
 
-    return run_recipe(trainer, recipe, began, rows, also)
+    return run_recipe(trainer, recipe, began, rows, data_name(recipe.dataset_name, HEBREW), also)
 
 
 if __name__ == "__main__":

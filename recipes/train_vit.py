@@ -41,7 +41,7 @@ from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
 from recipes.images import crop_and_mirror, load_images, pixel_rows
-from recipes.offline import OFFLINE
+from recipes.offline import FASHION_MNIST, OFFLINE, data_name
 from recipes.predictions import accuracy, likeliest
 from recipes.running import run_recipe
 from recipes.settings import NetworkArguments, common_settings, parse_settings
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         preprocess_logits_for_metrics=likeliest,
         callbacks=list(callbacks),
     )
-    return run_recipe(trainer, recipe, began, features)
+    return run_recipe(trainer, recipe, began, features, data_name(recipe.dataset_name, FASHION_MNIST))
 
 
 if __name__ == "__main__":

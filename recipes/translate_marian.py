@@ -51,7 +51,7 @@ from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
 from recipes.bitext import Bitext, load_bitext
-from recipes.offline import OFFLINE
+from recipes.offline import ENGLISH, OFFLINE, SPANISH, data_name
 from recipes.predictions import accuracy, likeliest
 from recipes.running import run_recipe
 from recipes.settings import NetworkArguments, common_settings, parse_settings
@@ -195,7 +195,8 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
         rows = zip(bitext.sources, bitext.references, translations, strict=True)
         return {"bleu": bleu, "translations": [dict(zip(names, row, strict=True)) for row in rows][:SHOWN]}
 
-    return run_recipe(trainer, recipe, began, {"validation": bitext.validation}, also)
+    data = data_name(recipe.dataset_name, ENGLISH, SPANISH)
+    return run_recipe(trainer, recipe, began, {"validation": bitext.validation}, data, also)
 
 
 if __name__ == "__main__":

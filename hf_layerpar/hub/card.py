@@ -34,7 +34,7 @@ class CardFacts:
     solver: from `solver_facts`.
     changes: (step, settings) wherever the controller chose others.
     training: hyperparameters by the names of the training arguments, and what else there is to say.
-    metrics: split -> metric -> value.
+    metrics: split -> metric -> value. exact_metrics: those of a run with the exact gradient, otherwise the same.
     evaluation: {"step", "loss", ...} over the run.
     """
 
@@ -54,6 +54,7 @@ class CardFacts:
     changes: tuple[tuple[int, str], ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    exact_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     evaluation: tuple[Mapping[str, Any], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 

@@ -29,7 +29,8 @@ RETURN = 0.5
 class Reading:
     """What a check measured of one setting on one batch; None: not measured, or there is nothing to measure.
 
-    rho_forward, rho_backward: the last convergence factor ||r^(k+1)|| / ||r^(k)|| with twice the iterations.
+    rho_forward, rho_backward: the last convergence factor ||r^(k+1)|| / ||r^(k)|| with twice the iterations, of those
+        before the solve is exact (on few intervals none is).
     cosine, norm_ratio: of the setting's gradient with the exact one.
     bias_to_noise: ||setting's gradient - exact|| over the standard deviation that the step's exact gradient has from
         the choice of its batch.

@@ -4,6 +4,7 @@ decides, alike on all ranks."""
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_layerpar.agreement import GradientProbe, batch_rows
 from hf_layerpar.config import LayerParallelConfig
@@ -25,6 +27,8 @@ from hf_layerpar.parallel.mesh import Mesh
 from hf_layerpar.sharding import LayerParallel
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.controller import Controller, Policy, Reading
+
+logger = logging.get_logger(__name__)
 
 STATE = "LayerParallelController"
 """Where a Trainer's state keeps the controller's: `state.stateful_callbacks[STATE]`."""
@@ -90,6 +94,13 @@ class Watch:
         texts: dict[str, Any] = {"lp_check_name": describe(controller.settings)}
         if reason:
             texts["lp_check_reason"] = reason
+        unseen = reading.rho is None and (reading.bias is None or controller.policy == "paper")
+        if unseen and not controller.is_exact:
+            logger.warning_once(
+                f"controller={controller.policy!r} sees nothing of {describe(controller.settings)}: on so few "
+                "intervals the doubled iterations are exact, and no convergence factor says how good the ones in force "
+                "are. Use controller='adaptive', or 'raise' with check_gradient=True."
+            )
         if self.with_layers:
             texts["lp_check_lipschitz"] = lipschitz_of_layers(self.handle, lambda: loss(inputs))
         numbers |= {
@@ -111,9 +122,11 @@ class Watch:
             report = probe.handle.report()
             found["damping"] = self._damping(report, settings)
             for direction in ("forward", "backward"):
-                sweeps = [s[direction].convergence_factors for s in report.values() if direction in s]
-                if last := [sweep[-1] for sweep in sweeps if sweep]:
-                    found[f"rho_{direction}"] = self._worst(max(last))
+                sweeps = [s[direction] for s in report.values() if direction in s]
+                if any(sweep.convergence_factors for sweep in sweeps):  # alike on all ranks, as `_worst` must be called
+                    factor = self._worst(max(map(_last_factor, sweeps)))
+                    if factor != -math.inf:
+                        found[f"rho_{direction}"] = factor
         if self.with_gradient:
             compared = probe.compare(settings)
             bias, noise, norm = (
@@ -170,6 +183,13 @@ class Watch:
         with peer_loss("the controller's decision"):
             dist.broadcast_object_list(said, 0)
         return said[0]
+
+
+def _last_factor(sweep: SweepReport) -> float:
+    """The last convergence factor; -inf where there is none. A residual of zero is that of a solve with as many
+    iterations as make it exact, whatever its convergence."""
+    factors = zip(sweep.convergence_factors, sweep.residuals[1:], strict=True)
+    return next((factor for factor, residual in reversed([*factors]) if residual), -math.inf)
 
 
 def _ladder(

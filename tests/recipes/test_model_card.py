@@ -23,6 +23,7 @@ def result(**changes: Any) -> dict[str, Any]:
     }
     ranks = [{"device": "cpu", "lp_size": 2, "layers": {"bert.encoder.layer": part}} for part in ([0, 1], [2, 3])]
     return {
+        "data": "nyu-mll/glue",
         "settings": settings,
         "metrics": {"validation": {"loss": 0.4321987, "accuracy": 0.8765}},
         "evaluation": [{"step": 3, "loss": 0.5}, {"step": 7, "loss": 0.4321987}],
@@ -59,17 +60,34 @@ def test_offline_data_and_stock_runs(tmp_path: Path) -> None:
         "layer_parallel": None,
         "training": {},
     }
-    card = card_of(tmp_path, result(settings=settings, ranks=[{"device": "cpu"}]))
+    card = card_of(tmp_path, result(data="rated sentences: movies", settings=settings, ranks=[{"device": "cpu"}]))
     assert card.data.datasets is None
     assert card.data.base_model is None
     assert card.data.tags is None
-    assert "from minilm, trained on offline movies" in card.text
+    assert "from minilm, trained on rated sentences: movies" in card.text
     assert "hf_layerpar`" not in card.text.partition("## How to load it")[0]
+
+
+def test_the_metrics_of_an_exact_run_stand_beside(tmp_path: Path) -> None:
+    ours, exact = result(), result(metrics={"validation": {"loss": 0.5, "accuracy": 0.25}})
+    exact["settings"]["layer_parallel"] = LayerParallelConfig().to_dict()
+    (tmp_path / "exact.json").write_text(json.dumps(exact))
+    (tmp_path / "run.json").write_text(json.dumps(ours))
+    command = [str(tmp_path / "run.json"), "-o", str(tmp_path / "card.md"), "--against"]
+    text = ModelCard.load(model_card.main([*command, str(tmp_path / "exact.json")])).text
+    assert "\n| validation | accuracy | 0.8765 | 0.25 |\n" in text
+    assert '\nEvaluation runs all layers exactly, whatever the training did. "Trained exactly" is a run' in text
+    with pytest.raises(ConfigurationError, match="give one that was trained exactly"):
+        model_card.main([*command, str(tmp_path / "run.json")])
+    exact["settings"]["training"]["learning_rate"] = 1.0
+    (tmp_path / "exact.json").write_text(json.dumps(exact))
+    with pytest.raises(ConfigurationError, match=r"learning_rate=0.0003 in the run, 1.0 in the one"):
+        model_card.main([*command, str(tmp_path / "exact.json")])
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="the folder of a finished run"):
         model_card.main([str(tmp_path), "-o", str(tmp_path / "card.md")])
-    with pytest.raises(ConfigurationError, match="has no metrics, ranks"):
+    with pytest.raises(ConfigurationError, match="has no data, metrics, ranks"):
         card_of(tmp_path, {"settings": {}, "seconds": {}, "versions": {}})
     assert not (tmp_path / "card.md").exists()

@@ -11,6 +11,7 @@ import pytest
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.mgrit.ladder import describe, escalation, exact_settings
+from hf_layerpar.training import watching
 from hf_layerpar.training.controller import Controller, Reading
 from tests.multiproc import RankPool
 from tests.training import runs, scenarios
@@ -263,3 +264,19 @@ def test_arguments_are_checked(settings, message, tmp_path: Path):
 def test_policies_need_something_to_choose_from(settings, message, tmp_path: Path):
     with pytest.raises(ConfigurationError, match=message):
         runs.trainer(str(tmp_path), "llama", settings)
+
+
+@pytest.mark.parametrize(("check_gradient", "warned"), [(False, True), (True, False)])
+def test_exact_solves_have_no_convergence_factor(check_gradient, warned, tmp_path: Path, monkeypatch):
+    """Two intervals: twice one iteration is exact, and a factor of 0 would praise it."""
+    warnings: list[str] = []
+    monkeypatch.setattr(watching.logger, "warning_once", warnings.append)
+    settings = {"strategy": "mgrit", "coarsening": 2, "controller": "raise", "check_gradient": check_gradient}
+    run = runs.trainer(str(tmp_path), "llama", settings | {"controller_bound": 99.0, "check_every": 1, "max_steps": 2})
+    run.train()
+    checks = [entry for entry in run.state.log_history if "lp_check_setting" in entry]
+    assert len(checks) == 2
+    assert not any("lp_check_rho_forward" in check or "lp_check_rho_backward" in check for check in checks)
+    assert [message.partition(":")[0] for message in warnings] == warned * 2 * [
+        "controller='raise' sees nothing of mgrit aggregate 1/1 c=2"
+    ]
