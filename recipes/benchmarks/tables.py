@@ -192,17 +192,44 @@ def paper() -> str:
     return markdown(head, rows)
 
 
+def paper_speed() -> str:
+    """The paper's deep networks: a step on two ranks over stock's in one process, and the simulator's speed-ups."""
+    result = load("paper/speed.json")
+    ranks = next(iter(result["networks"].values()))["predicted"]["ranks"]
+    shown = [2, 4, 8, 16, 32, 64]
+    rows = []
+    for name, network in result["networks"].items():
+        depth, sides = network["measured_depth"], network["measured_on_2_ranks"]["sides"]
+        for side, speedups in network["predicted"]["speedup"][str(depth)].items():
+            of_ranks = dict(zip(ranks, speedups, strict=False))  # no more ranks than half the layers
+            cells = [f"{of_ranks[r]:.1f}" if r in of_ranks else "" for r in shown]
+            layers = f"{depth} + {depth}" if network["stacks"] == 2 else f"{depth}"
+            cosine = f"{sides[side]['gradient']['cosine']:.3f}" if "gradient" in sides[side] else ""
+            rows.append([f"{name}, {layers}", side, _ratio(network["measured_on_2_ranks"], side), cosine, *cells])
+    head = ["network, layers", "setting", "2 ranks: time over stock's", "cosine", *(f"{r} ranks" for r in shown)]
+    return markdown(head, rows)
+
+
 def fine_tuning() -> str:
-    """Test accuracy after fine-tuning, by how the network was pretrained."""
+    """Held-out accuracy after fine-tuning, by how the network was pretrained."""
     rows = []
     for task, row in load("paper/fine_tuning.json")["summary"].items():
         sides = row["sides"]
         cells = [f"{100 * sides['serial']['accuracy']:.1f}"]
-        for side in ("switched", "adaptive"):
-            cells.append(f"{100 * sides[side]['accuracy']:.1f} ({100 * sides[side]['minus_serial']:+.1f})")
+        for side in ("switched", "adaptive", "new"):
+            found, apart, error = (100 * sides[side][key] for key in ("accuracy", "minus_serial", "standard_error"))
+            cells.append(f"{found:.1f} ({apart:+.1f} ± {error:.1f})")
         cells += [f"{100 * row['serial_deviation']:.1f}", f"{100 * row['majority']:.1f}"]
         rows.append([task, str(sides["serial"]["runs"]), *cells])
-    head = ["task", "runs a side", "pretrained serially, %", "switched", "adaptive", "deviation of serial's runs"]
+    head = [
+        "task",
+        "runs a side",
+        "pretrained serially, %",
+        "switched",
+        "adaptive",
+        "not pretrained",
+        "deviation of serial's runs",
+    ]
     return markdown([*head, "most frequent label"], rows)
 
 
@@ -217,6 +244,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cosines": cosines,
     "diagnosis": diagnosis,
     "paper": paper,
+    "paper_speed": paper_speed,
     "fine_tuning": fine_tuning,
 }
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
+from hf_layerpar import from_pretrained
 from hf_layerpar.mgrit.simulate import Costs
+from recipes import pretrain_bert
 from recipes.benchmarks import fine_tuning, paper, paper_speed
 from recipes.benchmarks.paper_networks import NETWORKS
 from recipes.benchmarks.paper_picture import draw
@@ -73,14 +77,31 @@ def test_summary_compares_with_serial_of_the_same_seed_and_network(tmp_path):
 def test_fine_tuning_compares_over_the_same_seeds():
     def tuned(side: str, pretrained: int, seed: int, accuracy: float) -> dict:
         where = {"task": "movies", "side": side, "pretraining_seed": pretrained, "seed": seed}
-        return where | {"metrics": {"test": {"accuracy": accuracy, "majority": 0.5}}}
+        splits = {"validation": {"accuracy": 0.5, "majority": 0.5}, "test": {"accuracy": accuracy, "majority": 0.5}}
+        return where | {"rows": {"train": 9, "validation": 1, "test": 3}, "metrics": splits}
 
-    runs = [tuned("serial", 0, 0, 0.75), tuned("serial", 1, 0, 0.625), tuned("adaptive", 1, 0, 0.75)]
-    row = fine_tuning.summarise(runs)["summary"]["movies"]
+    runs = [tuned("serial", 0, 0, 0.75), tuned("serial", 1, 0, 0.5), tuned("adaptive", 1, 0, 1.0)]
+    row = fine_tuning.summarise([*runs, tuned("new", 0, 0, 0.5), tuned("new", 1, 0, 0.5)])["summary"]["movies"]
     assert row["majority"] == 0.5
-    assert row["sides"]["adaptive"] == {"runs": 1, "accuracy": 0.75, "minus_serial": 0.125}
+    one = {"runs": 1, "accuracy": 0.875, "minus_serial": 0.375, "standard_error": None}
+    assert row["sides"]["adaptive"] == one
+    assert row["sides"]["new"]["minus_serial"] == -0.09375
+    assert row["sides"]["new"]["standard_error"] == pytest.approx(0.09375)
     jobs = fine_tuning.jobs(fine_tuning.TASKS, [0, 1])
-    assert len({job["run"] for job in jobs}) == len(jobs) == 2 * 2 * 4 * 3
+    assert len({job["run"] for job in jobs}) == len(jobs) == 2 * 2 * 4 * 4
+
+
+def test_a_new_network_is_not_trained(monkeypatch, tmp_path):
+    monkeypatch.setattr(paper, "MODELS", tmp_path)
+    monkeypatch.setattr(fine_tuning, "SYSTEMS", short("bert", 9, "--width", "16", "--max_eval_blocks", "4"))
+    job = fine_tuning.network_of(fine_tuning.NEW, 3)
+    fine_tuning.make_network(job)
+    saved = from_pretrained(paper.folder_of(job) / "model")
+    recipe, args = pretrain_bert.parse(["--width", "16", "--seed", "3"])
+    tokenizer = AutoTokenizer.from_pretrained(paper.folder_of(job) / "model")
+    new = pretrain_bert.build_model(recipe, tokenizer, args.seed)
+    for name, value in new.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize("name", NETWORKS)
