@@ -100,7 +100,8 @@ def weak() -> str:
     depths = sorted(n for n, ranks in stacks if ranks == 2 and (n // 2, 1) in stacks)
     rows = []
     for name in stacks[depths[0], 2]:
-        if not name.startswith(("gpipe", "1f1b", "ours", "mgrit")):
+        pipeline = name.startswith(("gpipe", "1f1b", "ours")) and name.endswith("M=4")
+        if not (pipeline or (name.startswith("mgrit") and "1/1 M=1" in name)):
             continue
         half = [stacks[n // 2, 1]["serial, 1 thread"]["seconds"]["median"] for n in depths]
         whole = [stacks[n, 2][name]["seconds"]["median"] for n in depths]
@@ -145,7 +146,7 @@ def controller() -> str:
 
 
 def cosines() -> str:
-    """Gradient cosine with the exact one on the serial runs, by operator, at three moments of training."""
+    """Gradient cosine with the exact one on the serial runs, by operator at 1/1 and c=4, at three moments."""
     rows = []
     for run in load("controller.json")["runs"]:
         if not run["gradients"]:
@@ -154,12 +155,12 @@ def cosines() -> str:
         chosen = [min(steps, key=lambda s: abs(s - share * steps[-1])) for share in (0.1, 0.5, 1.0)]
         table: dict[str, dict[int, float]] = {}
         for row in run["gradients"]:
-            table.setdefault(row["settings"].removeprefix("mgrit "), {})[row["step"]] = row["cosine"]
+            if row["settings"].endswith("1/1 c=4"):
+                name = row["settings"].removeprefix("mgrit ").removesuffix(" 1/1 c=4")
+                table.setdefault(name, {})[row["step"]] = row["cosine"]
         what = f"{run['h']}, {run['steps']} steps" + run["side"].removeprefix("serial")
-        if run["side"] != "serial":
-            table = {name: found for name, found in table.items() if name.endswith("1/1 c=4")}
         rows += [[what, name, *(f"{found[s]:.3f} ({s})" for s in chosen)] for name, found in table.items()]
-    return markdown(["serial run", "settings", "early (step)", "middle", "end"], rows)
+    return markdown(["serial run", "operator", "early (step)", "middle", "end"], rows)
 
 
 def diagnosis() -> str:
