@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
@@ -196,6 +197,40 @@ class LayerParallel:
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums `tensor` over the lp ranks, in place. Collective."""
         self._communicator.all_reduce(tensor)
+
+    def grad_norm(self) -> Tensor:
+        """The 2-norm `[]` of all gradients: layers of all lp ranks, and the ends once. The same bits on all lp ranks
+        and at every lp size. Collective over the lp ranks."""
+        grads = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
+        tensors = list(grads.values())
+        found = torch._foreach_norm(tensors) if tensors else ()  # pyright: ignore[reportPrivateImportUsage]
+        norms = dict(zip(grads, found, strict=True))
+        ends = [norm for name, norm in norms.items() if name not in self.owner_of]
+        place = {name: i for i, name in enumerate(self.owner_of)}
+        squares = torch.zeros(len(place), dtype=torch.float64, device=self.device)
+        if layers := {place[name]: norm for name, norm in norms.items() if name in place}:
+            squares[list(layers)] = torch.stack([norm.double() for norm in layers.values()]).square()
+        self.all_reduce(squares)  # exact: each entry comes from one rank
+        everything = squares.tolist()
+        if ends:
+            everything += torch.stack([norm.double() for norm in ends]).square().tolist()
+        return torch.tensor(math.sqrt(math.fsum(everything)), device=self.device)  # fsum knows no order
+
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """`torch.nn.utils.clip_grad_norm_` for gradients that live on several ranks: that one sees other layers on
+        each, and would scale the copies of the ends differently. Returns `grad_norm()` of before. Collective over the
+        lp ranks.
+
+        Raises ConfigurationError for a limit that isn't positive.
+        """
+        if not max_norm > 0:
+            raise ConfigurationError(f"max_norm={max_norm} must be positive; leave the call out to clip nothing")
+        norm = self.grad_norm()
+        scale = max_norm / (float(norm) + 1e-6)
+        if not scale >= 1:  # also where the norm is not a number, as torch
+            grads = [p.grad for p in self._model.parameters() if p.grad is not None]
+            torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
+        return norm
 
     def report(self) -> dict[str, dict[str, SweepReport]]:
         """What the last sweeps of every stack measured: `{stack path: {"forward": ..., "backward": ...}}`.

@@ -44,6 +44,12 @@ def against_stock(name, config, split=None):
     grads = dict(stock.named_parameters())
     norm = math.sqrt(sum(float(p.grad.pow(2).sum()) for p in grads.values() if p.grad is not None))
     error = max(float((p.grad - grads[n].grad).norm()) / norm for n, p in ours.named_parameters() if p.grad is not None)
+    assert float(handle.clip_grad_norm_(norm / 3)) == pytest.approx(norm, rel=1e-6)
+    torch.nn.utils.clip_grad_norm_(stock.parameters(), norm / 3)
+    for n, p in ours.named_parameters():
+        assert p.grad is None or float((p.grad - grads[n].grad).norm()) / norm < 1e-6, n
+    assert float(handle.clip_grad_norm_(norm)) == pytest.approx(norm / 3, rel=1e-5)  # small enough: stays as it is
+    assert float(handle.grad_norm()) == pytest.approx(norm / 3, rel=1e-5)
     full = handle.state_dict()
     if handle.lp_rank == 0:
         assert list(full) == list(stock.state_dict())
@@ -206,6 +212,8 @@ def test_not_converted_and_not_parallelized():
         parallelize(model)
     with pytest.raises(UnsupportedModelError, match="call parallelize"):
         layer_parallel(convert_to_ode(model))
+    with pytest.raises(ConfigurationError, match=r"max_norm=0 must be positive"):
+        parallelize(convert_to_ode(build("llama")[0])).clip_grad_norm_(0)
     with pytest.raises(ConfigurationError, match=r"encoder\.layer: levels=4"):
         parallelize(model, LayerParallelConfig(strategy="mgrit", levels=4, coarsening=2))
     with pytest.raises(ConfigurationError, match=r"split='interleaved' with strategy='pipeline'"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,7 +18,6 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
-from hf_layerpar.parallel.communicator import peer_loss
 from hf_layerpar.parallel.mesh import build_mesh
 from hf_layerpar.sharding import layer_parallel, parallelize
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
@@ -266,35 +264,10 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         self.state.log_history[-1] |= texts
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        norm = self._global_grad_norm(model)
-        scale = self.args.max_grad_norm / (float(norm) + 1e-6)
-        if not scale >= 1:  # also where the norm is not a number, as stock
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
-            torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
-        return norm
+        return self.layer_parallel.clip_grad_norm_(self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return self._global_grad_norm(model) if grad_norm is None else grad_norm
-
-    def _global_grad_norm(self, model: nn.Module) -> Tensor:
-        """The 2-norm over all layers of all lp ranks and the ends once, the same bits at every lp size."""
-        owner_of = self.layer_parallel.owner_of
-        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        tensors = list(grads.values())
-        found = torch._foreach_norm(tensors) if tensors else ()  # pyright: ignore[reportPrivateImportUsage]
-        norms = dict(zip(grads, found, strict=True))
-        ends = [norm for name, norm in norms.items() if name not in owner_of]
-        place = {name: i for i, name in enumerate(owner_of)}
-        squares = torch.zeros(len(place), dtype=torch.float64, device=self.args.device)
-        if layers := {place[name]: norm for name, norm in norms.items() if name in place}:
-            squares[list(layers)] = torch.stack([norm.double() for norm in layers.values()]).square()
-        if self.mesh.lp_size > 1:
-            with peer_loss("the sum of gradient norms"):
-                dist.all_reduce(squares, group=self.mesh.lp_group)  # exact: each entry comes from one rank
-        everything = squares.tolist()
-        if ends:
-            everything += torch.stack([norm.double() for norm in ends]).square().tolist()
-        return torch.tensor(math.sqrt(math.fsum(everything)), device=self.args.device)  # fsum knows no order
+        return self.layer_parallel.grad_norm() if grad_norm is None else grad_norm
 
     # ---- evaluation
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:

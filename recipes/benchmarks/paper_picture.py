@@ -60,7 +60,7 @@ def _indicator(axes: Any, runs: list[dict[str, Any]]) -> None:
 
 
 def _finals(axes: Any, summary: dict[str, Any], colours: dict[str, str]) -> None:
-    sides = [side for side, row in summary["sides"].items() if side != "serial" and row["minus_serial"]]
+    sides = [side for side, row in summary["sides"].items() if not side.startswith("serial") and row["minus_serial"]]
     for place, side in enumerate(sides):
         values = list(summary["sides"][side]["minus_serial"].values())
         axes.plot([place] * len(values), values, "o", color=colours[side])
