@@ -1,13 +1,14 @@
 """Time of one forward and backward: serial torch, what torch offers for two ranks, and ours, beside their accuracy.
 
-    python recipes/benchmarks/speed.py [--layers 32 64 128] [--rounds N] [--only TEXT ...]
+    python recipes/benchmarks/speed.py [--layers 32 64 128] [--tables stack ends] [--rounds N] [--only TEXT ...]
 
 Starts its ranks itself: one and two gloo processes of one thread each. For every depth and number of ranks all sides
 are alive at once and make their steps in alternation. Two tables: "stack", the bare stack of `stack.py` with the
 gradient at its end given; "ends", a GPT-2 around the same stack with embedding, head and loss. Ratios are to the
 median of serial one-thread torch in the same processes. Beside every time stand the gradient's cosine with the exact
 one, its relative error and norm ratio over all layers, and how much the memory of each rank grew in a step. Written to
-recipes/benchmarks/results/speed.json when all is measured. Takes some twelve minutes on two quiet cores.
+recipes/benchmarks/results/speed.json when all is measured, each table with its command; tables that weren't asked for
+stay there. Takes some twelve minutes on two quiet cores.
 """
 
 from __future__ import annotations
@@ -118,28 +119,27 @@ def main() -> None:
         run_rank(options)
         return
 
-    result: dict[str, Any] = {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "machine": machine(),
-        "sizes": SIZES,
-        "ends": ENDS,
-        "tables": [],
-    }
-    began = time.perf_counter()
+    measured: dict[tuple[str, int, int], dict[str, Any]] = {}
+    how: dict[str, Any] = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
     for num_layers in options.layers:
         for ranks in options.ranks:
             rounds = options.rounds or default_rounds(num_layers)
+            began, how["machine"] = time.perf_counter(), machine()
             with tempfile.TemporaryDirectory() as folder:
                 output = Path(folder) / "found.json"
                 arguments = ["--layers", str(num_layers), "--rounds", str(rounds), "--rank_output", str(output)]
                 arguments += ["--tables", *options.tables, *(["--only", *options.only] if options.only else [])]
                 launch(ranks, Path(__file__), arguments)
                 found = json.loads(output.read_text())
+            how["seconds"] = time.perf_counter() - began  # of all tables of this depth and number of ranks
             for table, content in found.items():
-                result["tables"].append({"table": table, "layers": num_layers, "ranks": ranks} | content)
+                what = {"table": table, "layers": num_layers, "ranks": ranks}
+                measured[table, num_layers, ranks] = what | how | content
                 title = f"{table}, {num_layers} layers, {ranks} rank(s), {content['rounds']} rounds"
                 print_sides(title, content["sides"])
-    result |= {"seconds": time.perf_counter() - began, "versions": versions()}
+    before = json.loads(options.output.read_text(encoding="utf-8"))["tables"] if options.output.exists() else []
+    tables = {(t["table"], t["layers"], t["ranks"]): t for t in before} | measured
+    result = {"sizes": SIZES, "ends": ENDS, "tables": list(tables.values()), "versions": versions()}
     write_json(options.output, result)
 
 
