@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.data import Dataset
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hf_layerpar.errors import ConfigurationError
 from recipes.offline import NAME_OFFLINE, OFFLINE, DownloadError, english_text, hub_dataset
 
 HELD_OUT = 0.05
 """The share of the offline text, its end, that is kept for validation."""
+
+_SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,22 @@ def held_out_blocks(tokens: np.ndarray, length: int, max_eval_blocks: int) -> tu
     return TokenBlocks(train, length), TokenBlocks(validation, length).spread(max_eval_blocks)
 
 
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token a byte of UTF-8, numbered as by ByT5's tokenizer, but without its end token after every text: a prompt
+    is not at its end."""
+    numbers = {character: byte + len(_SPECIAL) for byte, character in bytes_to_unicode().items()}
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(_SPECIAL)} | numbers, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # type: ignore[assignment]
+    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    pad, end, unknown = _SPECIAL
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, eos_token=end, unk_token=unknown)
+
+
 def offline_blocks(text: str, length: int, max_eval_blocks: int) -> Blocks:
-    """`held_out_blocks` of UTF-8 bytes, numbered as ByT5's tokenizer does."""
-    tokenizer = ByT5Tokenizer(extra_ids=0)
-    # the tokenizer itself does the same, byte by byte in Python
-    tokens = np.frombuffer(text.encode(), np.uint8).astype(np.uint16) + tokenizer.offset
+    """`held_out_blocks` of the text's bytes."""
+    tokenizer = byte_tokenizer()
+    # the tokenizer itself does the same, much slower
+    tokens = np.frombuffer(text.encode(), np.uint8).astype(np.uint16) + len(_SPECIAL)
     return Blocks(*held_out_blocks(tokens, length, max_eval_blocks), tokenizer)
 
 
@@ -113,6 +128,11 @@ def hub_rows(
 
 def _cut(rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, length: int) -> dict[str, list]:
     """Blocks of the documents, each ended by the tokenizer's end-of-text token."""
+    if tokenizer.eos_token_id is None:
+        raise ConfigurationError(
+            f"tokenizer_name={tokenizer.name_or_path!r} has no end-of-text token, which causal language models need "
+            "between documents"
+        )
     found = tokenizer(rows["text"], add_special_tokens=False)["input_ids"]
     tokens = [token for document in found for token in (*document, tokenizer.eos_token_id)]
     blocks = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
@@ -129,5 +149,8 @@ def load_blocks(
             "least 1"
         )
     if name == OFFLINE:
-        return offline_blocks(english_text(), length, max_eval_blocks)
-    return Blocks(*hub_rows(name, config, tokenizer_name, _cut, length, max_eval_blocks, streaming, seed))
+        blocks = offline_blocks(english_text(), length, max_eval_blocks)
+    else:
+        blocks = Blocks(*hub_rows(name, config, tokenizer_name, _cut, length, max_eval_blocks, streaming, seed))
+    blocks.tokenizer.model_max_length = length  # saved with the model: more positions were not trained
+    return blocks

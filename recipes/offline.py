@@ -362,7 +362,7 @@ def hub_dataset(name: str, config: str | None, remedy: str, **options: Any) -> A
 
     try:
         return load_dataset(name, config, **options)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter where it is a script, which datasets runs no more
         raise DownloadError(
             f"{name!r} ({config}) could not be loaded: {error}. It needs the Hugging Face Hub, or its cache; {remedy}."
         ) from error

@@ -96,6 +96,7 @@ def build_model(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase, see
     )
     set_seed(seed)
     model = GPT2LMHeadModel(config)
+    model.generation_config.max_length = recipe.block_size  # there are no more positions
     # transformers can't tell it from the name of this class; without it the Trainer divides the loss by all T tokens of
     # a row, though only T - 1 are predicted
     model.loss_type = "ForCausalLM"

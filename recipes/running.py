@@ -34,10 +34,10 @@ from hf_layerpar.training.trainer import LayerParallelTrainer
 from recipes.results import print_table, versions, write_json
 
 TRAINING_SETTINGS = (
-    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16"),
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
     *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "gradient_checkpointing"),
 )
-"""The training arguments that result.json records."""
+"""The training arguments that result.json records, beside the precision."""
 
 
 class ProgressLine(TrainerCallback):
@@ -78,7 +78,8 @@ def settings_of(recipe: Any, args: LayerParallelTrainingArguments, model: nn.Mod
         "recipe": dataclasses.asdict(recipe),
         "ode": None if stock else ode_view(model).settings.to_dict(),
         "layer_parallel": None if stock else args.layer_parallel_config.to_dict(),
-        "training": {k: v for k, v in args.to_sanitized_dict().items() if k in TRAINING_SETTINGS},
+        "training": {k: v for k, v in args.to_sanitized_dict().items() if k in TRAINING_SETTINGS}
+        | {"mixed_precision": args.mixed_precision},
     }
 
 
@@ -117,14 +118,20 @@ def evaluate(trainer: Trainer, name: str, rows: Any) -> dict[str, float]:
     return metrics_of(last, "eval")
 
 
-def save(trainer: Trainer, folder: Path, data: str) -> None:
-    """The model into `folder`; with push_to_hub also its card, and both to the Hub."""
+def log_metrics(trainer: Trainer, metrics: Mapping[str, Mapping[str, float]]) -> None:
+    """Puts what the logs lack of a split's metrics beside its last evaluation there: a pushed card has its figures from
+    the logs."""
+    for split, values in metrics.items():
+        prefix = "eval" if split == "validation" else split
+        entry = next(e for e in reversed(trainer.state.log_history) if f"{prefix}_loss" in e)
+        entry |= {f"{prefix}_{name}": value for name, value in values.items()}
+
+
+def push(trainer: Trainer, folder: Path, data: str) -> None:
+    """The model, from `folder`, and its card to the Hub."""
     before, trainer.args.output_dir = trainer.args.output_dir, str(folder)
     try:
-        if trainer.args.push_to_hub:
-            trainer.push_to_hub(dataset=data)
-        else:
-            trainer.save_model()
+        trainer.push_to_hub(dataset=data)
     finally:
         trainer.args.output_dir = before
 
@@ -147,8 +154,9 @@ def run_recipe(
         data: what the model card calls them (`recipes.offline.data_name`).
         also: given the result, more entries for it; called on every rank.
 
-    The model is saved to <output_dir>/model, with `--push_to_hub true --hub_model_id NAME` to the Hub too, and the logs
-    to <output_dir>/trainer_state.json, which `hf-layerpar report` reads. The process group is destroyed at the end.
+    The model is saved to <output_dir>/model and the logs to <output_dir>/trainer_state.json, which `hf-layerpar report`
+    reads. With `--push_to_hub true --hub_model_id NAME` the model goes to the Hub too, last: a push that fails costs
+    nothing else. The process group is destroyed at the end.
     """
     args, model, rows = trainer.args, trainer.model, trainer.train_dataset
     assert model is not None
@@ -166,8 +174,7 @@ def run_recipe(
         cosines["after"] = agreement(trainer, model, rows, recipe.agreement_batches)  # type: ignore[arg-type]
     metrics = {name: evaluate(trainer, name, split) for name, split in held_out.items()}
     folder = Path(str(args.output_dir))
-    trainer.save_state()
-    save(trainer, folder / "model", data)
+    trainer.save_model(str(folder / "model"), _internal_call=True)  # with push_to_hub it would be pushed here already
 
     log = trainer.state.log_history
     result = {
@@ -184,9 +191,13 @@ def run_recipe(
         "versions": versions(),
     }
     result |= also(result)
+    log_metrics(trainer, metrics)
+    trainer.save_state()
     if trainer.is_world_process_zero():
         write_json(folder / "result.json", result)
         report(result)
+    if args.push_to_hub:
+        push(trainer, folder / "model", data)
     if dist.is_initialized():
         dist.destroy_process_group()
     return result

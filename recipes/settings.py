@@ -71,7 +71,8 @@ def parse_settings(
     """Settings from an optional YAML file (first) and options (after it), for a recipe's dataclass and the training.
 
     defaults: of either, used where neither file nor options say anything.
-    Raises ConfigurationError for a setting in the file that no option is called.
+    Raises ConfigurationError for a setting in the file that no option is called, and for a stream that several workers
+    read.
     """
     parser = HfArgumentParser((recipe, LayerParallelTrainingArguments))  # type: ignore[arg-type]
     known = {action.dest for action in parser._actions}
@@ -84,4 +85,12 @@ def parse_settings(
             raise ConfigurationError(f"{path} sets {unknown}, which no option is called; see --help for the options")
         defaults = defaults | loaded
     parser.set_defaults(**defaults)
-    return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)  # type: ignore[return-value]
+    found, args = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    if str(args.resume_from_checkpoint).lower() == "true":  # as an option it is text
+        args.resume_from_checkpoint = True
+    if getattr(found, "streaming", False) and args.dataloader_num_workers:
+        raise ConfigurationError(
+            f"dataloader_num_workers={args.dataloader_num_workers} with streaming: each worker would leave out its own "
+            "first rows instead of the validation rows, and train on the rest of these; use 0"
+        )
+    return found, args

@@ -136,6 +136,7 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
     train = treebank.train[: recipe.max_train_samples]
     held_out = {name: getattr(treebank, name)[: recipe.max_eval_samples] for name in ("validation", "test")}
     tokenizer = train_tokenizer(train, recipe.vocabulary)
+    tokenizer.model_max_length = recipe.max_length  # saved with the model: more positions were not trained
     labels = label_names(train)
     rows = {name: encode(split, tokenizer, labels, recipe.max_length) for name, split in held_out.items()}
     trainer = LayerParallelTrainer(

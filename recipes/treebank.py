@@ -84,15 +84,17 @@ def folder_splits(folder: Path, target: str) -> dict[str, list[Sentence]]:
 
 
 def hub_splits(name: str, config: str | None, target: str) -> dict[str, list[Sentence]]:
-    """The splits train, validation and test of a hub data set."""
+    """The splits of a hub data set: train, validation (or dev) and test."""
     remedy = f"--dataset_name {OFFLINE} and --dataset_name FOLDER, with a folder of CoNLL-U files, need neither"
     data = hub_dataset(name, config, remedy)
     needed = ["tokens", "upos"] + ["feats"] * (target == "feats")
     found = {}
-    for split in SPLITS:
-        if split not in data:
-            raise ConfigurationError(f"dataset_name={name!r} has the splits {sorted(data)}; it needs {list(SPLITS)}")
-        rows = data[split]
+    for split, theirs in SPLITS.items():
+        rows = data.get(split, data.get(theirs))
+        if rows is None:
+            raise ConfigurationError(
+                f"dataset_name={name!r} has the splits {sorted(data)}; it needs train, validation (or dev) and test"
+            )
         if not set(needed) <= set(rows.column_names):
             raise ConfigurationError(
                 f"dataset_name={name!r} has the columns {rows.column_names}; target={target!r} needs {needed}"

@@ -14,7 +14,7 @@ from huggingface_hub import (
     ModelCard,
     hf_hub_download,
 )
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, RemoteEntryNotFoundError
 
 CARD_NAME = "README.md"
 
@@ -53,7 +53,7 @@ class Repository:
         """The card that is there, if any."""
         try:
             path = hf_hub_download(self.repo_id, CARD_NAME, revision=self.revision, token=self.api.token)
-        except EntryNotFoundError:
+        except RemoteEntryNotFoundError:  # and not its relative for a Hub that can't be asked
             return None
         return ModelCard.load(path, ignore_metadata_errors=True)
 

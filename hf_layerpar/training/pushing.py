@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveS
 from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.hub import PushInProgress, hf_api
 
-from hf_layerpar.hub.card import CardFacts, changes_of, make_card, metrics_of, solver_facts
+from hf_layerpar.hub.card import MARK, CardFacts, changes_of, make_card, merged, metrics_of, solver_facts
 from hf_layerpar.hub.upload import CARD_NAME, Repository
 from hf_layerpar.ode.files import is_of_a_checkpoint
 from hf_layerpar.ode.pushing import VERSIONS, model_facts
@@ -28,7 +28,7 @@ from hf_layerpar.training.saving import ShardedSaving
 logger = logging.get_logger(__name__)
 
 HYPERPARAMETERS = (
-    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed", "bf16"),
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "seed"),
     *("optim", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm"),
 )
 _LAST_CHECKPOINT = "last-checkpoint"
@@ -170,7 +170,16 @@ class HubPushing(ShardedSaving):
         token = self.args.hub_token if token is None else token
         revision = self.args.hub_revision if revision is None else revision
         repo_id = str(self.hub_model_id)
-        return lambda: Repository(repo_id, token=token, revision=revision).commit(files, message, replaces=replaces)
+
+        def commit() -> CommitInfo:
+            repository = Repository(repo_id, token=token, revision=revision)
+            path = dict(files)[CARD_NAME]
+            card = ModelCard.load(path, ignore_metadata_errors=True)
+            if MARK in card.text:
+                merged(card, repository.card()).save(path)
+            return repository.commit(files, message, replaces=replaces)
+
+        return commit
 
     def _on_first(self, action: Callable[[], Any]) -> Any:
         group = dist.group.WORLD if self.mesh.world_size > 1 else None
@@ -189,7 +198,8 @@ class HubPushing(ShardedSaving):
         dataset: str | list[str] | None = None,
         dataset_args: str | list[str] | None = None,
     ) -> None:
-        """Writes output_dir/README.md from the run's state, on the first process; tags of one that is there are kept.
+        """Writes output_dir/README.md from the run's state, on the first process. One that is there and was written by
+        people is kept, and tagged; tags of another are kept.
 
         The arguments are stock's. dataset: what the data is called, the Hub's names (owner/name) among them become
         metadata; dataset_tags is another name of it.
@@ -198,7 +208,7 @@ class HubPushing(ShardedSaving):
             return
         args = self.args
         path = Path(str(args.output_dir)) / CARD_NAME
-        kept = (ModelCard.load(path, ignore_metadata_errors=True).data.get("tags") or []) if path.is_file() else []
+        there = ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else None
         base = getattr(self.model, "model_tags", None) or []
         facts = model_facts(self.model)
         log = self.state.log_history
@@ -208,6 +218,7 @@ class HubPushing(ShardedSaving):
             solver["controller"] = args.controller
         values = args.to_sanitized_dict()
         training = {name: values[name] for name in HYPERPARAMETERS if name in values}
+        training["mixed_precision"] = args.mixed_precision
         training["optimizer steps"] = self.state.global_step
         if seconds := [entry["train_runtime"] for entry in log if "train_runtime" in entry]:
             training["seconds"] = seconds[-1]
@@ -216,7 +227,7 @@ class HubPushing(ShardedSaving):
             "base_model": finetuned_from or facts["base_model"],
             "task": _first(tasks) or facts["task"],
             "datasets": tuple(_listed(dataset) or _listed(dataset_tags) or _dataset_names(self)),
-            "tags": (*kept, *base, *_listed(tags), "generated_from_trainer"),
+            "tags": (*base, *_listed(tags), "generated_from_trainer"),
             "language": language,
             "license": license,
             "solver": solver_facts(args.layer_parallel_config.to_dict(), **solver),
@@ -229,7 +240,7 @@ class HubPushing(ShardedSaving):
             "versions": {name: importlib.metadata.version(name) for name in (*VERSIONS, "accelerate")},
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        make_card(CardFacts(**facts)).save(path)
+        merged(make_card(CardFacts(**facts)), there).save(path)
 
 
 def evaluations_of(log: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -53,9 +53,10 @@ def refuse_unsupported(args: LayerParallelTrainingArguments, model: nn.Module | 
             args.enable_jit_checkpoint,
             "it saves on a signal that reaches the processes at different steps; use save_steps (writing is atomic)",
         ),
-        "fp16": (
-            args.fp16,
-            "its loss scaler would skip steps on one lp rank and not on another; use bf16=True",
+        f"{args.mixed_precision} (of the arguments, or of accelerate's config)": (
+            args.mixed_precision in ("fp16", "fp8"),
+            "fp16's loss scaler would skip steps on one lp rank and not on another, and fp8 replaces the layers; use "
+            "bf16=True",
         ),
         f"label_smoothing_factor={args.label_smoothing_factor} with sliced_ends": (
             args.sliced_ends and args.label_smoothing_factor != 0,

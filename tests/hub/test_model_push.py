@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import LocalEntryNotFoundError
 
+from hf_layerpar.hub import upload
 from tests.hub import scenarios
 from tests.hub.endpoint import Endpoint
 from tests.hub.stock import load_stock
@@ -107,6 +109,17 @@ def test_a_card_that_people_wrote_is_kept(endpoint: Endpoint, ranks: RankPool, t
     assert card.text.strip() == "Written with care."
     assert card.data.license == "mit"
     assert {"theirs", "hf_layerpar", "mine"} <= set(card.data.tags)
+
+
+def test_a_hub_that_cannot_be_asked_has_no_missing_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise LocalEntryNotFoundError("timed out")
+
+    monkeypatch.setattr(upload, "hf_hub_download", unreachable)
+    repository = object.__new__(upload.Repository)
+    repository.api, repository.repo_id, repository.revision = HfApi(), "tester/written", None
+    with pytest.raises(LocalEntryNotFoundError):
+        repository.card()
 
 
 def _base64(text: str) -> str:

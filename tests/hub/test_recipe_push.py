@@ -48,4 +48,5 @@ def test_a_recipe_pushes_what_stock_pipelines_load(
     card = (tmp_path / "model" / "README.md").read_text()
     accuracy = json.loads((tmp_path / "result.json").read_text())["metrics"]["test"]["accuracy"]
     assert f"{accuracy:.4g}" in card, "the test accuracy is not on the card"
+    assert "| test | majority |" in card, "a metric that the recipe adds is not on the card"
     assert "trained on the rated sentences of Hutto and Gilbert (ICWSM 2014, MIT licence): movies" in card

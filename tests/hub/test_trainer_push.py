@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,22 @@ def test_the_card_tells_the_run(trained: Any, endpoint: Endpoint) -> None:
     plain = ModelCard(endpoint.text("tester/lp1", "README.md"))
     assert "trust_remote_code" not in plain.text
     assert "| dp_size | 2 |" in plain.text
+
+
+def test_a_card_that_people_wrote_is_kept(endpoint: Endpoint, ranks: RankPool, tmp_path: Path) -> None:
+    repo_id, content = "tester/described", "---\nlicense: mit\ntags: [theirs]\n---\nWritten with care.\n"
+    ranks.run(scenarios.push_serial, tmp_path, repo_id, "llama", {})
+    line = {"key": "file", "value": {"path": "README.md", "content": base64.b64encode(content.encode()).decode()}}
+    endpoint.store.commit(repo_id, "main", [{"key": "header", "value": {"summary": "words"}}, line])
+    settings = SAVING | {"lp_size": 2, "hub_model_id": repo_id, "hub_strategy": "every_save"}
+    ranks.run(scenarios.train_and_push, tmp_path / "run", settings, {}, tmp_path / "file.pt")
+    history = endpoint.store.history(repo_id)
+    assert history[-3]["message"] == "Training in progress, step 2"
+    for commit in history[-3:]:
+        card = ModelCard(endpoint.text(repo_id, "README.md", commit["oid"]))
+        assert card.text.strip() == "Written with care."
+        assert card.data.license == "mit"
+        assert {"theirs", "hf_layerpar"} <= set(card.data.tags)
 
 
 def test_a_run_goes_on_from_the_hub(trained: Any, endpoint: Endpoint, ranks: RankPool, tmp_path: Path) -> None:

@@ -133,6 +133,12 @@ def test_options_override_the_settings_file(tmp_path):
     assert args.lp_size == 1
 
 
+def test_fine_tuning_of_the_paper():
+    recipe, args = glue_bert.parse([str(ROOT / "recipes" / "glue_bert_paper.yaml"), "--task", "mrpc"])
+    assert (recipe.task, recipe.model_name) == ("mrpc", "runs/pretrain_bert_paper/model")
+    assert (args.layer_parallel_config.strategy, args.max_steps, args.num_train_epochs) == ("pipeline", -1, 3)
+
+
 def test_wrong_settings_are_named(tmp_path):
     settings = tmp_path / "settings.yaml"
     settings.write_text("max_step: 7\n")

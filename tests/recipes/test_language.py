@@ -10,7 +10,7 @@ from transformers import ByT5Tokenizer
 
 from hf_layerpar.errors import ConfigurationError
 from recipes import language
-from recipes.language import load_blocks, offline_blocks
+from recipes.language import byte_tokenizer, load_blocks, offline_blocks
 from recipes.offline import DownloadError, english_text
 
 TEXT = "".join(f"Line {i}: “naïve” text.\n" for i in range(400))
@@ -28,8 +28,18 @@ def test_offline_blocks_are_the_text_split_by_position():
     row = found.train[3]
     assert row["input_ids"].dtype == torch.int64
     assert torch.equal(row["input_ids"], row["labels"])
-    assert found.tokenizer(TEXT[:200], add_special_tokens=False)["input_ids"] == list(train[: len(TEXT[:200].encode())])
-    assert len(found.tokenizer) == 259
+    assert found.tokenizer(TEXT[:200])["input_ids"] == list(train[: len(TEXT[:200].encode())])
+
+
+def test_bytes_are_numbered_as_by_byt5():
+    tokenizer, theirs = byte_tokenizer(), ByT5Tokenizer(extra_ids=0)
+    text = "".join(map(chr, range(1, 3000)))
+    numbers = tokenizer(text)["input_ids"]
+    assert numbers == theirs(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(numbers, clean_up_tokenization_spaces=False) == text
+    assert len(tokenizer) == len(theirs) == 259
+    for name in ("pad_token_id", "eos_token_id", "unk_token_id"):
+        assert getattr(tokenizer, name) == getattr(theirs, name)
 
 
 def test_validation_slice_is_spread_over_its_part():
@@ -81,12 +91,21 @@ def test_hub_faults_name_the_remedy(monkeypatch, tmp_path):
     with pytest.raises(ConfigurationError, match=r"'some/web' has the columns \['content', 'meta'\]"):
         load_blocks("some/web", "small", str(tmp_path), 20, 10, False, seed=0)
 
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("no route")
+    hub(monkeypatch, False)
+    endless = byte_tokenizer()
+    endless.eos_token = None
+    endless.save_pretrained(tmp_path / "endless")
+    with pytest.raises(ConfigurationError, match="has no end-of-text token"):
+        load_blocks("some/web", "small", str(tmp_path / "endless"), 20, 10, False, seed=0)
 
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(DownloadError, match="--dataset_name offline"):
-        load_blocks("some/web", "small", str(tmp_path), 20, 10, False, seed=0)
+    for error in (ConnectionError("no route"), RuntimeError("Dataset scripts are no longer supported")):
+
+        def unreachable(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(datasets, "load_dataset", unreachable)
+        with pytest.raises(DownloadError, match="--dataset_name offline"):
+            load_blocks("some/web", "small", str(tmp_path), 20, 10, False, seed=0)
 
 
 def test_real_text_is_plain_english():

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.report.run import read_run
 from recipes import pretrain_gpt2
 from recipes.benchmarks.launch import ROOT
+from recipes.language import byte_tokenizer
 from tests.recipes.launched import result_of
 
 PAPER = ROOT / "recipes" / "pretrain_gpt2_paper.yaml"
@@ -76,6 +77,13 @@ def test_saved_model_loads_with_stock_transformers(one):
     assert loss == pytest.approx(result["metrics"]["validation"]["loss"], abs=1e-4)
 
 
+def test_stock_pipeline_writes_on(one):
+    _, folder = one
+    (found,) = pipeline("text-generation", model=str(folder / "model"), device="cpu")("In the ")
+    assert found["generated_text"].startswith("In the ")
+    assert len(found["generated_text"].encode()) > len("In the ")
+
+
 def test_mgrit_measures_its_gradient(tmp_path):
     options = ["--strategy", "mgrit", "--coarsening", "2", "--coarse_operator", "aggregate"]
     result = pretrain_gpt2.main([*SMALL, *options, "--output_dir", str(tmp_path), "--max_steps", "2"])
@@ -87,7 +95,7 @@ def test_mgrit_measures_its_gradient(tmp_path):
 
 def test_network_of_the_defaults():
     recipe, args = pretrain_gpt2.parse([])
-    model = pretrain_gpt2.build_model(recipe, ByT5Tokenizer(extra_ids=0), args.seed)
+    model = pretrain_gpt2.build_model(recipe, byte_tokenizer(), args.seed)
     (stack,) = ode_view(model).stacks
     assert list(stack.step_sizes) == [1.0, 1.0, *[1 / 16] * 16, 1.0, 1.0]
     assert ode_view(model).settings.form == "split"
@@ -106,12 +114,19 @@ def test_network_of_the_paper():
     assert args.max_steps == 7
 
 
+def test_the_last_checkpoint_by_an_option():
+    for given, meant in (("true", True), ("True", True), ("runs/x/checkpoint-3", "runs/x/checkpoint-3")):
+        assert pretrain_gpt2.parse(["--resume_from_checkpoint", given])[1].resume_from_checkpoint == meant
+
+
 def test_wrong_settings_are_named(tmp_path):
     with pytest.raises(ConfigurationError, match="width=30 must be a multiple of heads=4"):
         pretrain_gpt2.parse(["--width", "30"])
     recipe, args = pretrain_gpt2.parse(["--step_size", "2"])
     with pytest.raises(ConfigurationError, match=r"step_size=2"):
-        pretrain_gpt2.build_model(recipe, ByT5Tokenizer(extra_ids=0), args.seed)
+        pretrain_gpt2.build_model(recipe, byte_tokenizer(), args.seed)
+    with pytest.raises(ConfigurationError, match="dataloader_num_workers=2 with streaming"):
+        pretrain_gpt2.parse(["--streaming", "true", "--dataloader_num_workers", "2"])
     settings = tmp_path / "settings.yaml"
     settings.write_text("widht: 7\n")
     with pytest.raises(ConfigurationError, match=r"settings\.yaml sets \['widht'\]"):

@@ -51,7 +51,7 @@ def test_folder_of_conllu_files(tmp_path):
     assert len(found.train) == 2
 
 
-def hub(monkeypatch, classes: bool = True) -> None:
+def hub(monkeypatch, classes: bool = True, middle: str = "validation") -> None:
     tags = ["_", "AUX", "PART", "VERB"]
     rows = {
         "tokens": [["don't", "do", "n't", "go"]],
@@ -62,7 +62,7 @@ def hub(monkeypatch, classes: bool = True) -> None:
     text = datasets.List(datasets.Value("string"))
     features = datasets.Features({"tokens": text, "upos": datasets.List(kind), "feats": text})
     split = datasets.Dataset.from_dict(rows, features=features)
-    data = datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), split))
+    data = datasets.DatasetDict(dict.fromkeys(("train", middle, "test"), split))
 
     def load_dataset(name, config):
         assert (name, config) == ("some/ud", "en_gum")
@@ -71,9 +71,9 @@ def hub(monkeypatch, classes: bool = True) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
 
-@pytest.mark.parametrize("classes", [True, False])
-def test_hub_rows(classes, monkeypatch):
-    hub(monkeypatch, classes)
+@pytest.mark.parametrize(("classes", "middle"), [(True, "validation"), (False, "dev")])
+def test_hub_rows(classes, middle, monkeypatch):
+    hub(monkeypatch, classes, middle)
     found = load_treebank("some/ud", "en_gum", "upos")
     assert found.train == found.test == [Sentence(("do", "n't", "go"), ("AUX", "PART", "VERB"))]
     assert load_treebank("some/ud", "en_gum", "feats").validation[0].tags[0] == "AUX|{'Mood': 'Ind'}"

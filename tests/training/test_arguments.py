@@ -107,7 +107,13 @@ def test_refused_arguments(settings: dict, name: str, tmp_path: Path) -> None:
 
 def test_refused_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     args = runs.arguments(str(tmp_path))
-    for name, value in (("deepspeed_plugin", object()), ("parallelism_config", object()), ("_n_gpu", 2)):
+    surroundings = {
+        "deepspeed_plugin": object(),
+        "parallelism_config": object(),
+        "_n_gpu": 2,
+        "mixed_precision": "fp16",
+    }
+    for name, value in (surroundings | {"mixed_precision": "fp16"}).items():
         with monkeypatch.context() as patch:
             patch.setattr(args, name, value)
             with pytest.raises(ConfigurationError, match="is not supported"):
