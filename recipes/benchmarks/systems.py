@@ -102,6 +102,7 @@ SYSTEMS = {
         forward=2,
         backward=1,
         steps=1000,
+        more_sides={"paper with 1/1": mgrit("rediscretize", 3)},
     ),
     "bert": System(
         recipe="pretrain_bert",
