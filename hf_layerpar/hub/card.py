@@ -18,6 +18,8 @@ MARK = "<!-- Written by hf_layerpar, anew at each push. Take this line out to ke
 TAGS = ("hf_layerpar", "layer-parallel", "neural-ode")
 _TEMPLATE = Path(__file__).with_name("card.md")
 _MOST_EVALUATIONS = 12
+_CHOSEN = ("coarse_operator", "coarsening", "forward_iterations", "backward_iterations", "damping")
+"""What a controller's settings say themselves."""
 _TIMING = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 
 
@@ -102,6 +104,7 @@ def make_card(facts: CardFacts) -> ModelCard:
         auto_class=facts.auto_class or "AutoModel",
         evaluation_names=[name for name in (rows[0] if rows else ()) if name != "step"],
         is_hub_name=is_hub_name,
+        chosen=_CHOSEN,
         mark=MARK,
     )
     return ModelCard(content)

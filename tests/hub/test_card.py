@@ -50,8 +50,6 @@ def test_text() -> None:
         "| step size | 0.25 |",
         "| steps in `bert.encoder.layer` | 16 |",
         "| open and close layers at step size 1 | 1 and 2 |",
-        "| coarse_operator | aggregate |",
-        "| damping | 0.125 |",
         "| lp_size | 2 |",
         "| 500 | exact |",
         "| max_steps | 100 |",
@@ -62,6 +60,10 @@ def test_text() -> None:
     ):
         assert f"\n{row}\n" in text
     assert "num_train_epochs" not in text
+    assert "coarse_operator" not in text  # the controller chose others
+    unchanged = make_card(dataclasses.replace(FULL, changes=())).text
+    for row in ("| coarse_operator | aggregate |", "| damping | 0.125 |"):
+        assert f"\n{row}\n" in unchanged
     assert sum(line.startswith("| ") and line.count("|") == 3 and line[2].isdigit() for line in text.split("\n")) == 14
 
 
