@@ -1,6 +1,7 @@
 """Measures sides in alternation: one step of each in every round, in an order drawn anew, all ranks together.
 
-Before the rounds every side makes one step for its accuracy and its memory, which also warms it up.
+Before the rounds every side makes one step for its accuracy and its memory, and in each round one more before the step
+that is timed.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def measure(entries: Sequence[Entry], exact: dict[str, Tensor], rounds: int) -> 
     for _ in range(rounds):
         draw.shuffle(order)
         for name in order:
+            _timed(sides[name])  # as in training, the step before was of the same kind: memory and caches are its own
             times[name].append(_timed(sides[name]))
     gc.unfreeze()
     base = times.get(entries[0].name)
