@@ -184,9 +184,11 @@ def paper() -> str:
             continue
         summary = load(f"paper/{name}.json")["summary"]
         for side, row in summary["sides"].items():
-            final = ", ".join(f"{value:.3f}" for value in row["final"].values())
-            above = ", ".join(f"{value:+.3f}" for value in row["minus_serial"].values())
-            switches = "; ".join(f"{found[0][0]}: {found[0][1]}" for found in row["switches"].values() if found)
+            final, above, switched = (
+                [value for _, value in sorted(row[key].items())] for key in ("final", "minus_serial", "switches")
+            )
+            final, above = ", ".join(f"{value:.3f}" for value in final), ", ".join(f"{value:+.3f}" for value in above)
+            switches = "; ".join(f"{found[0][0]}: {found[0][1]}" for found in switched if found)
             above = "" if side.startswith("serial") else above
             rows.append([name, f"{summary['metric']}", side, final, above, switches])
     head = ["system", "metric", "gradient", "after training, by seed", "minus serial", "first switch of each seed"]
