@@ -116,9 +116,12 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, LayerParallelTrainingAr
 def build_model(recipe: RecipeArguments, seed: int) -> tuple[nn.Module, Any]:
     """(model, tokenizer), the same on every rank; converted to its ODE form unless it is to be trained stock."""
     name = str(minilm()) if recipe.model_name == MINILM_NAME else recipe.model_name
-    labels = get_task(recipe.task).num_labels
-    config = AutoConfig.from_pretrained(name, num_labels=labels)
-    if labels == 1:
+    task = get_task(recipe.task)
+    config = AutoConfig.from_pretrained(name, num_labels=task.num_labels)
+    if task.labels:
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: i for i, label in enumerate(task.labels)}
+    else:
         config.problem_type = "regression"
     if recipe.dropout is not None:
         for key in list(config.to_dict()):

@@ -25,29 +25,34 @@ GLUE = "nyu-mll/glue"
 
 @dataclass(frozen=True)
 class Task:
-    """keys: columns of the one or two sentences. num_labels: 1 for regression. tests: our test splits, each with the
-    name of the GLUE split that serves as it."""
+    """keys: columns of the one or two sentences. labels: what 0, 1, ... mean; none for regression. tests: our test
+    splits, each with the name of the GLUE split that serves as it."""
 
     keys: tuple[str, str | None]
-    num_labels: int = 2
+    labels: tuple[str, ...]
     tests: tuple[tuple[str, str], ...] = (("test", "validation"),)
+
+    @property
+    def num_labels(self) -> int:
+        """1 for regression."""
+        return len(self.labels) or 1
 
 
 TASKS = {
-    OFFLINE: Task(("text", None), tests=()),
-    "cola": Task(("sentence", None)),
-    "sst2": Task(("sentence", None)),
-    "mrpc": Task(("sentence1", "sentence2")),
-    "qqp": Task(("question1", "question2")),
-    "stsb": Task(("sentence1", "sentence2"), num_labels=1),
+    OFFLINE: Task(("text", None), ("negative", "positive"), tests=()),
+    "cola": Task(("sentence", None), ("unacceptable", "acceptable")),
+    "sst2": Task(("sentence", None), ("negative", "positive")),
+    "mrpc": Task(("sentence1", "sentence2"), ("not_equivalent", "equivalent")),
+    "qqp": Task(("question1", "question2"), ("not_duplicate", "duplicate")),
+    "stsb": Task(("sentence1", "sentence2"), ()),
     "mnli": Task(
         ("premise", "hypothesis"),
-        num_labels=3,
+        ("entailment", "neutral", "contradiction"),
         tests=(("test_matched", "validation_matched"), ("test_mismatched", "validation_mismatched")),
     ),
-    "qnli": Task(("question", "sentence")),
-    "rte": Task(("sentence1", "sentence2")),
-    "wnli": Task(("sentence1", "sentence2")),
+    "qnli": Task(("question", "sentence"), ("entailment", "not_entailment")),
+    "rte": Task(("sentence1", "sentence2"), ("entailment", "not_entailment")),
+    "wnli": Task(("sentence1", "sentence2"), ("not_entailment", "entailment")),
 }
 
 

@@ -44,7 +44,9 @@ def test_a_recipe_pushes_what_stock_pipelines_load(
     assert not [name for name in files if "/" in name], "more than the model was pushed"
     assert (tmp_path / "result.json").exists()
     assert (tmp_path / "trainer_state.json").exists()
-    assert classified(REPOSITORY) == classified(str(tmp_path / "model"))
+    found = classified(REPOSITORY)
+    assert found == classified(str(tmp_path / "model"))
+    assert {label["label"] for label in found} <= {"negative", "positive"}
     card = (tmp_path / "model" / "README.md").read_text()
     accuracy = json.loads((tmp_path / "result.json").read_text())["metrics"]["test"]["accuracy"]
     assert f"{accuracy:.4g}" in card, "the test accuracy is not on the card"
