@@ -30,6 +30,7 @@ from hf_layerpar.hub.card import metrics_of
 from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.sharding import layer_parallel
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
+from hf_layerpar.training.pushing import arguments_in_force
 from hf_layerpar.training.trainer import LayerParallelTrainer
 from recipes.results import print_table, versions, write_json
 
@@ -78,8 +79,7 @@ def settings_of(recipe: Any, args: LayerParallelTrainingArguments, model: nn.Mod
         "recipe": dataclasses.asdict(recipe),
         "ode": None if stock else ode_view(model).settings.to_dict(),
         "layer_parallel": None if stock else args.layer_parallel_config.to_dict(),
-        "training": {k: v for k, v in args.to_sanitized_dict().items() if k in TRAINING_SETTINGS}
-        | {"mixed_precision": args.mixed_precision},
+        "training": arguments_in_force(args, TRAINING_SETTINGS),
     }
 
 

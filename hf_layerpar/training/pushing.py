@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from huggingface_hub import CommitInfo, ModelCard
 from huggingface_hub.utils import filter_repo_objects
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils import CONFIG_NAME, logging
 from transformers.utils.hub import PushInProgress, hf_api
@@ -216,9 +217,7 @@ class HubPushing(ShardedSaving):
         solver: dict[str, Any] = {"lp_size": self.mesh.lp_size, "dp_size": self.mesh.dp_size}
         if args.controller != "off":
             solver["controller"] = args.controller
-        values = args.to_sanitized_dict()
-        training = {name: values[name] for name in HYPERPARAMETERS if name in values}
-        training["mixed_precision"] = args.mixed_precision
+        training = arguments_in_force(args, HYPERPARAMETERS)
         training["optimizer steps"] = self.state.global_step
         if seconds := [entry["train_runtime"] for entry in log if "train_runtime" in entry]:
             training["seconds"] = seconds[-1]
@@ -241,6 +240,13 @@ class HubPushing(ShardedSaving):
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         merged(make_card(CardFacts(**facts)), there).save(path)
+
+
+def arguments_in_force(args: TrainingArguments, names: Iterable[str]) -> dict[str, Any]:
+    """The named training arguments, and the precision, which accelerate's config may set instead of them."""
+    values = args.to_sanitized_dict()
+    chosen = {name: values[name] for name in names if name in values}
+    return chosen | {"mixed_precision": args.mixed_precision}
 
 
 def evaluations_of(log: Iterable[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:

@@ -120,18 +120,18 @@ def main() -> None:
         return
 
     measured: dict[tuple[str, int, int], dict[str, Any]] = {}
-    how: dict[str, Any] = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
     for num_layers in options.layers:
         for ranks in options.ranks:
             rounds = options.rounds or default_rounds(num_layers)
-            began, how["machine"] = time.perf_counter(), machine()
+            how = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "machine": machine()}
+            began = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
                 output = Path(folder) / "found.json"
                 arguments = ["--layers", str(num_layers), "--rounds", str(rounds), "--rank_output", str(output)]
                 arguments += ["--tables", *options.tables, *(["--only", *options.only] if options.only else [])]
                 launch(ranks, Path(__file__), arguments)
                 found = json.loads(output.read_text())
-            how["seconds"] = time.perf_counter() - began  # of all tables of this depth and number of ranks
+            how |= {"seconds": time.perf_counter() - began}  # of all tables of this depth and number of ranks
             for table, content in found.items():
                 what = {"table": table, "layers": num_layers, "ranks": ranks}
                 measured[table, num_layers, ranks] = what | how | content

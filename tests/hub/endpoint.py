@@ -172,6 +172,12 @@ class Endpoint:
     def text(self, repo_id: str, path: str, revision: str = "main") -> str:
         return self.store.content(self.store.revision(repo_id, revision)["files"][path]).decode()
 
+    def write(self, repo_id: str, path: str, text: str) -> None:
+        """A commit of one file, as people make it on the Hub's pages."""
+        content = base64.b64encode(text.encode()).decode()
+        header = {"key": "header", "value": {"summary": f"Update {path}"}}
+        self.store.commit(repo_id, "main", [header, {"key": "file", "value": {"path": path, "content": content}}])
+
     def messages(self, repo_id: str, branch: str = "main") -> list[str]:
         """Of the commits, without the first one of every repository."""
         return [commit["message"] for commit in self.store.history(repo_id, branch)[1:]]

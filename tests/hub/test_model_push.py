@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import signal
@@ -101,9 +100,7 @@ def _push_with(folder: Path, repo_id: str, options: dict[str, Any]) -> None:
 def test_a_card_that_people_wrote_is_kept(endpoint: Endpoint, ranks: RankPool, tmp_path: Path) -> None:
     repo_id = "tester/written"
     ranks.run(scenarios.push_serial, tmp_path, repo_id, "llama", {})
-    content = "---\nlicense: mit\ntags: [theirs]\n---\nWritten with care.\n"
-    line = {"key": "file", "value": {"path": "README.md", "content": _base64(content)}}
-    endpoint.store.commit(repo_id, "main", [{"key": "header", "value": {"summary": "words"}}, line])
+    endpoint.write(repo_id, "README.md", "---\nlicense: mit\ntags: [theirs]\n---\nWritten with care.\n")
     ranks.run(scenarios.push_serial, tmp_path, repo_id, "llama", {}, 1)
     card = ModelCard(endpoint.text(repo_id, "README.md"))
     assert card.text.strip() == "Written with care."
@@ -120,10 +117,6 @@ def test_a_hub_that_cannot_be_asked_has_no_missing_card(monkeypatch: pytest.Monk
     repository.api, repository.repo_id, repository.revision = HfApi(), "tester/written", None
     with pytest.raises(LocalEntryNotFoundError):
         repository.card()
-
-
-def _base64(text: str) -> str:
-    return base64.b64encode(text.encode()).decode()
 
 
 def test_save_pretrained_pushes_what_it_wrote(endpoint: Endpoint, ranks: RankPool, tmp_path: Path) -> None:

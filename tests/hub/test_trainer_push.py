@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +88,9 @@ def test_the_card_tells_the_run(trained: Any, endpoint: Endpoint) -> None:
 
 
 def test_a_card_that_people_wrote_is_kept(endpoint: Endpoint, ranks: RankPool, tmp_path: Path) -> None:
-    repo_id, content = "tester/described", "---\nlicense: mit\ntags: [theirs]\n---\nWritten with care.\n"
+    repo_id = "tester/described"
     ranks.run(scenarios.push_serial, tmp_path, repo_id, "llama", {})
-    line = {"key": "file", "value": {"path": "README.md", "content": base64.b64encode(content.encode()).decode()}}
-    endpoint.store.commit(repo_id, "main", [{"key": "header", "value": {"summary": "words"}}, line])
+    endpoint.write(repo_id, "README.md", "---\nlicense: mit\ntags: [theirs]\n---\nWritten with care.\n")
     settings = SAVING | {"lp_size": 2, "hub_model_id": repo_id, "hub_strategy": "every_save"}
     ranks.run(scenarios.train_and_push, tmp_path / "run", settings, {}, tmp_path / "file.pt")
     history = endpoint.store.history(repo_id)

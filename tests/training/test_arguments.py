@@ -113,7 +113,7 @@ def test_refused_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         "_n_gpu": 2,
         "mixed_precision": "fp16",
     }
-    for name, value in (surroundings | {"mixed_precision": "fp16"}).items():
+    for name, value in surroundings.items():
         with monkeypatch.context() as patch:
             patch.setattr(args, name, value)
             with pytest.raises(ConfigurationError, match="is not supported"):
