@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.mgrit.ladder import exact_settings
+from hf_layerpar.run.layers import kept_streams
 from hf_layerpar.sharding import layer_parallel
 
 
@@ -29,11 +30,11 @@ class GradientProbe:
     ) -> None:
         self.handle = layer_parallel(model)
         self.inputs = inputs
-        self._loss = loss or (lambda batch: model(**batch).loss)
+        self._loss = loss
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         self._params = [p for _, p in named]
-        # ends are replicated: they count once
-        self._counted = [name in self.handle.owner_of or self.handle.lp_rank == 0 for name, _ in named]
+        # what several ranks hold counts once
+        self._counted = [self.handle.owner_of[name] == self.handle.lp_rank for name, _ in named]
         self._exact: tuple[list[Tensor], float] | None = None
         self._noise: float | None = None
 
@@ -42,13 +43,19 @@ class GradientProbe:
     ) -> tuple[list[Tensor], float]:
         """(gradients of the trainable parameters on this rank, loss) under `config`."""
         device = self._params[0].device
+        before = [p.grad for p in self._params]
         # every gradient sees the same masks
-        streams = torch.random.fork_rng([] if device.type == "cpu" else [device])
-        with streams, self.handle.diagnosing(), self.handle.using(config):
-            loss = self._loss(self.inputs if inputs is None else inputs)
-            grads = torch.autograd.grad(loss, self._params, allow_unused=True)
-        filled = [torch.zeros_like(p) if g is None else g for p, g in zip(self._params, grads, strict=True)]
-        return filled, float(loss.detach())
+        with kept_streams(device), self.handle.using(config):
+            try:
+                for p in self._params:
+                    p.grad = None
+                value = self.handle.train_step(self.inputs if inputs is None else inputs, self._loss)
+                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
+            finally:
+                for p, grad in zip(self._params, before, strict=True):
+                    p.grad = grad
+        loss = value[0] if isinstance(value, tuple) else value
+        return grads, float(loss)
 
     @property
     def exact(self) -> tuple[list[Tensor], float]:

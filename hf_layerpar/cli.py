@@ -16,10 +16,10 @@ from hf_layerpar.cli_check import add_check
 from hf_layerpar.cli_convert import add_convert
 from hf_layerpar.config import LayerParallelConfig, OdeSettings, Operator, Relaxation, Strategy
 from hf_layerpar.errors import ConfigurationError, LayerParallelError
-from hf_layerpar.mgrit.ownership import contiguous_owner, interleaved_owner
-from hf_layerpar.mgrit.planner import Accuracy, Choice, plan_step, predict_step
-from hf_layerpar.mgrit.simulate import Costs, StepTimeline
-from hf_layerpar.mgrit.strategies import interval_points
+from hf_layerpar.plan.ownership import contiguous_owner, interleaved_owner
+from hf_layerpar.plan.planner import Accuracy, Choice, plan_step, predict_step
+from hf_layerpar.plan.simulate import Costs, StepTimeline
+from hf_layerpar.plan.strategies import interval_points
 from hf_layerpar.report.command import add_report
 from hf_layerpar.report.timeline import as_text, draw
 

@@ -14,9 +14,9 @@ CONFIG_KEY = "hf_layerpar"
 
 Form = Literal["euler", "split"]
 Interpolation = Literal["constant", "linear"]
-Strategy = Literal["serial", "pipeline", "mgrit"]
+Strategy = Literal["pipeline", "mgrit"]
 Relaxation = Literal["F", "FCF"]
-Operator = Literal["rediscretize", "aggregate", "identity", "mean", "linear"]
+Ends = Literal["first_last", "spread"]
 
 
 def _one_of(name: str, value: str, choices: Any) -> None:
@@ -71,71 +71,63 @@ class OdeSettings:
 class LayerParallelConfig:
     """How the layers of a converted model are solved over the lp ranks.
 
-    strategy: "serial" (one layer after the other, over the ranks), "pipeline" (the same, exact, with micro-batches
-        flowing through the ranks' blocks) or "mgrit" (all intervals at once; inexact for few iterations).
-    levels, coarsening: grids of the multigrid hierarchy, and fine steps per coarse step (one number, or one per
-        coarse level, finest first).
+    strategy: "pipeline" (exact: micro-batches flow through the ranks' blocks of layers) or "mgrit" (all intervals at
+        once; inexact for few iterations).
+    micro_batches: pieces the batch is cut into (fewer when the batch is smaller).
+    schedule: the order of an exact step, see `hf_layerpar.plan.schedules`; "list" searches for the shortest.
+    ends: which ranks compute embeddings, head and loss: "first_last" (those of the first and the last layers), or
+        "spread" (every rank has a copy of head and loss and computes them for its rows of each micro-batch).
+    coarse_operator: see `hf_layerpar.plan.operators`.
+    coarsening: fine steps per coarse step: one number, or one for each coarse level, finest first.
     relaxation: "F" or "FCF".
     forward_iterations, backward_iterations: MGRIT iterations of each sweep; 1 is the nested start and one relaxation,
-        each one more adds a coarse-grid correction. 0 makes that sweep exact (the pipeline).
-    coarse_operator: see `hf_layerpar.mgrit.coarse`.
-    damping: gamma in [0, 1); a correction is scaled by 1 - gamma.
-    micro_batches: pieces the batch is cut into (fewer when the batch is smaller).
+        each one more adds a coarse-grid correction. 0 makes that sweep exact.
     increment_penalty: alpha >= 0; adds alpha/2 sum_n mean |x_{n+1} - x_n|^2 / |x_n|^2, over the steps between buffers
-        and over tokens, to the loss whose gradient is computed, exactly or not (`hf_layerpar.parallel.increments`).
-    sliced_ends: in a forward with gradient and labels, each lp rank computes the ends (embeddings, head, loss) for its
-        rows of the batch alone; see `hf_layerpar.ends` for what then is another and when it is not done.
+        and over tokens, to the loss whose gradient is computed, exactly or not (`hf_layerpar.run.increments`).
     stacked: evaluate layers that don't depend on each other together, as one layer with stacked weights: for one GPU
         that spends its time on launches. Of "mgrit" on one lp rank; layers that can't be stacked are evaluated one at
         a time, with a warning that says why.
     """
 
     strategy: Strategy = "pipeline"
-    levels: int = 2
+    micro_batches: int = 1
+    schedule: str = "list"
+    ends: Ends = "first_last"
+    coarse_operator: str = "aggregate"
     coarsening: int | tuple[int, ...] = 4
     relaxation: Relaxation = "F"
     forward_iterations: int = 1
     backward_iterations: int = 1
-    coarse_operator: Operator = "aggregate"
-    damping: float = 0.0
-    micro_batches: int = 1
     increment_penalty: float = 0.0
-    sliced_ends: bool = False
     stacked: bool = False
 
     def __post_init__(self) -> None:
         _one_of("strategy", self.strategy, Strategy)
+        _one_of("ends", self.ends, Ends)
         _one_of("relaxation", self.relaxation, Relaxation)
-        _one_of("coarse_operator", self.coarse_operator, Operator)
-        _at_least("levels", self.levels, 2)
+        for name in ("schedule", "coarse_operator"):
+            if not isinstance(getattr(self, name), str):
+                raise ConfigurationError(f"{name}={getattr(self, name)!r} must be a name")
         _at_least("forward_iterations", self.forward_iterations, 0)
         _at_least("backward_iterations", self.backward_iterations, 0)
         _at_least("micro_batches", self.micro_batches, 1)
-        if not 0 <= self.damping < 1:
-            raise ConfigurationError(f"damping={self.damping!r} must be in [0, 1); 0 applies the whole correction")
-        if not 0 <= self.increment_penalty < math.inf:
-            raise ConfigurationError(
-                f"increment_penalty={self.increment_penalty!r} must be finite and at least 0; 0 is no penalty"
-            )
+        penalty = self.increment_penalty
+        if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 <= penalty < math.inf:
+            raise ConfigurationError(f"increment_penalty={penalty!r} must be finite and at least 0; 0 is no penalty")
         if isinstance(self.coarsening, list):  # YAML and JSON have no tuples
             object.__setattr__(self, "coarsening", tuple(self.coarsening))
+        if not self.factors:
+            raise ConfigurationError("coarsening=() gives no coarse level; give at least one number")
+        if len(self.factors) == 1:  # one spelling of one setting
+            object.__setattr__(self, "coarsening", self.factors[0])
         for c in self.factors:
             _at_least("coarsening", c, 2)
-        if len(self.factors) != self.levels - 1:
-            raise ConfigurationError(
-                f"coarsening={self.coarsening!r} gives {len(self.factors)} factors for levels={self.levels}; "
-                f"give one number or {self.levels - 1} of them"
-            )
-        if not isinstance(self.sliced_ends, bool):
-            raise ConfigurationError(f"sliced_ends={self.sliced_ends!r} must be True or False")
+        if not isinstance(self.stacked, bool):
+            raise ConfigurationError(f"stacked={self.stacked!r} must be True or False")
         if self.stacked and self.increment_penalty:
             raise ConfigurationError(
                 f"stacked=True with increment_penalty={self.increment_penalty}: the penalty looks at every layer by "
                 "itself; use one of them"
-            )
-        if self.strategy == "serial" and self.micro_batches != 1:
-            raise ConfigurationError(
-                f"strategy='serial' with micro_batches={self.micro_batches}; use strategy='pipeline' for micro-batches"
             )
         if self.stacked and self.strategy != "mgrit":
             raise ConfigurationError(
@@ -146,9 +138,11 @@ class LayerParallelConfig:
     @property
     def factors(self) -> tuple[int, ...]:
         """The coarsening factor of each level but the coarsest, finest first."""
-        if isinstance(self.coarsening, tuple):
-            return self.coarsening
-        return (self.coarsening,) * (self.levels - 1)
+        return self.coarsening if isinstance(self.coarsening, tuple) else (self.coarsening,)
+
+    @property
+    def levels(self) -> int:
+        return len(self.factors) + 1
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

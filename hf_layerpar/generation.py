@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, MaxTimeCriteria, PreTrainedModel
 
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.parallel.communicator import Communicator
+from hf_layerpar.run.transport import Transport
 
 _CACHES = (None, "dynamic", "offloaded", "hybrid")  # stock takes the last one, which old configs have, for none
 
@@ -29,7 +29,7 @@ class SharedGenerate:
     """The `generate` put on a model that is spread over lp ranks. Plain data, so that it follows a deepcopy."""
 
     model: PreTrainedModel
-    communicator: Communicator
+    transport: Transport
 
     @property
     def stock(self) -> Callable[..., Any]:
@@ -51,10 +51,10 @@ class SharedGenerate:
         device = self.model.device
         facts = {f"generate: {name}": [_fact(leaf) for leaf in tree_leaves(value)] for name, value in given.items()}
         facts["generate: the model's generation_config"] = _fact(self.model.generation_config)
-        self.communicator.agree(facts, device)
+        self.transport.agree(facts, device)
         self._take_streams_of_first_rank(device)
         given["logits_processor"] = LogitsProcessorList(
-            [*(given.get("logits_processor") or ()), ScoresOfFirstRank(self.communicator)]
+            [*(given.get("logits_processor") or ()), ScoresOfFirstRank(self.transport)]
         )
         return self.stock(**given)
 
@@ -85,7 +85,7 @@ class SharedGenerate:
             sources.append((lambda: module.get_rng_state(device), lambda state: module.set_rng_state(state, device)))
         for read, write in sources:
             state = read().to(device)
-            self.communicator.broadcast(state, 0)
+            self.transport.broadcast(state, 0)
             write(state.cpu())
 
 
@@ -93,20 +93,20 @@ class ScoresOfFirstRank(LogitsProcessor):
     """The scores `[B, V]` of lp rank 0 on all lp ranks: heads are replicated, but on unlike devices their last bits may
     differ. Collective."""
 
-    def __init__(self, communicator: Communicator) -> None:
-        self.communicator = communicator
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
 
     def __call__(self, input_ids: LongTensor, scores: FloatTensor) -> FloatTensor:
         shared = scores.contiguous()
-        self.communicator.broadcast(shared, 0)
+        self.transport.broadcast(shared, 0)
         return shared  # pyright: ignore[reportReturnType]
 
 
-def share_generation(model: nn.Module, communicator: Communicator) -> None:
+def share_generation(model: nn.Module, transport: Transport) -> None:
     """Put our `generate` on every HuggingFace model in `model` that has one."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.can_generate():
-            object.__setattr__(module, "generate", SharedGenerate(module, communicator))
+            object.__setattr__(module, "generate", SharedGenerate(module, transport))
 
 
 def _fact(value: Any) -> Any:

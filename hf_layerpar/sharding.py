@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -13,21 +13,22 @@ from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.ends import SlicedEnds
+from hf_layerpar.calling import Calls
 from hf_layerpar.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from hf_layerpar.generation import share_generation
 from hf_layerpar.hub.card import solver_facts
-from hf_layerpar.mgrit.ladder import StackShape, exact_settings
-from hf_layerpar.mgrit.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
-from hf_layerpar.mgrit.strategies import check_stacked, inner_grid, interval_points
+from hf_layerpar.plan.ladder import StackShape, exact_settings
+from hf_layerpar.plan.ownership import INTERLEAVED, V, contiguous_owner, interleaved_owner, two_blocks_owner
+from hf_layerpar.plan.schedules import SCHEDULES
+from hf_layerpar.plan.step import check_config, inner_grid, interval_points
 from hf_layerpar.ode.convert import ode_view
-from hf_layerpar.ode.families import shared_modules
+from hf_layerpar.ode.ends import Ends
 from hf_layerpar.ode.pushing import ModelPush
-from hf_layerpar.ode.stack import LayerStack
-from hf_layerpar.parallel.communicator import Communicator, GroupCommunicator, LocalCommunicator
-from hf_layerpar.parallel.engine import StackEngine, SweepReport
-from hf_layerpar.parallel.first_rank import on_first_rank
-from hf_layerpar.parallel.fits import Key
+from hf_layerpar.ode.stack import LayerStack, intercept_root
+from hf_layerpar.placing import place_ends
+from hf_layerpar.run.transport import GroupTransport, LocalTransport, Transport
+from hf_layerpar.stepping import StepReport, Stepper
+from hf_layerpar.run.first_rank import on_first_rank
 
 _ATTRIBUTE = "_hf_layerpar_parallel"
 
@@ -66,8 +67,8 @@ def parallelize(
     config = config or LayerParallelConfig()
     if group is None and dist.is_initialized():
         group = dist.group.WORLD
-    communicator: Communicator = LocalCommunicator() if group is None else GroupCommunicator(group)
-    handle = LayerParallel(model, config, view.stacks, communicator, split)
+    transport: Transport = LocalTransport() if group is None else GroupTransport(group)
+    handle = LayerParallel(model, config, view.stacks, transport, split)
     object.__setattr__(model, _ATTRIBUTE, handle)
     object.__setattr__(model, "push_to_hub", handle.push_to_hub)
     return handle
@@ -90,11 +91,10 @@ def layer_parallel(model: nn.Module) -> LayerParallel:
 class LayerParallel:
     """A model whose layers live on lp ranks.
 
-    config: the settings of the next forward; assign the same value on all lp ranks.
-    loss_scale: what the loss of the next forward is multiplied by before its backward, such as 1 over the accumulation
-        steps, so that the increment penalty's gradient is scaled alike. The Trainer sets it.
-    owner_of: lp rank of every parameter and buffer that only one rank holds, by its full name; the others (the ends)
-        are replicated in the lp group.
+    config: the settings of the next step; assign the same value on all lp ranks.
+    owner_of: lp rank of every parameter and buffer, by its full name. Some parameters outside the layers have copies on
+        other ranks too (tied ones on the first and the last).
+    ends: the parameters outside the layers.
     """
 
     def __init__(
@@ -102,23 +102,26 @@ class LayerParallel:
         model: nn.Module,
         config: LayerParallelConfig,
         stacks: Sequence[LayerStack],
-        communicator: Communicator,
+        transport: Transport,
         split: Sequence[int] | str | None,
     ) -> None:
-        self._model, self._config, self._communicator = model, config, communicator
+        self._model, self._config, self._transport = model, config, transport
         self._instead: LayerParallelConfig | None = None
-        self.loss_scale = 1.0
         self.stacks = tuple(stacks)
-        check_stacked(config, communicator.size)
-        owners = {stack.path: self._owner(config, stack, communicator.size, split) for stack in stacks}
+        check_config(config, transport.size)
+        owners = [self._owner(config, stack, transport.size, split) for stack in stacks]
         for stack in stacks:
             self._check_grid(config, stack)
         state = {
             name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)
         }
         self._layout = {name: (tuple(t.shape), t.dtype) for name, t in state.items()}
+        aliases: dict[int, list[str]] = {}
+        for name, tensor in state.items():
+            aliases.setdefault(id(tensor), []).append(name)
+        self._tied = {name: [n for n in names if n != name] for names in aliases.values() for name in names}
         device = next(model.parameters()).device
-        communicator.agree(
+        transport.agree(
             {
                 "model": type(model).__name__,
                 "tensors": sorted((k, *map(str, v)) for k, v in self._layout.items()),
@@ -127,30 +130,60 @@ class LayerParallel:
             },
             device,
         )
-        if communicator.size > 1:
+        if transport.size > 1:
             with torch.no_grad():
                 for tensor in {id(t): t for t in (*state.values(), *model.buffers())}.values():
                     dense = tensor.data.contiguous()
-                    communicator.broadcast(dense, 0)
+                    transport.broadcast(dense, 0)
                     tensor.data.copy_(dense)
-        names = {id(tensor): name for name, tensor in state.items()}
+        self.ends = Ends(model, stacks, transport.size)
+        place_ends(model, self.stacks, owners, self.ends, spread=config.ends == "spread", num_ranks=transport.size)
         self.owner_of: dict[str, int] = {}
+        self._place_layers(owners, {id(tensor): name for name, tensor in state.items()})
+        self._drop_ends()
+        self.stepper = Stepper(model, self.stacks, owners, self.ends, transport)
+        calls = Calls(self.stepper, lambda: self.next_config)
         for stack in stacks:
-            self._drop_layers(stack, owners[stack.path], names)
-            stack.solver = StackEngine(communicator, owners[stack.path], stack.settings.buffers, self, stack)
-        if communicator.size > 1:
-            ends = SlicedEnds(communicator, self.stacks, self)
-            for stack in stacks:
-                stack.runner = ends
-            share_generation(model, communicator)
+            stack.runner = calls
+        intercept_root(model, self.stacks)
+        if transport.size > 1:
+            share_generation(model, transport)
+
+    def train_step(
+        self,
+        batch: Mapping[str, Any],
+        loss: Callable[[Mapping[str, Any]], Any] | None = None,
+        *,
+        scale: float = 1.0,
+    ) -> Any:
+        """One forward and backward of a batch, as `config` says. Collective over the lp ranks.
+
+        It leaves `scale` times the gradient of the whole batch's loss in `.grad` (added to what is there) of the
+        parameters that this rank holds, and returns the loss `[]`, alike on all ranks.
+
+        Args:
+            batch: what the model's forward takes, the same on all lp ranks. It is cut into micro-batches along dim 0.
+            loss: computes the loss of a batch (or of a part of one) from it by calling the model; by default
+                `model(**batch).loss`. It may return (loss, metrics), a dict of scalars that are added up over the
+                parts and returned beside the loss.
+            scale: what the loss is multiplied by before its backward, such as 1 over the accumulation steps.
+
+        Raises (on all ranks, before any waits for another):
+            ConfigurationError: the batch is cut (micro_batches, ends="spread"), and its loss can't be put together
+                from those of parts; the message says what can.
+            UnsupportedModelError: the model can't be solved for this batch.
+            RankMismatchError: the lp ranks were given different batches or settings.
+        """
+        closure = loss or (lambda batch: _loss_of(self._model(**batch)))
+        return self.stepper.train(batch, closure, self.next_config, scale)
 
     @property
     def lp_size(self) -> int:
-        return self._communicator.size
+        return self._transport.size
 
     @property
     def lp_rank(self) -> int:
-        return self._communicator.rank
+        return self._transport.rank
 
     @property
     def device(self) -> torch.device:
@@ -163,7 +196,7 @@ class LayerParallel:
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        return self._communicator.group if isinstance(self._communicator, GroupCommunicator) else None
+        return self._transport.group if isinstance(self._transport, GroupTransport) else None
 
     @property
     def config(self) -> LayerParallelConfig:
@@ -171,7 +204,7 @@ class LayerParallel:
 
     @config.setter
     def config(self, config: LayerParallelConfig) -> None:
-        check_stacked(config, self.lp_size)
+        check_config(config, self.lp_size)
         for stack in self.stacks:
             self._check_grid(config, stack)
         self._config = config
@@ -196,7 +229,7 @@ class LayerParallel:
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums `tensor` over the lp ranks, in place. Collective."""
-        self._communicator.all_reduce(tensor)
+        self._transport.all_reduce(tensor)
 
     def grad_norm(self) -> Tensor:
         """The 2-norm `[]` of all gradients: layers of all lp ranks, and the ends once. The same bits on all lp ranks
@@ -205,16 +238,14 @@ class LayerParallel:
         tensors = list(grads.values())
         found = torch._foreach_norm(tensors) if tensors else ()  # pyright: ignore[reportPrivateImportUsage]
         norms = dict(zip(grads, found, strict=True))
-        ends = [norm for name, norm in norms.items() if name not in self.owner_of]
         place = {name: i for i, name in enumerate(self.owner_of)}
         squares = torch.zeros(len(place), dtype=torch.float64, device=self.device)
-        if layers := {place[name]: norm for name, norm in norms.items() if name in place}:
-            squares[list(layers)] = torch.stack([norm.double() for norm in layers.values()]).square()
+        # what several ranks hold counts once
+        mine = {place[n]: norm for n, norm in norms.items() if self.owner_of[n] == self.lp_rank}
+        if mine:
+            squares[list(mine)] = torch.stack([norm.double() for norm in mine.values()]).square()
         self.all_reduce(squares)  # exact: each entry comes from one rank
-        everything = squares.tolist()
-        if ends:
-            everything += torch.stack([norm.double() for norm in ends]).square().tolist()
-        return torch.tensor(math.sqrt(math.fsum(everything)), device=self.device)  # fsum knows no order
+        return torch.tensor(math.sqrt(math.fsum(squares.tolist())), device=self.device)  # fsum knows no order
 
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """`torch.nn.utils.clip_grad_norm_` for gradients that live on several ranks: that one sees other layers on
@@ -232,18 +263,13 @@ class LayerParallel:
             torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
         return norm
 
-    def report(self) -> dict[str, dict[str, SweepReport]]:
-        """What the last sweeps of every stack measured: `{stack path: {"forward": ..., "backward": ...}}`.
+    def report(self) -> StepReport | None:
+        """What the last step measured; None before the first.
 
         Collective over the lp ranks when a sweep was inexact or increments are penalised (residuals and penalties are
-        summed here, not in every solve).
+        summed here, not in every step).
         """
-        reports: dict[str, dict[str, SweepReport]] = {}
-        for stack in self.stacks:
-            engine = self.engine(stack)
-            found = {direction: engine.report(direction) for direction in ("forward", "backward")}
-            reports[stack.path] = {d: r for d, r in found.items() if r is not None}
-        return reports
+        return self.stepper.report()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The full model's state dict on the CPU, on lp rank 0; empty on the others. Collective over the lp ranks.
@@ -260,10 +286,10 @@ class LayerParallel:
                     tensor = here[name]
                     full[name] = on_host.setdefault(id(tensor), tensor.detach().cpu())
             elif self.lp_rank == owner:
-                self._communicator.wait(self._communicator.send(here[name].detach().contiguous(), 0))
+                self._transport.wait(self._transport.send(here[name].detach().contiguous(), 0))
             elif self.lp_rank == 0:
                 buffer = torch.empty(shape, dtype=dtype, device=self.device)
-                self._communicator.wait(self._communicator.receive(buffer, owner))
+                self._transport.wait(self._transport.receive(buffer, owner))
                 full[name] = buffer.cpu()
         return full
 
@@ -276,7 +302,7 @@ class LayerParallel:
         Raises what failed on lp rank 0, and HubError that quotes it on the others; the Hub then has what it had.
         """
         group, device, doing = self.group, self.device, f"the push to {repo_id!r}"
-        self._communicator.agree({"push_to_hub": repo_id}, device)
+        self._transport.agree({"push_to_hub": repo_id}, device)
         push = on_first_rank(lambda: ModelPush(repo_id, **options), doing, group, device)
         state_dict = self.state_dict()
 
@@ -286,40 +312,12 @@ class LayerParallel:
 
         return on_first_rank(upload, doing, group, device)
 
-    def fits(self) -> dict[str, dict[Key, tuple[Tensor, Tensor]]] | None:
-        """The running fits of the coarse operators `mean` and `linear` that live on this rank, by stack path, on the
-        CPU; None when no lp rank has any. Training state, as the optimizer's. Collective over the lp ranks."""
-        found = {stack.path: self.engine(stack).fits.state_dict() for stack in self.stacks}
-        count = torch.tensor(float(sum(map(len, found.values()))), device=next(self._model.parameters()).device)
-        self._communicator.all_reduce(count)
-        return found if count else None
-
-    def load_fits(self, fits: Mapping[str, Mapping[Key, tuple[Tensor, Tensor]]]) -> None:
-        """Replaces the running fits, given those of all lp ranks (of any lp size) together; {} forgets them all."""
-        for stack in self.stacks:
-            self.engine(stack).load_fits(fits.get(stack.path, {}))
-
-    @contextmanager
-    def diagnosing(self) -> Iterator[None]:
-        """Forwards inside leave no trace in the running fits, and their losses are not scaled."""
-        engines = [self.engine(stack) for stack in self.stacks]
-        before, scale = [engine.learning for engine in engines], self.loss_scale
-        self.loss_scale = 1.0
-        for engine in engines:
-            engine.learning = False
-        try:
-            yield
-        finally:
-            self.loss_scale = scale
-            for engine, learning in zip(engines, before, strict=True):
-                engine.learning = learning
-
     def load_state_dict(self, full: Mapping[str, Tensor]) -> None:
         """Copies what this rank holds out of a full state dict.
 
         Raises CheckpointError when names are missing or unknown or shapes differ, before anything is copied.
         """
-        tied = self._tied_names()
+        tied = self._tied
         missing = [n for n in self._layout if n not in full and not any(alias in full for alias in tied.get(n, ()))]
         unknown = [n for n in full if n not in self._layout]
         wrong = [n for n, (shape, _) in self._layout.items() if n in full and tuple(full[n].shape) != shape]
@@ -342,11 +340,16 @@ class LayerParallel:
         num_layers, buffers = len(stack.layers), stack.settings.buffers
         with _naming(stack):
             boundaries = interval_points(config, num_layers, buffers)
+            if split is None and config.strategy == "pipeline" and num_ranks > 1:
+                placement = getattr(SCHEDULES[config.schedule], "placement", "blocks")
+                split = None if placement == "blocks" else placement
+            if isinstance(split, str) and config.strategy == "pipeline" and split in (INTERLEAVED, V):
+                return two_blocks_owner(num_layers, num_ranks, split)  # pyright: ignore[reportArgumentType]
             if isinstance(split, str):
-                if split != INTERLEAVED or config.strategy != "mgrit":
+                if split != INTERLEAVED:
                     raise ConfigurationError(
-                        f"split={split!r} with strategy={config.strategy!r}: the one split by name is 'interleaved', "
-                        f"and it needs the intervals of strategy='mgrit'; or give the number of layers of each rank"
+                        f"split={split!r} with strategy={config.strategy!r}: the splits by name are 'interleaved', and "
+                        "'v' for a pipeline; or give the number of layers of each rank"
                     )
                 return interleaved_owner(num_layers, num_ranks, boundaries, buffers)
             return contiguous_owner(num_layers, num_ranks, boundaries=boundaries, split=split)
@@ -358,32 +361,51 @@ class LayerParallel:
             with _naming(stack):
                 inner_grid(config, len(stack.layers), stack.settings.buffers)
 
-    @staticmethod
-    def engine(stack: LayerStack) -> StackEngine:
-        """The solver of a stack."""
-        assert isinstance(stack.solver, StackEngine)
-        return stack.solver
+    def _place_layers(self, owners: Sequence[tuple[int, ...]], names: Mapping[int, str]) -> None:
+        """Notes who owns what, and drops the layers of other ranks.
 
-    def _drop_layers(self, stack: LayerStack, owner: tuple[int, ...], names: Mapping[int, str]) -> None:
-        for index, layer in enumerate(stack.layers):
-            kept = shared_modules(layer)
-            for path, module in layer.named_modules():
-                if any(path == name or path.startswith(name + ".") for name in kept):
-                    continue
-                for tensors in (module._parameters, module._buffers):
-                    for key, tensor in tensors.items():
-                        name = None if tensor is None else names.get(id(tensor))
-                        if name is not None:
-                            self.owner_of[name] = owner[index]
-                        if owner[index] != self.lp_rank:
-                            tensors[key] = None
-        stack.foreign = frozenset(index for index, rank in enumerate(owner) if rank != self.lp_rank)
+        Raises UnsupportedModelError for a trained tensor that layers of several ranks share.
+        """
+        ends = {id(p.value) for p in self.ends}
+        kept: set[int] = set()
+        rank_of: dict[int, int] = {}
+        for stack, owner in zip(self.stacks, owners, strict=True):
+            for index, layer in enumerate(stack.layers):
+                for tensor in (*layer.parameters(), *layer.buffers()):
+                    other = rank_of.setdefault(id(tensor), owner[index])
+                    if id(tensor) in ends or other == owner[index]:
+                        continue
+                    if tensor.requires_grad:
+                        raise UnsupportedModelError(
+                            f"layer {index} of {stack.path} (lp rank {owner[index]}) shares the trained tensor "
+                            f"{names.get(id(tensor), '?')} with a layer of lp rank {other}; freeze it, give each layer "
+                            "its own, or use lp_size=1"
+                        )
+                    kept.add(id(tensor))
+        for stack, owner in zip(self.stacks, owners, strict=True):
+            for index, layer in enumerate(stack.layers):
+                for module in layer.modules():
+                    for tensors in (module._parameters, module._buffers):
+                        for key, tensor in tensors.items():
+                            if tensor is None or id(tensor) in ends:
+                                continue
+                            name = names.get(id(tensor))
+                            if name is not None:
+                                self.owner_of[name] = rank_of[id(tensor)]
+                            if owner[index] != self.lp_rank and id(tensor) not in kept:
+                                tensors[key] = None
+            stack.foreign = frozenset(index for index, rank in enumerate(owner) if rank != self.lp_rank)
 
-    def _tied_names(self) -> dict[str, list[str]]:
-        groups: dict[int, list[str]] = {}
-        for name, tensor in self._model.state_dict(keep_vars=True).items():
-            groups.setdefault(id(tensor), []).append(name)
-        return {name: [n for n in names if n != name] for names in groups.values() for name in names}
+    def _drop_ends(self) -> None:
+        """The end parameters that this rank doesn't hold."""
+        named = dict(self._model.named_buffers())
+        self.owner_of |= {name: 0 for name in self._layout if name in named and name not in self.owner_of}
+        for p in self.ends:
+            self.owner_of |= {name: p.holders[0] for name in p.names if name in self._layout}
+            if self.lp_rank not in p.holders:
+                for module, key in p.slots:
+                    module._parameters[key] = None
+                p.value = None
 
 
 @contextmanager
@@ -393,3 +415,7 @@ def _naming(stack: LayerStack) -> Iterator[None]:
         yield
     except ConfigurationError as error:
         raise ConfigurationError(f"stack {stack.path}: {error}") from error
+
+
+def _loss_of(output: Any) -> Any:
+    return output["loss"] if isinstance(output, Mapping) else output[0]

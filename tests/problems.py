@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.mgrit.ownership import contiguous_owner
-from hf_layerpar.parallel.communicator import GroupCommunicator, LocalCommunicator
-from hf_layerpar.parallel.engine import StackEngine
+from hf_layerpar.plan.ownership import contiguous_owner
+from hf_layerpar.run.communicator import GroupCommunicator, LocalCommunicator
+from hf_layerpar.run.engine import StackEngine
 
 F64 = torch.float64
 
@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 @dataclass
 class Call:
-    """A recorded layer call, as `hf_layerpar.parallel.program.LayerCall` asks for."""
+    """A recorded layer call, as `hf_layerpar.run.program.LayerCall` asks for."""
 
     layer: nn.Module
     args: tuple = ()

@@ -12,11 +12,11 @@ import hf_layerpar
 ROOT = Path(hf_layerpar.__file__).parent
 
 FORBIDDEN = {
-    "mgrit": ("torch", "transformers", "accelerate", "hf_layerpar.parallel", "hf_layerpar.ode", "hf_layerpar.training"),
+    "mgrit": ("torch", "transformers", "accelerate", "hf_layerpar.run", "hf_layerpar.ode", "hf_layerpar.training"),
     "parallel": ("transformers", "accelerate", "hf_layerpar.ode", "hf_layerpar.training"),
-    "ode": ("torch.distributed", "accelerate", "hf_layerpar.mgrit", "hf_layerpar.parallel", "hf_layerpar.training"),
+    "ode": ("torch.distributed", "accelerate", "hf_layerpar.plan", "hf_layerpar.run", "hf_layerpar.training"),
     "hub": (
-        *("torch", "accelerate", "hf_layerpar.mgrit", "hf_layerpar.ode", "hf_layerpar.parallel"),
+        *("torch", "accelerate", "hf_layerpar.plan", "hf_layerpar.ode", "hf_layerpar.run"),
         *("hf_layerpar.sharding", "hf_layerpar.training"),
     ),
     "config.py": ("torch", "transformers"),

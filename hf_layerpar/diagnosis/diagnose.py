@@ -25,11 +25,11 @@ from hf_layerpar.diagnosis.predict import Predictor
 from hf_layerpar.diagnosis.readings import Diagnosis, SettingReading
 from hf_layerpar.diagnosis.suggest import suggest, suggest_buffers
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
-from hf_layerpar.mgrit.coarse import OF_LAYERS
-from hf_layerpar.mgrit.simulate import Costs
+from hf_layerpar.plan.operators import OF_LAYERS
+from hf_layerpar.plan.simulate import Costs
 from hf_layerpar.ode.convert import borrowed_view
 from hf_layerpar.ode.stack import LayerStack, RecordedCall
-from hf_layerpar.parallel.calibrate import calibrate
+from hf_layerpar.run.calibrate import calibrate
 
 ITERATIONS = ((0, 1), (0, 2), (1, 1), (2, 1), (2, 2))
 """Forward and backward iterations that are tried; 0 is an exact sweep."""

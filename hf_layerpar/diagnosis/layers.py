@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_layerpar.diagnosis.readings import LayerReading
 from hf_layerpar.errors import UnsupportedModelError
 from hf_layerpar.ode.stack import LayerStack, RecordedCall
-from hf_layerpar.parallel.program import Program
+from hf_layerpar.run.program import Program
 
 
 def lipschitz(

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.diagnosis.readings import SettingReading
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.mgrit.plan import Direction
+from hf_layerpar.plan.plan import Direction
 from hf_layerpar.ode.stack import LayerStack
-from hf_layerpar.parallel.communicator import LocalCommunicator
-from hf_layerpar.parallel.engine import StackEngine
-from hf_layerpar.parallel.executor import RankPart
-from hf_layerpar.parallel.program import LayerCall
+from hf_layerpar.run.transport import LocalTransport
+from hf_layerpar.run.engine import StackEngine
+from hf_layerpar.run.executor import RankPart
+from hf_layerpar.run.program import LayerCall
 
 Gradient = list[Tensor | None]
 """Of the layers' trainable parameters, in the order of `Bench.params`; None where the loss doesn't depend on one."""
@@ -97,7 +97,7 @@ class Bench:
         self.model, self.stacks = model, tuple(stacks)
         self.settings = _Settings()
         self.engines = [
-            _MeasuringEngine(LocalCommunicator(), (0,) * len(stack.layers), buffers, self.settings, stack)
+            _MeasuringEngine(LocalTransport(), (0,) * len(stack.layers), buffers, self.settings, stack)
             for stack in stacks
         ]
         layers = [layer for stack in stacks for layer in stack.layers]

@@ -9,10 +9,10 @@ from typing import Literal
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.diagnosis.readings import Prediction
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.mgrit.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
-from hf_layerpar.mgrit.plan import Direction
-from hf_layerpar.mgrit.simulate import Costs, simulate
-from hf_layerpar.mgrit.strategies import build_plan, interval_points
+from hf_layerpar.plan.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
+from hf_layerpar.plan.plan import Direction
+from hf_layerpar.plan.simulate import Costs, simulate
+from hf_layerpar.plan.strategies import build_plan, interval_points
 
 
 class Predictor:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hf_layerpar.diagnosis.layers import increment_of, lipschitz
 from hf_layerpar.ode.stack import RecordedCall
-from hf_layerpar.parallel.engine import StackEngine
-from hf_layerpar.parallel.program import Program
+from hf_layerpar.run.engine import StackEngine
+from hf_layerpar.run.program import Program
 from hf_layerpar.sharding import LayerParallel
 
 

@@ -52,8 +52,8 @@ class RecordedCall:
 Solver = Callable[[Sequence[RecordedCall], Tensor], Tensor]
 """Maps (the calls of all layers of a stack, buffers included; x_0) to x_N."""
 
-ModelRunner = Callable[[PreTrainedModel, Callable[..., Any], tuple, dict[str, Any]], Any]
-"""Maps (a model, its stock forward, the forward's arguments) to the forward's output."""
+ModelRunner = Callable[["ModelForward", tuple, dict[str, Any]], Any]
+"""Maps (what stands for a model's forward, the arguments) to the forward's output; it calls `ModelForward.run`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -75,12 +75,12 @@ class LayerForward:
 class ModelForward:
     """The `forward` put on each model that holds stacks.
 
-    While a stack has a solver, it turns the KV cache off unless the caller asked for it (as `generate` does), tells the
-    stacks of requests for per-layer values, and checks that no layer was left out. An attribute and not a hook, because
-    PEFT calls `forward` past the hooks.
+    A parallelized model's calls go to its `runner`. While a stack has a solver, the forward turns the KV cache off unless
+    the caller asked for it (as `generate` does), tells the stacks of requests for per-layer values, and checks that no
+    layer was left out. An attribute and not a hook, because PEFT calls `forward` past the hooks.
     """
 
-    model: PreTrainedModel
+    model: nn.Module
     stacks: tuple[LayerStack, ...]
     original: Callable[..., Any] | None
 
@@ -106,21 +106,24 @@ class ModelForward:
         return inspect.signature(self.stock)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        runner = self.stacks[0].runner
+        return self.run(args, kwargs) if runner is None else runner(self, args, kwargs)
+
+    def run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The forward, in line or with the stacks' solvers."""
         solved = [stack for stack in self.stacks if stack.solver is not None]
         if not solved:
             return self.stock(*args, **kwargs)
-        names = list(inspect.signature(self.stock).parameters)
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = self.named(args, kwargs)
         cache_asked_for = given.get("use_cache") is not None or given.get("past_key_values") is not None
-        if "use_cache" in names[len(args) :] and not cache_asked_for:
-            kwargs["use_cache"] = False
+        if "use_cache" in self.names[len(args) :] and not cache_asked_for:
+            kwargs = kwargs | {"use_cache": False}
         reason = next((name for name in _PER_LAYER_OUTPUTS if self._wants(name, given)), None)
         before = [stack.serial_reason for stack in solved]
         for stack in solved:
             stack.serial_reason = stack.serial_reason or reason
-        runner = solved[0].runner
         try:
-            output = self.stock(*args, **kwargs) if runner is None else runner(self.model, self.stock, args, kwargs)
+            output = self.stock(*args, **kwargs)
             for stack in solved:
                 stack.check_complete()
         finally:
@@ -129,10 +132,19 @@ class ModelForward:
                 stack.forget()
         return output
 
+    @property
+    def names(self) -> list[str]:
+        return list(inspect.signature(self.stock).parameters)
+
+    def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments by name."""
+        return dict(zip(self.names, args, strict=False)) | kwargs
+
     def _wants(self, name: str, given: dict[str, Any]) -> bool:
         value = given.get(name)
         # `is not False`: output_hidden_states may be an index, and 0 is one
-        return bool(getattr(self.model.config, name, False)) if value is None else value is not False
+        config = getattr(self.model, "config", None)
+        return bool(getattr(config, name, False)) if value is None else value is not False
 
 
 _MODEL_FORWARD = "_hf_layerpar_forward"
@@ -147,10 +159,8 @@ class LayerStack:
     path: name of the ModuleList in the HuggingFace model, as in its `named_modules()`.
     step_sizes: h of each layer; buffer layers have 1.
     solver: None evaluates each layer in line; otherwise it gets the recorded calls of the whole stack.
-    runner: runs the forwards of the models that hold the stack, where the solver wants something done around them.
+    runner: runs the forwards of the models that hold the stack, where they are parallelized.
     foreign: places of the layers whose parameters this rank lacks; with some, the stack can't be evaluated in line.
-    cached_tokens: while the solver runs, length of the KV cache that each layer adds to; None where they have none. A
-        layer must then be evaluated once, with the whole batch.
     serial_reason: what the running model forward asked for that needs each layer's own value, if anything.
     """
 
@@ -164,7 +174,7 @@ class LayerStack:
         self.solver: Solver | None = None
         self.runner: ModelRunner | None = None
         self.foreign: frozenset[int] = frozenset()
-        self.cached_tokens: int | None = None
+        self._evaluating = False
         self.serial_reason: str | None = None
         self._family = family_of(self.layers[0])
         self._records: list[RecordedCall] = []
@@ -195,8 +205,12 @@ class LayerStack:
 
     def step(self, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """One Euler step of layer `index` from `x` `[B, T, D]`, without gradient checkpointing (the solver's job)."""
-        with _without_checkpointing(self.layers[index]):
-            output = self.stock_forward(index)(x, *args, **kwargs)
+        before, self._evaluating = self._evaluating, True
+        try:
+            with _without_checkpointing(self.layers[index]):
+                output = self.layers[index](x, *args, **kwargs)  # its hooks run
+        finally:
+            self._evaluating = before
         state = self._family.state(output)
         if not isinstance(state, Tensor):
             raise UnsupportedModelError(
@@ -207,13 +221,15 @@ class LayerStack:
 
     def call(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the model's loop gets for calling layer `index`."""
+        if self._evaluating:
+            return self.stock_forward(index)(*args, **kwargs)
         x, args, kwargs = self._split_state(index, args, kwargs)
         if self.solver is None:
             return self._in_line(index, x, args, kwargs)
         cache = find_cache((*args, *kwargs.values()))
         reason = self._needs_serial(cache)
         if reason is None:
-            return self._record(index, x, args, kwargs, cache)
+            return self._record(index, x, args, kwargs)
         if self.sharded:
             raise UnsupportedModelError(
                 f"{reason} needs every layer's value on this rank, but {self.path} is spread over lp ranks. Call "
@@ -243,7 +259,7 @@ class LayerStack:
             family = LEADING_STATE
         return family.with_state(output, self._euler(index, x, family.state(output)))
 
-    def _record(self, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any], cache: Cache | None) -> Any:
+    def _record(self, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         if index == 0:
             self.forget()
             self._start = x
@@ -264,20 +280,15 @@ class LayerStack:
             return self._family.pack(x, self._shared)
         calls, shared = self._records, self._shared
         self.forget()
-        return self._family.pack(self._solve(calls, x, cache), shared)
-
-    def _solve(self, calls: Sequence[RecordedCall], x: Tensor, cache: Cache | None) -> Tensor:
         assert self.solver is not None
-        if cache is None:
-            return self.solver(calls, x)
-        self.cached_tokens = int(cache.get_seq_length())
-        try:
-            y = self.solver(calls, x)
-        finally:
-            self.cached_tokens = None
-        for index in self.foreign:
+        return self._family.pack(self.solver(calls, x), shared)
+
+    def count_in_cache(self, calls: Sequence[RecordedCall], x: Tensor) -> None:
+        """The tokens of `x` `[B, T, D]` count as cached for the layers that were evaluated on other ranks."""
+        cache = find_cache((*calls[0].args, *calls[0].kwargs.values()))
+        for index in self.foreign if cache is not None else ():
+            assert cache is not None
             add_stand_in(cache, self.layers[index], x)
-        return y
 
     def _euler(self, index: int, x: Tensor, y: Tensor) -> Tensor:
         # x + 1 * (y - x) would not be bit-equal to y
@@ -330,3 +341,11 @@ def intercept(model: nn.Module, stacks: tuple[LayerStack, ...]) -> None:
                 forward = ModelForward(module, held, vars(module).get("forward"))
                 setattr(module, _MODEL_FORWARD, forward)
                 module.forward = forward
+
+
+def intercept_root(model: nn.Module, stacks: tuple[LayerStack, ...]) -> None:
+    """Put our `forward` on the module that is parallelized, where it is none of those that `intercept` has put it on."""
+    if _MODEL_FORWARD not in vars(model):
+        forward = ModelForward(model, stacks, vars(model).get("forward"))
+        object.__setattr__(model, _MODEL_FORWARD, forward)
+        object.__setattr__(model, "forward", forward)

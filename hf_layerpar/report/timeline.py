@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from hf_layerpar.mgrit.plan import Plan, Task
-from hf_layerpar.mgrit.simulate import StepTimeline
+from hf_layerpar.plan.plan import Plan, Task
+from hf_layerpar.plan.simulate import StepTimeline
 from hf_layerpar.report.drawing import matplotlib_classes
 
 KINDS: dict[str, tuple[str, str]] = {

@@ -10,7 +10,7 @@ from transformers import Seq2SeqTrainingArguments
 
 from hf_layerpar.config import LayerParallelConfig, Operator, Relaxation, Strategy
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.parallel.mesh import check_lp_size
+from hf_layerpar.run.mesh import check_lp_size
 from hf_layerpar.training.controller import Policy
 
 
@@ -45,7 +45,7 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
     )
     coarse_operator: Operator = field(
         default=LayerParallelConfig.coarse_operator,
-        metadata={"help": "MGRIT: an interval's coarse stand-in, see hf_layerpar.mgrit.coarse."},
+        metadata={"help": "MGRIT: an interval's coarse stand-in, see hf_layerpar.plan.operators."},
     )
     damping: float = field(
         default=LayerParallelConfig.damping, metadata={"help": "MGRIT: a correction is scaled by 1 - damping."}

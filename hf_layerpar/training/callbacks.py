@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from hf_layerpar.parallel.engine import SweepReport
+from hf_layerpar.run.engine import SweepReport
 
 
 def solver_log(report: Mapping[str, Mapping[str, SweepReport]]) -> tuple[dict[str, float], dict[str, str]]:

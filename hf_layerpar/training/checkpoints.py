@@ -37,7 +37,7 @@ from hf_layerpar.errors import CheckpointError
 from hf_layerpar.ode.checkpoint import from_pretrained, sync
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
 from hf_layerpar.ode.fold import can_fold, folded_state_dict
-from hf_layerpar.parallel.mesh import Mesh
+from hf_layerpar.run.mesh import Mesh
 from hf_layerpar.sharding import layer_parallel
 from hf_layerpar.training.streams import kept_streams, main_streams, set_main_streams
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
-from hf_layerpar.parallel.communicator import peer_loss
+from hf_layerpar.run.transport import peer_loss
 
 BUCKET_BYTES = 8 << 20
 """Gradients travel in flat buckets of about this size: large enough to fill a link, small enough to overlap."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.mgrit.ladder import describe
+from hf_layerpar.plan.ladder import describe
 
 Policy = Literal["off", "paper", "raise", "adaptive"]
 """off: nothing is checked. paper: exact for good once a convergence factor passes 1. raise: then one step up from the
@@ -37,7 +37,7 @@ class Reading:
     bias: the same over the root mean square of the step's exact gradient, signal and noise. When noise is most of a
         gradient, as later in training, both are alike; where it is not (a new network), this one asks for a direction
         that is right and not for less error than there is noise.
-    damping: what the residuals suggest (`hf_layerpar.mgrit.damping`); 0: none.
+    damping: what the residuals suggest (`hf_layerpar.plan.damping`); 0: none.
     """
 
     rho_forward: float | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
-from hf_layerpar.parallel.mesh import Mesh
+from hf_layerpar.run.mesh import Mesh
 
 
 class BatchSharing:

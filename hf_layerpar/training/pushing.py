@@ -22,7 +22,7 @@ from hf_layerpar.hub.card import MARK, CardFacts, changes_of, make_card, merged,
 from hf_layerpar.hub.upload import CARD_NAME, Repository
 from hf_layerpar.ode.files import is_of_a_checkpoint
 from hf_layerpar.ode.pushing import VERSIONS, model_facts
-from hf_layerpar.parallel.first_rank import on_first_rank
+from hf_layerpar.run.first_rank import on_first_rank
 from hf_layerpar.training import checkpoints
 from hf_layerpar.training.saving import ShardedSaving
 

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
 from hf_layerpar.errors import CheckpointError
-from hf_layerpar.parallel.mesh import Mesh
+from hf_layerpar.run.mesh import Mesh
 from hf_layerpar.sharding import LayerParallel, layer_parallel
 from hf_layerpar.training import checkpoints
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments

@@ -18,7 +18,7 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
-from hf_layerpar.parallel.mesh import build_mesh
+from hf_layerpar.run.mesh import build_mesh
 from hf_layerpar.sharding import layer_parallel, parallelize
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.callbacks import solver_log

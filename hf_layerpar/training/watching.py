@@ -18,12 +18,12 @@ from hf_layerpar.agreement import GradientProbe, batch_rows
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.diagnosis.sharded import lipschitz_of_layers
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.mgrit.damping import suggest_damping
-from hf_layerpar.mgrit.ladder import cheapest_first, describe, escalation, exact_settings, predicted_share
-from hf_layerpar.mgrit.strategies import inner_grid
-from hf_layerpar.parallel.communicator import peer_loss
-from hf_layerpar.parallel.engine import SweepReport
-from hf_layerpar.parallel.mesh import Mesh
+from hf_layerpar.plan.damping import suggest_damping
+from hf_layerpar.plan.ladder import cheapest_first, describe, escalation, exact_settings, predicted_share
+from hf_layerpar.plan.strategies import inner_grid
+from hf_layerpar.run.transport import peer_loss
+from hf_layerpar.run.engine import SweepReport
+from hf_layerpar.run.mesh import Mesh
 from hf_layerpar.sharding import LayerParallel
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.controller import Controller, Policy, Reading

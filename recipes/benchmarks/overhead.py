@@ -28,9 +28,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.parallel.communicator import Communicator
-from hf_layerpar.parallel.engine import StackEngine
-from hf_layerpar.parallel.program import Program
+from hf_layerpar.run.communicator import Communicator
+from hf_layerpar.run.engine import StackEngine
+from hf_layerpar.run.program import Program
 from recipes.benchmarks.launch import RESULTS, launch
 from recipes.benchmarks.sides import Call, Fixed, Place, init_ranks, local_communicator, our_calls, owner_of
 from recipes.benchmarks.stack import SIZES, make_stack, make_state

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checko
 
 from transformers import TrainerCallback
 
-from hf_layerpar.mgrit.ladder import exact_settings
+from hf_layerpar.plan.ladder import exact_settings
 from hf_layerpar.sharding import layer_parallel
 from recipes.benchmarks.launch import RESULTS, ROOT
 from recipes.benchmarks.paper_picture import draw

@@ -29,11 +29,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.mgrit.planner import predict_step
-from hf_layerpar.mgrit.simulate import Costs
+from hf_layerpar.plan.planner import predict_step
+from hf_layerpar.plan.simulate import Costs
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
 from hf_layerpar.ode.stack import RecordedCall
-from hf_layerpar.parallel.calibrate import calibrate
+from hf_layerpar.run.calibrate import calibrate
 from recipes.benchmarks.alternate import measure
 from recipes.benchmarks.ends import our_side, stock_side
 from recipes.benchmarks.launch import RESULTS, launch

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.mgrit.planner import predict_step
-from hf_layerpar.parallel.calibrate import calibrate
+from hf_layerpar.plan.planner import predict_step
+from hf_layerpar.run.calibrate import calibrate
 from recipes.benchmarks.sides import Place, local_communicator, our_calls, our_configs, our_interleaved, owner_of
 from recipes.benchmarks.stack import make_stack, make_state
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, default_data_collator
 
 from hf_layerpar.agreement import GradientProbe
 from hf_layerpar.config import Operator
-from hf_layerpar.mgrit.ladder import describe
+from hf_layerpar.plan.ladder import describe
 from hf_layerpar.sharding import layer_parallel
 
 COARSENINGS = (4, 8)

@@ -22,8 +22,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from hf_layerpar.config import LayerParallelConfig, Operator
-from hf_layerpar.mgrit.ownership import contiguous_owner, interleaved_owner
-from hf_layerpar.mgrit.planner import gpipe, one_forward_one_backward, predict_step
+from hf_layerpar.plan.ownership import contiguous_owner, interleaved_owner
+from hf_layerpar.plan.planner import gpipe, one_forward_one_backward, predict_step
 from hf_layerpar.report.timeline import draw
 from recipes.benchmarks.launch import RESULTS
 from recipes.results import print_table, write_json

@@ -23,10 +23,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.mgrit.ownership import contiguous_owner, interleaved_owner
-from hf_layerpar.mgrit.strategies import interval_points
-from hf_layerpar.parallel.communicator import Communicator, GroupCommunicator, LocalCommunicator
-from hf_layerpar.parallel.engine import StackEngine
+from hf_layerpar.plan.ownership import contiguous_owner, interleaved_owner
+from hf_layerpar.plan.strategies import interval_points
+from hf_layerpar.run.communicator import Communicator, GroupCommunicator, LocalCommunicator
+from hf_layerpar.run.engine import StackEngine
 from recipes.benchmarks.stack import BATCH, make_stack, make_state
 
 OPERATORS = ("rediscretize", "aggregate", "identity")
@@ -309,7 +309,7 @@ def _pipelining(place: Place, stack: nn.Sequential, upstream: Tensor, schedule: 
 
 @dataclass
 class Call:
-    """A recorded layer call, as `hf_layerpar.parallel.program.LayerCall` asks for."""
+    """A recorded layer call, as `hf_layerpar.run.program.LayerCall` asks for."""
 
     layer: nn.Module
     args: tuple = ()

@@ -13,8 +13,8 @@ from hf_layerpar import LayerParallelConfig, convert_to_ode, diagnose, gradient_
 from hf_layerpar.diagnosis.diagnose import ITERATIONS
 from hf_layerpar.diagnosis.readings import FORMAT
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
-from hf_layerpar.mgrit.coarse import OF_LAYERS
-from hf_layerpar.mgrit.simulate import Costs
+from hf_layerpar.plan.operators import OF_LAYERS
+from hf_layerpar.plan.simulate import Costs
 from hf_layerpar.report.diagnosis import draw_diagnosis, print_diagnosis
 from tests import zoo
 

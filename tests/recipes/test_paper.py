@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hf_layerpar import from_pretrained
-from hf_layerpar.mgrit.simulate import Costs
+from hf_layerpar.plan.simulate import Costs
 from recipes import pretrain_bert
 from recipes.benchmarks import fine_tuning, paper, paper_speed
 from recipes.benchmarks.paper_networks import NETWORKS

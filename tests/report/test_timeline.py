@@ -7,9 +7,9 @@ import pytest
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import LayerParallelError
-from hf_layerpar.mgrit.ownership import contiguous_owner
-from hf_layerpar.mgrit.planner import predict_step
-from hf_layerpar.mgrit.simulate import Costs
+from hf_layerpar.plan.ownership import contiguous_owner
+from hf_layerpar.plan.planner import predict_step
+from hf_layerpar.plan.simulate import Costs
 from hf_layerpar.report.timeline import KINDS, as_text, bars, draw
 
 

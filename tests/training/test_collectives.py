@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BatchEncoding
 
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.parallel.mesh import Mesh, build_mesh, check_lp_size
+from hf_layerpar.run.mesh import Mesh, build_mesh, check_lp_size
 from hf_layerpar.training import collectives
 from tests.multiproc import RankPool
 

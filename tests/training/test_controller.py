@@ -10,7 +10,7 @@ import pytest
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.mgrit.ladder import describe, escalation, exact_settings
+from hf_layerpar.plan.ladder import describe, escalation, exact_settings
 from hf_layerpar.training import watching
 from hf_layerpar.training.controller import Controller, Reading
 from tests.multiproc import RankPool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_layerpar.parallel.engine import SweepReport
+from hf_layerpar.run.engine import SweepReport
 from hf_layerpar.training.callbacks import solver_log
 from tests.multiproc import RankPool
 from tests.training import runs, scenarios

@@ -1,0 +1,203 @@
+"""The whole batch's loss from losses of its parts.
+
+A head's loss is a mean over valid labels, or a sum divided by a given count, or several of these added up. Means of
+parts can't be averaged: parts have different numbers of valid labels. So the calls of torch's loss functions are
+watched. In a rehearsal (`hf_layerpar.ode.rehearsal`) on the whole batch they are counted and not computed; in the step
+each mean over a part divides its sum by the whole batch's count, and the parts' losses add up. The autograd graph of the
+rehearsal tells whether the loss is made of nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from hf_layerpar.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Term:
+    """One call of a loss function.
+
+    count: what its mean divides by; None where the caller asked for the sum.
+    """
+
+    function: str
+    count: float | None
+
+
+class Counting(TorchFunctionMode):
+    """Inside, loss functions are counted, and give a scalar that hangs on their input; linear maps are not computed.
+
+    values: what the callers were given, one for each of `terms`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.terms: list[Term] = []
+        self.values: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.linear:
+            return _shape_of_linear(*args, **kwargs)
+        found = _reduction(func, args, kwargs)
+        if found is None:
+            return func(*args, **kwargs)
+        given, count = found
+        self.terms.append(Term(func.__name__, None if count is None else float(count)))
+        value = _Hangs.apply(given["input"])
+        self.values.append(value)  # type: ignore[arg-type]
+        return value.clone()  # type: ignore[union-attr]  # the caller may change it in place
+
+
+class Whole(TorchFunctionMode):
+    """Inside, the means that loss functions give are sums over the whole batch's counts.
+
+    Raises UnsupportedModelError for other calls than those of the rehearsal.
+    """
+
+    def __init__(self, terms: Sequence[Term]) -> None:
+        super().__init__()
+        self.terms, self.calls = terms, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        kwargs = kwargs or {}
+        found = _reduction(func, args, kwargs)
+        if found is None:
+            return func(*args, **kwargs)
+        given, count = found
+        if self.calls >= len(self.terms) or self.terms[self.calls].function != func.__name__:
+            raise UnsupportedModelError(
+                f"the loss of a micro-batch calls {func.__name__} where that of the whole batch did not: its parts "
+                "don't add up. Use micro_batches=1 and ends='first_last'"
+            )
+        whole = self.terms[self.calls].count
+        self.calls += 1
+        if count is None or whole is None:
+            return func(*args, **kwargs)
+        return func(**(given | {"reduction": "sum"})) / max(whole, 1.0)
+
+
+def factors(loss: Tensor, counting: Counting) -> list[float] | None:
+    """By how much the loss grows with each of the counted terms, if it is a sum of multiples of them; else None."""
+    if not counting.values or not _is_made_of(loss, counting.values):
+        return None
+    grads = torch.autograd.grad(loss, counting.values, retain_graph=True, allow_unused=True)
+    return [0.0 if grad is None else float(grad) for grad in grads]
+
+
+def _is_made_of(loss: Tensor, values: Sequence[Tensor]) -> bool:
+    ends = {value.grad_fn for value in values}
+    ahead: list[Any] = [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node in ends:
+            continue
+        inputs = [] if node is None else [below for below, _ in node.next_functions]
+        name = None if node is None else node.name()
+        if name in ("AddBackward0", "SubBackward0"):
+            ahead += inputs  # a constant has no node and ends the search: every part would add it
+        elif name in _FACTORS and inputs[0] is not None and not any(inputs[1:]):
+            ahead.append(inputs[0])
+        elif name == "MulBackward0" and inputs[0] is None and inputs[1] is not None:
+            ahead.append(inputs[1])
+        else:
+            return False
+    return True
+
+
+_FACTORS = ("MulBackward0", "DivBackward0", "NegBackward0", "ToCopyBackward0", "CloneBackward0")
+
+
+class _Hangs(torch.autograd.Function):
+    """A scalar zero that depends on a tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.like = tensor
+        return torch.zeros((), dtype=tensor.dtype, device=tensor.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.zeros_like(ctx.like)
+
+
+class _Linear(torch.autograd.Function):
+    """A linear map's result as far as its shape and what it depends on: one zero, seen everywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return torch.zeros((), dtype=dtype, device=x.device).expand(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        raise AssertionError("a rehearsal has no backward through linear maps")
+
+
+def _shape_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return _Linear.apply(input, weight, bias)  # type: ignore[return-value]
+
+
+# ---- the loss functions, and what their means divide by
+def _reduction(func: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Tensor | None] | None:
+    """(arguments by name, count of the mean or None for a sum) of a call that can be put together from parts."""
+    count_of = _COUNTS.get(func)
+    if count_of is None:
+        return None
+    bound = signature(func).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    if given.get("size_average") is not None or given.get("reduce") is not None:
+        return None
+    if given["reduction"] == "sum":
+        return given, None
+    if given["reduction"] == "batchmean":
+        return given, _integer(len(given["input"]), given["input"])
+    count = count_of(given) if given["reduction"] == "mean" else None
+    return None if count is None else (given, count)
+
+
+def _integer(number: int, like: Tensor) -> Tensor:
+    return torch.tensor(number, device=like.device)
+
+
+def _valid_labels(given: dict[str, Any]) -> Tensor | None:
+    logits, target, weight = given["input"], given["target"], given["weight"]
+    if target.is_floating_point():  # class probabilities
+        return _integer(target.numel() // target.shape[1 if target.ndim > 1 else 0], logits)
+    valid = target != given["ignore_index"]
+    if weight is None:
+        return valid.sum()
+    return (weight[target.where(valid, 0)] * valid).sum()
+
+
+def _elements(given: dict[str, Any]) -> Tensor | None:
+    logits, target = given["input"], given["target"]
+    return _integer(torch.broadcast_shapes(logits.shape, target.shape).numel(), logits)
+
+
+def _unweighted_elements(given: dict[str, Any]) -> Tensor | None:
+    return _elements(given) if given.get("weight") is None else None
+
+
+_COUNTS: dict[Callable[..., Tensor], Callable[[dict[str, Any]], Tensor | None]] = {
+    functional.cross_entropy: _valid_labels,
+    functional.nll_loss: _valid_labels,
+    functional.kl_div: _elements,
+    functional.mse_loss: _unweighted_elements,
+    functional.l1_loss: _unweighted_elements,
+    functional.smooth_l1_loss: _unweighted_elements,
+    functional.huber_loss: _unweighted_elements,
+    functional.binary_cross_entropy_with_logits: _elements,
+}
+LOSSES = tuple(sorted(function.__name__ for function in _COUNTS))

@@ -1,0 +1,259 @@
+"""A step played through without its layers: which stacks it passes, what depends on what, how its loss is made.
+
+The model's own forward (or whatever computes the loss around it) runs on stand-ins of the parameters outside the layers
+(`hf_layerpar.ode.ends`), and each stack hands back a zero state. Every rank finds the same, without talking; so a
+step that can't be done is refused on all of them before any waits for another.
+
+Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+
+from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
+from hf_layerpar.ode.ends import EndParameter, Ends
+from hf_layerpar.ode.losses import LOSSES, Counting, Term, factors
+from hf_layerpar.ode.stack import LayerStack, RecordedCall
+
+Closure = Callable[[Any], Any]
+"""Runs the model on a batch (any nest of tensors): its loss in training, its output otherwise."""
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a rehearsal found.
+
+    stacks: of each pass, the index of its stack. sides: of each pass, the places (layer, leaf of its arguments) of
+    every tensor that depends on parameters or earlier passes.
+    needs: of each phase, the passes that its result depends on. uses: of each phase, the end parameters.
+    foreign: shapes of trained parameters outside the model that it depends on.
+    terms, factors: of the loss, where it is a sum of multiples of known loss functions; else None.
+    metrics: names of what is returned beside the loss.
+    """
+
+    stacks: tuple[int, ...]
+    sides: tuple[tuple[tuple[tuple[int, int], ...], ...], ...]
+    needs: tuple[tuple[int, ...], ...]
+    uses: tuple[frozenset[EndParameter], ...]
+    foreign: tuple[tuple[int, ...], ...]
+    terms: tuple[Term, ...] | None
+    factors: tuple[float, ...]
+    output: Any
+    metrics: tuple[str, ...]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What ranks compare."""
+        return {
+            "passes": self.stacks,
+            "sides": [len(s) for s in self.sides],
+            "needs": self.needs,
+            "metrics": self.metrics,
+        }
+
+
+class Player:
+    """The solver of all stacks while a forward is played through: `reached` is asked at every stack's entry.
+
+    It gets (number of the pass, index of the stack, calls, x) and returns the end state.
+    """
+
+    def __init__(
+        self, stacks: Sequence[LayerStack], reached: Callable[[int, int, Sequence[RecordedCall], Tensor], Tensor]
+    ) -> None:
+        self.stacks, self.reached = tuple(stacks), reached
+        self.passes = 0
+
+    @contextmanager
+    def playing(self) -> Iterator[Player]:
+        before = [(stack.solver, stack.runner) for stack in self.stacks]
+        for index, stack in enumerate(self.stacks):
+            stack.solver, stack.runner = self._solver(index), None
+        try:
+            yield self
+        finally:
+            for stack, (solver, runner) in zip(self.stacks, before, strict=True):
+                stack.solver, stack.runner = solver, runner
+                stack.forget()
+
+    def _solver(self, index: int) -> Callable[[Sequence[RecordedCall], Tensor], Tensor]:
+        def solve(calls: Sequence[RecordedCall], x: Tensor) -> Tensor:
+            self.passes += 1
+            return self.reached(self.passes - 1, index, calls, x)
+
+        return solve
+
+
+def rehearse(closure: Closure, batch: Any, stacks: Sequence[LayerStack], ends: Ends, *, loss: bool) -> Rehearsed:
+    """loss: the closure computes one; otherwise any output. The random streams are the caller's to keep."""
+    found: list[tuple[int, list[list[tuple[int, int]]], set[int], set[EndParameter]]] = []
+    leaves: list[Tensor] = []
+    foreign: dict[int, tuple[int, ...]] = {}
+    counting = Counting()
+
+    with torch.enable_grad(), ends.stood_in() as whose:
+
+        def look(tensors: Iterable[Tensor]) -> tuple[set[int], set[EndParameter]]:
+            of_passes, of_ends = set(), set()
+            for leaf in _leaves_of(tensors):
+                place = next((i for i, end in enumerate(leaves) if end is leaf), None)
+                if place is not None:
+                    of_passes.add(place)
+                elif id(leaf) in whose:
+                    of_ends.add(whose[id(leaf)])
+                else:
+                    foreign[id(leaf)] = tuple(leaf.shape)
+            return of_passes, of_ends
+
+        def reached(number: int, index: int, calls: Sequence[RecordedCall], x: Tensor) -> Tensor:
+            sides: dict[int, list[tuple[int, int]]] = {}
+            tensors: dict[int, Tensor] = {}
+            for layer, call in enumerate(calls):
+                for j, leaf in enumerate(tree_flatten((call.args, call.kwargs))[0]):
+                    if isinstance(leaf, Tensor) and leaf.requires_grad:
+                        sides.setdefault(id(leaf), []).append((layer, j))
+                        tensors[id(leaf)] = leaf
+            found.append((index, list(sides.values()), *look([x, *tensors.values()])))
+            leaves.append(torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape).requires_grad_())
+            return leaves[-1]
+
+        with Player(stacks, reached).playing(), counting:
+            output = closure(batch)
+        value, metrics = loss_and_metrics(output) if loss else (None, {})
+        outputs = [t for t in tree_leaves(value if loss else output) if isinstance(t, Tensor) and t.requires_grad]
+        of_passes, of_ends = look(outputs)
+        made_of = None if value is None or not value.requires_grad else factors(value, counting)
+    if not found:
+        raise UnsupportedModelError(
+            "the model's forward came by none of its stacks, so there is nothing to solve; is another model called?"
+        )
+    return Rehearsed(
+        stacks=tuple(f[0] for f in found),
+        sides=tuple(tuple(tuple(places) for places in f[1]) for f in found),
+        needs=(*(tuple(sorted(f[2])) for f in found), tuple(sorted(of_passes))),
+        uses=(*(frozenset(f[3]) for f in found), frozenset(of_ends)),
+        foreign=tuple(foreign.values()),
+        terms=None if made_of is None else tuple(counting.terms),
+        factors=tuple(made_of or ()),
+        output=output,
+        metrics=tuple(sorted(metrics)),
+    )
+
+
+def loss_and_metrics(output: Any) -> tuple[Tensor, Mapping[str, Any]]:
+    """What a loss function may return: the loss, or (loss, metrics by name).
+
+    Raises ConfigurationError for anything else.
+    """
+    metrics: Mapping[str, Any] = {}
+    if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping):
+        output, metrics = output
+    if not isinstance(output, Tensor) or output.ndim:
+        raise ConfigurationError(
+            f"the loss of a training step must be a scalar, but a {type(output).__name__} "
+            f"{tuple(getattr(output, 'shape', ()))} was returned; give the batch the labels that the model's loss "
+            "needs, or return a scalar (or a scalar and a dict of metrics)"
+        )
+    return output, metrics
+
+
+def check_parts(whole: Rehearsed, part: Rehearsed, why: str) -> None:
+    """Raises ConfigurationError unless the losses of parts of the batch add up to that of the whole.
+
+    part: the rehearsal of the first one. why: the settings that cut the batch.
+    """
+    if whole.terms is None:
+        raise ConfigurationError(
+            f"{why} cuts the batch, but its loss can't be put together from those of parts: it must be a sum of "
+            f"multiples of means or sums by {', '.join(LOSSES)} of torch.nn.functional. Use micro_batches=1 and "
+            "ends='first_last'"
+        )
+    alike = part.terms is not None and [(t.function, t.count is None) for t in part.terms] == [
+        (t.function, t.count is None) for t in whole.terms
+    ]
+    same = alike and all(
+        abs(a - b) <= 1e-5 * max(abs(a), abs(b)) for a, b in zip(whole.factors, part.factors, strict=True)
+    )
+    if not same:
+        raise ConfigurationError(
+            f"{why} cuts the batch, but the losses of its parts don't add up: the loss is a sum that is divided by a "
+            "number of each part's own (labels, rows). Divide by num_items_in_batch, use a mean of "
+            "torch.nn.functional, or use micro_batches=1 and ends='first_last'"
+        )
+
+
+# ---- rows
+def batch_rows(batch: Any, main: str | None = None) -> int:
+    """B of a batch: the first dimension of its main input, or else of its first tensor."""
+    if isinstance(batch, Mapping) and main in batch and isinstance(batch[main], Tensor) and batch[main].ndim:
+        return len(batch[main])
+    return next((len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), 0)
+
+
+def cut_rows(batch: Any, rows: int, parts: int) -> list[Any]:
+    """The batch in so many parts: every tensor with `rows` rows is cut, the rest is given to all.
+
+    Raises ConfigurationError for a tensor that has neither as many rows nor one.
+    """
+    if parts == 1:
+        return [batch]
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) not in (1, rows):
+            raise ConfigurationError(
+                f"a batch of {rows} rows can't be cut into {parts} parts: it holds a tensor of shape "
+                f"{tuple(leaf.shape)}, whose first dimension is neither 1 nor {rows}; use micro_batches=1 and "
+                "ends='first_last'"
+            )
+
+    def part(start: int, stop: int) -> Any:
+        def cut(leaf: Any) -> Any:
+            return leaf[start:stop] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows else leaf
+
+        return tree_map(cut, batch)
+
+    bounds = [rows * i // parts for i in range(parts + 1)]
+    return [part(a, b) for a, b in pairwise(bounds)]
+
+
+def signature_of(batch: Any, rows: int) -> tuple:
+    """What of a batch a rehearsal may depend on, sizes left out: the step's anatomy is the same for all lengths."""
+    leaves, tree = tree_flatten(batch)
+
+    def fact(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return (str(leaf.dtype), leaf.ndim, leaf.ndim > 0 and len(leaf) == rows, leaf.requires_grad)
+        return leaf if leaf is None or isinstance(leaf, bool | int | float | str) else type(leaf).__name__
+
+    return str(tree), tuple(map(fact, leaves))
+
+
+def _leaves_of(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The leaves of the autograd graphs of `tensors`."""
+    found: dict[int, Tensor] = {}
+    ahead: list[Any] = []
+    for tensor in tensors:
+        if tensor.grad_fn is not None:
+            ahead.append(tensor.grad_fn)
+        elif tensor.requires_grad:
+            found[id(tensor)] = tensor
+    seen: set[Any] = set()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found[id(node.variable)] = node.variable
+        ahead += [below for below, _ in node.next_functions]
+    return list(found.values())
+
+

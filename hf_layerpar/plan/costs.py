@@ -1,0 +1,102 @@
+"""What the tasks of a plan cost: prices in seconds (or any unit) and bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.plan.tasks import Plan, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """Prices of the whole batch (see `cut`). The defaults are the units of the cost model: one layer forward is 1.
+
+    step: a layer forward without graph. graph_step: a final one, which keeps its graph.
+    vjp: an input-only vjp. weights: weight gradients alone. final_vjp: both in one backward.
+    front, front_backward: the model's ends before the layers (embeddings); a middle of several stacks costs as much.
+    tail: the ends behind the layers (head and loss), forward and backward.
+    arguments: what a rank takes that has no ends to make the layers' arguments (masks, rotary tables).
+    combine: a linear combination, for each of its terms. residual: one residual norm.
+    overhead: what every task takes beside its work.
+    fixed_share: the part of a price that doesn't shrink when the batch is cut into micro-batches.
+    latency, bandwidth: a message of b bytes arrives latency + b / bandwidth after its send. A rank's messages go out
+        one behind the other.
+    send: working time that a message takes from its sender.
+    state_bytes: one state. graph_bytes: one kept graph (the activations of a layer; with recomputation, one state).
+    Raises ConfigurationError for a negative price.
+    """
+
+    step: float = 1.0
+    graph_step: float = 1.0
+    vjp: float = 1.0
+    weights: float = 1.0
+    final_vjp: float = 2.0
+    front: float = 0.0
+    front_backward: float = 0.0
+    tail: float = 0.0
+    arguments: float = 0.0
+    combine: float = 0.0
+    residual: float = 0.0
+    overhead: float = 0.0
+    fixed_share: float = 0.0
+    latency: float = 0.0
+    bandwidth: float = math.inf
+    send: float = 0.0
+    state_bytes: float = 0.0
+    graph_bytes: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not value >= 0 or (name == "bandwidth" and value == 0) or (name == "fixed_share" and value > 1):
+                limit = {"bandwidth": "positive", "fixed_share": "in [0, 1]"}.get(name, "at least 0")
+                raise ConfigurationError(f"costs: {name}={value!r} must be {limit}")
+
+    def of(self, task: Task, plan: Plan) -> float:
+        """The working time of a task of `plan`."""
+        kind, forward = task.kind, task.direction == "forward"
+        if kind == "step":
+            if forward:
+                price = self.graph_step if task.final and plan.trains else self.step
+            else:
+                price = self.final_vjp if task.final and not self._is_split(task, plan) else self.vjp
+            price *= len(task.layers)
+        elif kind == "weights":
+            price = self.weights * len(task.layers)
+        elif kind == "phase":
+            is_tail = task.place == len(plan.passes)
+            price = self.tail if is_tail else self.front if forward else self.front_backward
+            price /= task.piece[1]
+        elif kind in ("combine", "collect"):
+            price = self.combine * len(task.inputs)
+        else:
+            price = self.residual if kind == "residual" else self.combine
+        return price + self.overhead
+
+    @staticmethod
+    def _is_split(task: Task, plan: Plan) -> bool:
+        return any(plan.values[v].kind == "pending" for v in task.outputs)
+
+    def transfer(self) -> float:
+        """From the send of a state to its arrival on another rank."""
+        return self.latency + self.state_bytes / self.bandwidth
+
+    def serial(self, num_layers: int) -> float:
+        """Forward and backward of the whole batch on one rank, layer after layer, ends included."""
+        layers = num_layers * (self.graph_step + self.final_vjp + 2 * self.overhead)
+        return layers + self.front + self.front_backward + self.tail
+
+    def cut(self, micro_batches: int) -> Costs:
+        """The costs of one micro-batch, when these are those of the whole batch."""
+        work = self.fixed_share + (1.0 - self.fixed_share) / micro_batches
+        names = ("step", "graph_step", "vjp", "weights", "final_vjp", "combine", "residual")
+        shrinking = dict.fromkeys((*names, "front", "front_backward", "tail"), work)
+        shrinking |= dict.fromkeys(("state_bytes", "graph_bytes"), 1 / micro_batches)
+        return dataclasses.replace(self, **{name: getattr(self, name) * s for name, s in shrinking.items()})
+
+
+APART = Costs(vjp=1.4, weights=0.8)
+"""What a backward costs in two halves: a tenth more than in one, and the input half is the larger, as all of attention
+and the activations is in it. So weight gradients are taken apart only where the gaps they fill are worth it."""

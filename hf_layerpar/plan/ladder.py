@@ -1,0 +1,105 @@
+"""Settings in the order in which a controller moves through them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.plan.ownership import contiguous_owner
+from hf_layerpar.plan.planner import predict_step
+from hf_layerpar.plan.operators import OPERATORS
+from hf_layerpar.plan.step import interval_points
+
+_ITERATIONS = ((1, 1), (2, 1), (2, 2), (0, 1), (0, 2))
+
+
+@dataclass(frozen=True)
+class StackShape:
+    """What a prediction needs to know of a stack: its layers, and how many at its ends are always exact."""
+
+    num_layers: int
+    buffers: tuple[int, int]
+
+
+def exact_settings(config: LayerParallelConfig) -> LayerParallelConfig:
+    """The exact solve that goes with `config`: the pipeline, with all else (micro-batches, ends, loss) the same."""
+    return LayerParallelConfig(
+        strategy="pipeline",
+        micro_batches=config.micro_batches,
+        schedule=config.schedule,
+        ends=config.ends,
+        increment_penalty=config.increment_penalty,
+    )
+
+
+def predicted_share(config: LayerParallelConfig, stacks: Sequence[StackShape], num_ranks: int) -> float:
+    """Simulated time of a step of all stacks on `num_ranks` ranks over that of one rank, in unit costs."""
+    made = serial = 0.0
+    for stack in stacks:
+        points = interval_points(config, stack.num_layers, stack.buffers)
+        owner = contiguous_owner(stack.num_layers, num_ranks, boundaries=points)
+        step = predict_step(config, owner, num_ranks=num_ranks, buffers=stack.buffers)
+        made, serial = made + step.makespan, serial + step.serial
+    return made / serial
+
+
+def escalation(config: LayerParallelConfig) -> list[LayerParallelConfig]:
+    """From `config` to the exact solve, each step more accurate and dearer: twice the iterations, two levels, half the
+    coarsening, the richest operator, exact. Steps that change nothing are left out.
+    """
+    more = {
+        "forward_iterations": 2 * config.forward_iterations,
+        "backward_iterations": 2 * config.backward_iterations,
+    }
+    c = config.factors[0]
+    changes = (more, {"coarsening": c}, {"coarsening": max(2, c // 2)}, {"coarse_operator": "aggregate"})
+    steps = [config]
+    for change in changes:
+        following = dataclasses.replace(steps[-1], **change)
+        if following != steps[-1]:
+            steps.append(following)
+    return [*steps, exact_settings(config)]
+
+
+def cheapest_first(
+    config: LayerParallelConfig, stacks: Sequence[StackShape], num_ranks: int
+) -> list[LayerParallelConfig]:
+    """MGRIT settings with the grid of `config` that beat the exact pipeline on `num_ranks` ranks, by predicted time,
+    and the pipeline as the last.
+
+    Raises ConfigurationError where none does: there is nothing to choose from.
+    """
+    exact = exact_settings(config)
+    limit = predicted_share(exact, stacks, num_ranks)
+    shares: dict[LayerParallelConfig, float] = {}
+    for operator in OPERATORS:
+        for forward, backward in _ITERATIONS:
+            candidate = dataclasses.replace(
+                config,
+                strategy="mgrit",
+                coarse_operator=operator,
+                forward_iterations=forward,
+                backward_iterations=backward,
+            )
+            shares[candidate] = predicted_share(candidate, stacks, num_ranks)
+    faster = sorted((c for c in shares if shares[c] < limit), key=lambda c: shares[c])
+    if not faster:
+        raise ConfigurationError(
+            f"no MGRIT setting with coarsening={config.coarsening} is predicted to beat the exact "
+            f" pipeline on {num_ranks} ranks; train with strategy='pipeline', or use more ranks (a controller "
+            f"can plan for more than it runs on: controller_ranks)"
+        )
+    return [*faster, exact]
+
+
+def describe(config: LayerParallelConfig) -> str:
+    """A short name, such as "mgrit aggregate 1/1 c=4"; iterations that make a sweep exact are written so."""
+    if config.strategy != "mgrit":
+        return config.strategy
+    name = (
+        f"mgrit {config.coarse_operator} {config.forward_iterations or 'exact'}/{config.backward_iterations or 'exact'}"
+        f" c={','.join(map(str, config.factors))}"
+    )
+    return name + (" FCF" if config.relaxation == "FCF" else "")

@@ -1,0 +1,134 @@
+"""How long a plan takes and what it holds, from unit costs: no processes, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from hf_layerpar.plan.costs import Costs
+from hf_layerpar.plan.tasks import Plan
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most a rank holds at once: states in flight, kept graphs (of single layers), and both together in bytes."""
+
+    states: int
+    graphs: int
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When every task of a plan starts and ends, in the units of the costs (of one micro-batch).
+
+    spans: (start, end) of plan.tasks[i].
+    finish: when each rank is through.
+    sending: working time that each rank's messages took from it.
+    serial: the time of the same work on one rank.
+    """
+
+    plan: Plan
+    costs: Costs
+    spans: tuple[tuple[float, float], ...]
+    finish: tuple[float, ...]
+    sending: tuple[float, ...]
+    serial: float
+
+    @property
+    def makespan(self) -> float:
+        return max(self.finish, default=0.0)
+
+    @property
+    def share(self) -> float:
+        """Predicted time as a share of serial."""
+        return self.makespan / self.serial if self.serial else 0.0
+
+    @property
+    def busy(self) -> tuple[float, ...]:
+        """Working time of each rank."""
+        totals = list(self.sending)
+        for task, (start, end) in zip(self.plan.tasks, self.spans, strict=True):
+            totals[task.rank] += end - start
+        return tuple(totals)
+
+    @property
+    def idle_shares(self) -> tuple[float, ...]:
+        """Share of the makespan in which a rank computes nothing."""
+        return tuple(1.0 - busy / self.makespan if self.makespan else 0.0 for busy in self.busy)
+
+    @property
+    def idle_share(self) -> float:
+        """The bubble: share of rank time, over all ranks and the whole makespan, in which nothing is computed."""
+        return sum(self.idle_shares) / self.plan.num_ranks
+
+    @property
+    def bytes_moved(self) -> float:
+        return len(self.plan.messages) * self.costs.state_bytes
+
+    @cached_property
+    def peaks(self) -> tuple[Peak, ...]:
+        """Of each rank: a state is held where it was made or received until its last use there, a graph until the
+        weight gradients, which need much of it."""
+        plan, costs = self.plan, self.costs
+        last: dict[tuple[int, int], int] = {}
+        size: dict[int, int] = {}  # graph -> its layers
+        for i, task in enumerate(plan.tasks):
+            for value in (*task.inputs, *task.outputs):
+                last[value, task.rank] = i
+                if plan.values[value].kind in ("graph", "pending"):
+                    size.setdefault(value, len(task.layers))
+        states, graphs = [0] * plan.num_ranks, [0] * plan.num_ranks
+        most = [[0, 0, 0.0] for _ in range(plan.num_ranks)]
+        present: set[tuple[int, int]] = set()
+        for i, task in enumerate(plan.tasks):
+            rank = task.rank
+            for value in (*task.inputs, *task.outputs):
+                if (value, rank) not in present:
+                    present.add((value, rank))
+                    states[rank] += value not in size
+                    graphs[rank] += size.get(value, 0) if plan.values[value].kind == "graph" else 0
+            held = (states[rank], graphs[rank], states[rank] * costs.state_bytes + graphs[rank] * costs.graph_bytes)
+            most[rank] = [max(a, b) for a, b in zip(most[rank], held, strict=True)]
+            # what weight gradients wait for takes the place of the graph
+            graphs[rank] += sum(size[v] for v in task.outputs if plan.values[v].kind == "pending")
+            for value in {*task.inputs, *task.outputs}:
+                if last[value, rank] == i:
+                    states[rank] -= value not in size
+                    graphs[rank] -= size.get(value, 0)
+        return tuple(Peak(int(s), int(g), float(b)) for s, g, b in most)
+
+
+def simulate(plan: Plan, costs: Costs | None = None, *, serial: float = 0.0) -> Timeline:
+    """Times a plan as the executor runs it: every rank works its tasks in plan order, each as soon as its inputs have
+    arrived, and sends without waiting.
+
+    costs: of one micro-batch (see `Costs.cut`). serial: the time on one rank, for shares of it.
+    """
+    costs = costs or Costs()
+    targets: dict[int, list[int]] = {}
+    for message in plan.messages:
+        targets.setdefault(message.value, []).append(message.target)
+    flight = costs.state_bytes / costs.bandwidth
+    made: dict[int, float] = {}
+    arrived: dict[tuple[int, int], float] = {}
+    prepared: set[tuple[int, int, int]] = set()
+    free, link, sending = ([0.0] * plan.num_ranks for _ in range(3))
+    spans = []
+    for task in plan.tasks:
+        rank, start = task.rank, free[task.rank]
+        if costs.arguments and task.kind != "weights" and (rank, task.place, task.micro_batch) not in prepared:
+            prepared.add((rank, task.place, task.micro_batch))
+            start += costs.arguments if task.kind == "step" else 0.0
+        for value in task.inputs:
+            start = max(start, made[value] if plan.producer[value] == rank else arrived[value, rank])
+        free[rank] = end = start + costs.of(task, plan)
+        spans.append((start, end))
+        for value in task.outputs:
+            made[value] = end
+            for target in targets.get(value, ()):
+                free[rank] += costs.send
+                sending[rank] += costs.send
+                link[rank] = max(link[rank], free[rank]) + flight
+                arrived[value, target] = link[rank] + costs.latency
+    return Timeline(plan, costs, tuple(spans), tuple(free), tuple(sending), serial)

@@ -1,0 +1,199 @@
+"""Measures what the tasks of a plan cost on this machine, through the code that a step runs."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from hf_layerpar.plan.costs import Costs
+from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, kept_streams
+from hf_layerpar.run.step import combine
+from hf_layerpar.run.transport import LocalTransport, Transport
+
+_SAMPLED_LAYERS = 8
+_PINGS = 20
+
+
+def calibrate(
+    calls: Sequence[LayerCall],
+    x: Tensor,
+    transport: Transport | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    part: tuple[Sequence[LayerCall], Tensor] | None = None,
+    ends: Callable[[], tuple[float, float, float, float]] | None = None,
+    seconds: float = 1.0,
+) -> Costs:
+    """The costs of a stack for the whole batch `x` `[B, T, D]`, in seconds and bytes: medians over a few layers.
+
+    transport: the lp group, whose ranks all call this and get the same costs (means over them); messages are timed
+        between neighbours. Without it a message costs nothing.
+    layers: indices of layers that this rank holds (default all); at most eight of them, evenly spread, are evaluated.
+    part: calls and state of a micro-batch with fewer rows, at which `Costs.fixed_share` is read off; without it 0.
+    ends: measures (front, front_backward, tail, arguments) of the whole batch.
+    seconds: how long to measure the layers, roughly; each of them three times at least.
+
+    The linear modules of the sampled layers are made deferrable, as in any step of several ranks.
+    """
+    transport = transport or LocalTransport()
+    chosen = list(range(len(calls)) if layers is None else layers)
+    chosen = [chosen[i * len(chosen) // _SAMPLED_LAYERS] for i in range(_SAMPLED_LAYERS)]
+    chosen = list(dict.fromkeys(chosen))
+    x = x.detach()
+    with kept_streams(x.device):
+        times = _layer_times(calls, x, chosen, seconds / (1 if part is None else 2))
+        whole = times["graph_step"] + times["final_vjp"]
+        fixed_share = 0.0
+        if part is not None:
+            piece = _layer_times(part[0], part[1].detach(), chosen, seconds / 2)
+            # whole = fixed + rate B and piece = fixed + rate rows
+            rate = (whole - piece["graph_step"] - piece["final_vjp"]) / (len(x) - len(part[1]))
+            fixed_share = min(1.0, max(0.0, 1.0 - rate * len(x) / whole))
+        combination, residual, overhead = _small_times(x)
+        names = ("front", "front_backward", "tail", "arguments")
+        prices = {
+            **times,
+            "combine": combination,
+            "residual": residual,
+            "overhead": overhead,
+            "fixed_share": fixed_share,
+            **dict(zip(names, (0.0,) * 4 if ends is None else ends(), strict=True)),
+            "graph_bytes": _graph_bytes(calls, x, chosen[0]),
+        }
+    if transport.size == 1:
+        return Costs(**prices, state_bytes=x.numel() * x.element_size())
+    return _agreed(transport, prices, x)
+
+
+def _layer_times(calls: Sequence[LayerCall], x: Tensor, chosen: Sequence[int], seconds: float) -> dict[str, float]:
+    """Medians. The weight gradients are what a final vjp and its "weights" task take beyond an input-only vjp;
+    `final_vjp` is both in one backward, as on one rank."""
+    seed = 0 if any(call.layer.training for call in calls) else None
+    found: dict[str, list[float]] = {}
+    lam = torch.ones_like(x, memory_format=torch.contiguous_format)
+    before = {p: p.grad for n in chosen for p in calls[n].layer.parameters()}
+
+    def timed(name: str, work: Callable[[], object]) -> None:
+        began = now(x.device)
+        work()
+        found.setdefault(name, []).append(now(x.device) - began)
+
+    def measure() -> None:
+        # first all forwards, then all backwards, as a step does it: by then a graph has left the caches
+        for split in (True, False):
+            layers = Layers(Entry(x, calls), Common(seed), 0, 0)
+            for n in chosen:
+                if split:
+                    timed("step", lambda n=n, p=layers: p.forward((n,), x))
+                    timed("graph_step", lambda n=n, p=layers: p.forward((n,), x, final=True, split=True))
+                else:
+                    layers.forward((n,), x, final=True)
+            for n in reversed(chosen):
+                if not split:
+                    timed("final_vjp", lambda n=n, p=layers: p.backward((n,), lam, final=True))
+                    continue
+                timed("vjp", lambda n=n, p=layers: p.backward((n,), lam))
+                timed("final", lambda n=n, p=layers: p.backward((n,), lam, final=True, split=True))
+                timed("weights", lambda n=n, p=layers: p.weights((n,)))
+
+    try:
+        for p in before:
+            p.grad = None
+        measure()  # warms up
+        found.clear()
+        began, rounds = time.perf_counter(), 0
+        while rounds < 3 or time.perf_counter() - began < seconds:
+            measure()
+            rounds += 1
+    finally:
+        for p, grad in before.items():
+            p.grad = grad
+    medians = {name: statistics.median(values) for name, values in found.items()}
+    medians["weights"] = max(0.0, medians["weights"] + medians.pop("final") - medians["vjp"])
+    return medians
+
+
+def _small_times(x: Tensor) -> tuple[float, float, float]:
+    """A term of a combination, a residual, and what a task takes beside its work."""
+
+    def median(work: Callable[[], object], repeats: int = 8) -> float:
+        runs = []
+        for _ in range(repeats):
+            began = now(x.device)
+            work()
+            runs.append(now(x.device) - began)
+        return statistics.median(runs[1:])
+
+    combination = median(lambda: combine((1.0, 1.0, -1.0), [x, x, x])) / 3
+    residual = median(lambda: torch.linalg.vector_norm(x - x).square())
+    return combination, residual, median(lambda: combine((1.0,), [x[:0]]))
+
+
+def _graph_bytes(calls: Sequence[LayerCall], x: Tensor, layer: int) -> float:
+    """Storage that the graph of one step keeps alive, its result included, parameters not."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    layers = Layers(Entry(x, calls), Common(0), 0, 0)
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        note(layers.forward((layer,), x, final=True))
+    for parameter in calls[layer].layer.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return float(sum(kept.values()))
+
+
+def _agreed(transport: Transport, prices: dict[str, float], x: Tensor) -> Costs:
+    """Means over the ranks (of the ends: what the rank that has them takes), with the costs of messages between
+    neighbours (ranks 0 and 1, 2 and 3, ...)."""
+    peer = transport.rank ^ 1
+    paired = peer < transport.size
+    small, large, send = (0.0, 0.0, 0.0)
+    if paired:
+        small, _ = _ping(transport, peer, x.new_zeros(1))
+        large, send = _ping(transport, peer, torch.zeros_like(x, memory_format=torch.contiguous_format))
+    sums = torch.tensor([*prices.values(), small, large, send, float(paired)], device=x.device, dtype=torch.float64)
+    transport.all_reduce(sums)
+    *means, small, large, send, pairs = sums.tolist()
+    state_bytes = x.numel() * x.element_size()
+    latency, transfer = small / pairs, max(0.0, large - small) / pairs
+    once = ("front", "front_backward", "tail")
+    return Costs(
+        **{n: total / (1 if n in once else transport.size) for n, total in zip(prices, means, strict=True)},
+        latency=latency,
+        bandwidth=state_bytes / transfer if transfer else float("inf"),
+        send=send / pairs,
+        state_bytes=state_bytes,
+    )
+
+
+def _ping(transport: Transport, peer: int, tensor: Tensor) -> tuple[float, float]:
+    """Seconds that `tensor` travels to a neighbour, and processor seconds that a message takes on this rank."""
+    buffer, trips, processor = torch.empty_like(tensor), [], 0.0
+    for ping in range(_PINGS + 3):  # the first ones warm up
+        began, worked = now(tensor.device), time.process_time()
+        if transport.rank < peer:
+            sent = transport.send(tensor, peer)
+            transport.wait(transport.receive(buffer, peer))
+        else:
+            transport.wait(transport.receive(buffer, peer))
+            sent = transport.send(tensor, peer)
+        transport.wait(sent)
+        if ping >= 3:
+            trips.append(now(tensor.device) - began)
+            processor += time.process_time() - worked
+    return statistics.median(trips) / 2, processor / (2 * _PINGS)
+
+
+def now(device: torch.device) -> float:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,387 @@
+"""How a step runs: one rank's tasks of a plan in their order, messages beside them.
+
+    plan (what to do, in which order)  ->  Step  ->  phases (the model's ends), layers, messages
+
+`Phases` is the model as a step needs it; `hf_layerpar.ode.phases` makes one of a transformers model.
+
+Shapes: a state is `[B, T, D]`, B the rows of a micro-batch or of a piece of one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_layerpar.plan.tasks import Direction, Pieces, Plan, Task, Value
+from hf_layerpar.run.increments import Increments
+from hf_layerpar.run.layers import Common, Entry, Layers, mix, seed_device
+from hf_layerpar.run.transport import Transport
+from hf_layerpar.run.wide import wide_dtype
+
+LOOK_AHEAD = 4
+"""Receives are started so many tasks before the one that needs them: early enough to travel beside work, late enough
+that few buffers are held."""
+
+
+class Phases(Protocol):
+    """A model's forward in parts. `given` are the end states of the passes that are through, None for one that the
+    part doesn't depend on."""
+
+    def enter(self, place: int, micro_batch: int, given: Sequence[Tensor | None], *, real: bool) -> Entry:
+        """Runs phase `place` to the entry of pass `place`. real: with a graph, on the rank that owns the phase;
+        otherwise only for shapes and for what the layers are given that needs no parameters."""
+        ...
+
+    def finish(self, micro_batch: int, piece: Pieces, given: Sequence[Tensor | None]) -> Tensor | None:
+        """Runs the tail on the given rows. In training its loss, a scalar with a graph; otherwise what it returns is
+        the phases' own affair."""
+        ...
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """A plan as one rank sees it, worked out once and run many times.
+
+    groups: the rank's tasks, those of a wave together. sends: value -> targets.
+    receives: before groups[i], (value, source) of the receives to start, per source in the order of the sends; the last
+        ones are for `fetch`, values to have in the end.
+    dead_after: values that groups[i] is the last to need. leaves_after: (pass, micro-batch) that it is the last of.
+    split_runs: (pass, micro-batch, lowest layer) of the final steps whose weight gradients are taken apart.
+    """
+
+    plan: Plan
+    rank: int
+    groups: tuple[tuple[Task, ...], ...]
+    sends: Mapping[int, tuple[int, ...]]
+    receives: tuple[tuple[tuple[int, int], ...], ...]
+    fetch: tuple[int, ...]
+    dead_after: tuple[tuple[int, ...], ...]
+    leaves_after: tuple[tuple[tuple[int, int], ...], ...]
+    split_runs: frozenset[tuple[int, int, int]]
+
+    @classmethod
+    def of(
+        cls, plan: Plan, rank: int, tasks: Sequence[Task] | None = None, fetch: Sequence[int] = ()
+    ) -> RankPart:
+        """tasks: those of the plan to work, in this order; all by default. fetch: values to have in the end."""
+        groups = [group for group in plan.groups() if group[0].rank == rank]
+        if tasks is not None:
+            groups = [(task,) for task in tasks]
+        queues: dict[int, list[int]] = {}
+        sends: dict[int, tuple[int, ...]] = {}
+        needed: dict[int, int] = {}
+        last: dict[int, int] = {}
+        leaves: dict[tuple[int, int], int] = {}
+        for i, group in enumerate(groups):
+            for task in group:
+                for value in task.inputs:
+                    needed.setdefault(value, i)
+                last |= dict.fromkeys((*task.inputs, *task.outputs), i)
+                if tasks is None:
+                    leaves[task.place, task.micro_batch] = i
+        for value in fetch:
+            needed.setdefault(value, len(groups))
+        for message in plan.messages:
+            if message.source == rank:
+                sends[message.value] = (*sends.get(message.value, ()), message.target)
+            if message.target == rank and message.value in needed:
+                queues.setdefault(message.source, []).append(message.value)
+        entered = {
+            (t.place, t.micro_batch): i
+            for i, group in enumerate(groups)
+            for t in group
+            if t.kind == "phase" and t.direction == "forward"
+        }
+        receives: list[list[tuple[int, int]]] = [[] for _ in range(len(groups) + 1)]
+        for source, queue in queues.items():
+            # early, but not before the phase that tells the shapes; and a receive waits for those queued before it, so
+            # it is started when the earliest behind it is
+            start = len(groups)
+            for value in reversed(queue):
+                like = plan.values[value]
+                known = entered.get((like.place, like.micro_batch), -1) + 1
+                start = min(start, max(needed[value] - LOOK_AHEAD, min(known, needed[value]), 0))
+                receives[start].insert(0, (value, source))
+        dead: list[list[int]] = [[] for _ in groups]
+        for value, i in last.items():
+            dead[i].append(value)
+        gone: list[list[tuple[int, int]]] = [[] for _ in groups]
+        for key, i in leaves.items():
+            gone[i].append(key)
+        return cls(
+            plan,
+            rank,
+            tuple(groups),
+            sends,
+            tuple(map(tuple, receives)),
+            tuple(fetch),
+            tuple(map(tuple, dead)),
+            tuple(map(tuple, gone)),
+            frozenset((t.place, t.micro_batch, min(t.layers)) for t in plan.tasks if t.kind == "weights"),
+        )
+
+
+@dataclass
+class Outcome:
+    """What one rank brought out of a step.
+
+    losses: of the (micro-batch, piece)s whose tails ran here. residuals: by (pass, direction), sums of squares of each
+    iteration over this rank's intervals, `[iterations]` in float32 or wider. penalty: that of this rank's layers.
+    seconds, waited: wall time, and the part of it spent waiting for messages.
+    """
+
+    losses: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    residuals: dict[tuple[int, Direction], Tensor] = field(default_factory=dict)
+    penalties: dict[int, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+    waited: float = 0.0
+
+
+LayersOf = Callable[[Entry, Common, int, int, Increments | None], Layers]
+Penalty = Callable[[int], Increments | None]
+
+
+class Step:
+    """One rank's part in one step.
+
+    common: what all layers share. seed: for the phases' random streams, None without any. scale: what the losses are
+    multiplied by before they go backward. penalty: by pass, what watches the layers' increments.
+    """
+
+    def __init__(
+        self,
+        part: RankPart,
+        phases: Phases,
+        transport: Transport,
+        common: Common,
+        *,
+        device: torch.device,
+        scale: float = 1.0,
+        penalty: Penalty | None = None,
+        make_layers: LayersOf = Layers,
+    ) -> None:
+        self.part, self.phases, self.transport, self.common = part, phases, transport, common
+        self.device, self.scale, self.make_layers = device, scale, make_layers
+        self.outcome = Outcome()
+        passes = range(len(part.plan.passes))
+        self.increments = {k: None if penalty is None else penalty(k) for k in passes}
+        self.values: dict[int, Any] = {}
+        self._arriving: dict[int, tuple[list[Any], Any]] = {}
+        self._sending: list[tuple[Any, Any]] = []
+        self.layers: dict[tuple[int, int], Layers] = {}
+        # of a phase that will go backward: its results, and the leaves that stand for earlier passes' ends
+        self._phases: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
+
+    # ---- the loop
+    def run(self) -> Outcome:
+        """Works all tasks. Collective over the transport's ranks. Raises PeerLostError when another rank is gone."""
+        began = time.perf_counter()
+        self.work(self.part)
+        self.settle()
+        for k, increments in self.increments.items():
+            if increments is not None:
+                self.outcome.penalties[k] = increments.penalty(self.device)
+        self.outcome.seconds += time.perf_counter() - began
+        return self.outcome
+
+    def work(self, part: RankPart, keep: Set[int] = frozenset()) -> None:
+        """Works the tasks of `part`. keep: values to leave in `values`."""
+        plan = part.plan
+        for i, group in enumerate(part.groups):
+            for value, source in part.receives[i]:
+                self._receive(value, source)
+            for task in group:
+                for value in task.inputs:
+                    if value not in self.values:
+                        self._await(value)
+            if len(group) > 1:
+                self._wave(group)
+            else:
+                self._work_one(group[0], plan)
+            for task in group:
+                for value in task.outputs:
+                    for target in part.sends.get(value, ()):
+                        self.send(value, target)
+            for value in part.dead_after[i]:
+                if value not in keep:
+                    self.values.pop(value, None)
+            for key in part.leaves_after[i]:
+                self.layers.pop(key, None)
+        for value, source in part.receives[-1]:
+            self._receive(value, source)
+        for value in part.fetch:
+            if value not in self.values:
+                self._await(value)
+
+    def _work_one(self, task: Task, plan: Plan) -> None:
+        made = self._do(task, [self.values[v] for v in task.inputs], plan)
+        self.values.update(zip(task.outputs, made, strict=True))
+
+    def settle(self) -> None:
+        """Waits for what is still being sent."""
+        for handle, _ in self._sending:
+            self.transport.wait(handle)
+        self._sending = []
+
+    # ---- tasks
+    def _do(self, task: Task, given: list[Any], plan: Plan) -> Sequence[Any]:
+        kind, k, m = task.kind, task.place, task.micro_batch
+        if kind == "step":
+            return self._step(task, given, plan)
+        if kind == "weights":
+            self._layers_of(k, m).weights(task.layers)
+            return ()
+        if kind == "phase":
+            if task.direction == "backward":
+                return self._phase_backward(k, m, given)
+            return self._phase(task, given) if k < len(plan.passes) else self._tail(task, given, plan)
+        if kind == "combine":
+            return [combine(task.coefficients, given)]
+        if kind == "collect":
+            so_far = given[0] if plan.values[task.inputs[0]].kind == "sides" else None
+            return [self._layers_of(k, m).collect(task.layers, so_far)]
+        if kind == "residual":
+            self._residual(task, given, plan)
+            return ()
+        if kind == "cut":
+            (state,), n = given, len(task.outputs)
+            bounds = [len(state) * i // n for i in range(n + 1)]
+            return [state[a:b].contiguous() for a, b in pairwise(bounds)]
+        return [torch.cat(given)]
+
+    def _step(self, task: Task, given: list[Any], plan: Plan) -> Sequence[Any]:
+        layers = self._layers_of(task.place, task.micro_batch)
+        if task.direction == "forward":
+            if not layers.sides and layers.entry.sides:
+                layers.sides = given[1]
+            y = layers.forward(task.layers, given[0], final=task.final, split=task.wave == -1 and self._splits(task))
+            return [y, *([None] * (len(task.outputs) - 1))]
+        split = len(task.outputs) > 1
+        return [layers.backward(task.layers, given[0], final=task.final, split=split), *([None] if split else [])]
+
+    def _splits(self, task: Task) -> bool:
+        """Whether the weight gradients of this forward's graph will be taken apart."""
+        return task.final and (task.place, task.micro_batch, min(task.layers)) in self.part.split_runs
+
+    def _wave(self, group: Sequence[Task]) -> None:
+        first = group[0]
+        layers: Any = self._layers_of(first.place, first.micro_batch)
+        states = [self.values[t.inputs[0]] for t in group]
+        work = layers.forward_wave if first.direction == "forward" else layers.backward_wave
+        results = work(tuple(t.layers[0] for t in group), states, first.final)
+        for task, result in zip(group, results, strict=True):
+            self.values |= dict.fromkeys(task.outputs) | {task.output: result}
+
+    def _phase(self, task: Task, given: list[Tensor]) -> list[Any]:
+        k, m = task.place, task.micro_batch
+        leaves, ends = self._leaves(task, given, k)
+        self._seed(k, m)
+        entry = self.phases.enter(k, m, ends, real=True)
+        self.layers[k, m] = self.make_layers(entry, self.common, k, m, self.increments[k])
+        sources = entry.sources
+        self.layers[k, m].sides = [t.detach() for t in sources]
+        if self.part.plan.trains:
+            self._phases[k, m] = ([entry.x, *sources], leaves)
+        entry.x = entry.x.detach()
+        made: list[Any] = [entry.x]
+        return [*made, self.layers[k, m].sides] if len(task.outputs) > 1 else made
+
+    def _tail(self, task: Task, given: list[Tensor], plan: Plan) -> list[Tensor]:
+        m, (i, n) = task.micro_batch, task.piece
+        leaves, ends = self._leaves(task, given, len(plan.passes))
+        self._seed(len(plan.passes), m * n + i)
+        loss = self.phases.finish(m, task.piece, ends)
+        if not plan.trains:
+            return []
+        assert loss is not None
+        self.outcome.losses[m, i] = loss.detach()
+        (loss if self.scale == 1 else loss * self.scale).backward()
+        return [_grad_of(leaf) for leaf in leaves]
+
+    def _phase_backward(self, k: int, m: int, given: list[Any]) -> list[Tensor]:
+        results, leaves = self._phases.pop((k, m))
+        grads = [given[0], *(given[1] if len(given) > 1 else [])]
+        pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
+        if pairs:
+            torch.autograd.backward([r for r, _ in pairs], [g for _, g in pairs])
+        return [_grad_of(leaf) for leaf in leaves]
+
+    def _leaves(self, task: Task, given: list[Tensor], passes: int) -> tuple[list[Tensor], list[Tensor | None]]:
+        """What stands for the ends of the earlier passes: leaves of those that the phase depends on."""
+        ends: list[Tensor | None] = [None] * passes
+        leaves = []
+        for value, state in zip(task.inputs, given, strict=True):
+            leaf = state.detach()
+            if self.part.plan.trains:
+                leaf.requires_grad_()
+            ends[self.part.plan.values[value].place] = leaf
+            leaves.append(leaf)
+        return leaves, ends
+
+    def _residual(self, task: Task, given: list[Tensor], plan: Plan) -> None:
+        key = (task.place, task.direction)
+        wide = wide_dtype(given[0].dtype)
+        if key not in self.outcome.residuals:
+            self.outcome.residuals[key] = given[0].new_zeros(plan.iterations[key], dtype=wide)
+        a, b = (t.to(wide) for t in given)
+        self.outcome.residuals[key][task.iteration - 1] += torch.linalg.vector_norm(a - b).square()
+
+    def _layers_of(self, k: int, m: int) -> Layers:
+        if (k, m) not in self.layers:
+            entry = self.phases.enter(k, m, [None] * k, real=False)
+            self.layers[k, m] = self.make_layers(entry, self.common, k, m, self.increments[k])
+        return self.layers[k, m]
+
+    def _seed(self, place: int, number: int) -> None:
+        if self.common.seed is not None:
+            seed_device(self.device, mix(self.common.seed, -2 - place, number))
+
+    # ---- messages
+    def send(self, value: int, target: int) -> None:
+        held = self.values[value]
+        for tensor in held if isinstance(held, list) else [held]:
+            tensor = tensor.contiguous()
+            self._sending.append((self.transport.send(tensor, target), tensor))
+        if len(self._sending) > 16:  # what has arrived needs no buffer any more
+            self._sending = [(h, t) for h, t in self._sending if not self.transport.is_done(h)]
+
+    def _receive(self, value: int, source: int) -> None:
+        like = self._like(self.part.plan.values[value])
+        buffers = like if isinstance(like, list) else [like]
+        self._arriving[value] = ([self.transport.receive(b, source) for b in buffers], like)
+
+    def _await(self, value: int) -> None:
+        handles, buffer = self._arriving.pop(value)
+        began = time.perf_counter()
+        for handle in handles:
+            self.transport.wait(handle)
+        self.outcome.waited += time.perf_counter() - began
+        self.values[value] = buffer
+
+    def _like(self, value: Value) -> Any:
+        entry = self._layers_of(value.place, value.micro_batch).entry
+        if value.kind == "sides":
+            return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in entry.sources]
+        i, n = value.piece
+        rows = len(entry.x)
+        shape = (rows * (i + 1) // n - rows * i // n, *entry.x.shape[1:])
+        return torch.empty(shape, dtype=entry.x.dtype, device=self.device)
+
+
+def _grad_of(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def combine(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    dtype = tensors[0].dtype
+    wide = wide_dtype(dtype)
+    total = tensors[0].to(wide) * coefficients[0] if coefficients[0] != 1 else tensors[0].to(wide)
+    for coefficient, tensor in zip(coefficients[1:], tensors[1:], strict=True):
+        total = torch.add(total, tensor.to(wide), alpha=coefficient)
+    return total.to(dtype)

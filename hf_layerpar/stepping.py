@@ -1,0 +1,396 @@
+"""A training step of a parallelized model: rehearsed, planned, run, and its shared gradients summed.
+
+Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
+from hf_layerpar.ode.ends import EndParameter, Ends
+from hf_layerpar.ode.phases import ModelPhases
+from hf_layerpar.ode.rehearsal import (
+    Closure,
+    Rehearsed,
+    batch_rows,
+    check_parts,
+    cut_rows,
+    loss_and_metrics,
+    rehearse,
+    signature_of,
+)
+from hf_layerpar.ode.stack import LayerStack
+from hf_layerpar.plan.step import Anatomy, Pass, build_step
+from hf_layerpar.plan.tasks import Direction, Plan
+from hf_layerpar.run.increments import Increments
+from hf_layerpar.run.layers import Common, Entry, Layers, kept_streams
+from hf_layerpar.run.stackable import OneDevice
+from hf_layerpar.run.step import LayersOf, Outcome, Penalty, RankPart, Step
+from hf_layerpar.run.transport import Transport
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """What one sweep measured.
+
+    residuals: C-point residual norm ||r|| after each iteration, over all lp ranks and micro-batches (empty for an exact
+        sweep).
+    convergence_factors: ||r^(k+1)|| / ||r^(k)|| (arXiv 2601.09026, section 4); above 1 the sweep diverges.
+    """
+
+    mode: Literal["exact", "mgrit"]
+    iterations: int = 0
+    residuals: tuple[float, ...] = ()
+
+    @property
+    def convergence_factors(self) -> tuple[float, ...]:
+        return tuple(b / a if a else 0.0 for a, b in pairwise(self.residuals))
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the last training step measured.
+
+    sweeps: by stack path and direction. seconds, waited: wall time of the step on this rank, and the part of it spent
+    waiting for messages. penalty: the increment penalty that the step adds to the loss, alpha included; None where it
+    is off. stacked: independent layers were evaluated together.
+    """
+
+    sweeps: Mapping[str, Mapping[Direction, SweepReport]]
+    seconds: float
+    waited: float
+    penalty: float | None = None
+    stacked: bool = False
+
+
+@dataclass
+class Prepared:
+    """A batch made ready for a plan: its anatomy, and its parts."""
+
+    rehearsed: Rehearsed
+    anatomy: Anatomy
+    parts: list[Any]
+    rows: list[int]
+    terms: Any
+
+
+class Stepper:
+    """The steps of a model whose layers live on the ranks of `transport`.
+
+    owners: of the layers of every stack. ends: the parameters outside the layers.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stacks: Sequence[LayerStack],
+        owners: Sequence[tuple[int, ...]],
+        ends: Ends,
+        transport: Transport,
+    ) -> None:
+        self.model, self.stacks, self.owners = model, tuple(stacks), tuple(owners)
+        self.ends, self.transport = ends, transport
+        self.last: tuple[Outcome, Plan, tuple[int, ...]] | None = None
+        self._rehearsed: dict[tuple, Rehearsed] = {}
+        self._parts: dict[int, RankPart] = {}
+        self.deferrable: set[int] = set()
+        self._one_device = OneDevice()
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    # ---- a training step
+    def train(self, batch: Any, closure: Closure, config: LayerParallelConfig, scale: float) -> Any:
+        """The loss of the whole batch, alike on all ranks, with `.grad` of `scale` times it; and the metrics that the
+        closure returned beside it, if any, summed over the parts. Collective."""
+        training = any(layer.training for stack in self.stacks for layer in stack.layers)
+        # one draw from the main stream per step keeps the ranks' streams in step
+        seed = int(torch.randint(2**62, (), dtype=torch.int64)) if training else None
+        with kept_streams(self.device):
+            ready = self._prepare(batch, closure, config)
+            self._agree(batch, config, seed, scale, ready)
+            phases = self._phases(closure, ready, trains=True)
+            common = Common(seed, any(stack.needs_recompute for stack in self.stacks), deferrable=self.deferrable)
+            plan, make_layers = self._plan(config, ready, phases, common)
+            step = Step(
+                self._part(plan),
+                phases,
+                self.transport,
+                common,
+                device=self.device,
+                scale=scale,
+                penalty=self.penalty(config, ready.rehearsed, ready.rows, scale),
+                make_layers=make_layers,
+            )
+            outcome = step.run()
+        self.last = (outcome, plan, ready.rehearsed.stacks)
+        return self._finish(ready, outcome, phases.metrics)
+
+    def _prepare(self, batch: Any, closure: Closure, config: LayerParallelConfig) -> Prepared:
+        main = getattr(self.model, "main_input_name", None)
+        rows = batch_rows(batch, main)
+        if rows < 1:
+            raise ConfigurationError("the batch holds no tensor with rows; give what the model's forward takes")
+        pieces = max(1, min(config.micro_batches, rows))
+        spread = config.ends == "spread" and self.transport.size > 1
+        tail_pieces = min(self.transport.size, rows // pieces) if spread else 1
+        parts = cut_rows(batch, rows, pieces)
+        is_cut = pieces * tail_pieces > 1
+        function = getattr(closure, "__func__", closure)  # a loss is known by its code: a new lambda a step is no news
+        code = getattr(function, "__code__", None) or type(closure)
+        key = (code, signature_of(batch, rows), self.model.training, is_cut)
+        rehearsed = self._rehearsed.get(key)
+        if rehearsed is None:
+            rehearsed = rehearse(closure, batch, self.stacks, self.ends, loss=True)
+            if is_cut:
+                first = cut_rows(batch, rows, max(2, pieces))[0]
+                why = f"micro_batches={pieces}" if pieces > 1 else "ends='spread'"
+                check_parts(rehearsed, rehearse(closure, first, self.stacks, self.ends, loss=True), why)
+            self._refuse(rehearsed)
+            self._rehearsed[key] = rehearsed
+        elif is_cut and any(term.count is not None for term in rehearsed.terms or ()):
+            # this batch's counts
+            rehearsed = rehearse(closure, batch, self.stacks, self.ends, loss=True)
+        bounds = [rows * m // pieces for m in range(pieces + 1)]
+        counts = [b - a for a, b in pairwise(bounds)]
+        return Prepared(
+            rehearsed, self.anatomy(rehearsed, tail_pieces), parts, counts, rehearsed.terms if is_cut else None
+        )
+
+    def _refuse(self, rehearsed: Rehearsed) -> None:
+        if rehearsed.foreign and self.transport.size > 1:
+            raise UnsupportedModelError(
+                f"the loss depends on {len(rehearsed.foreign)} trained parameters outside of the model that was given "
+                f"to parallelize, such as one of shape {rehearsed.foreign[0]}; only one rank would train them. "
+                "Parallelize a module that holds them too (a head belongs into the model)"
+            )
+
+    def anatomy(self, rehearsed: Rehearsed, tail_pieces: int = 1) -> Anatomy:
+        """Where a rehearsed forward runs. Raises UnsupportedModelError for a phase whose parameters no rank has all."""
+        passes = [
+            Pass(self.owners[s], self.stacks[s].settings.buffers, bool(sides))
+            for s, sides in zip(rehearsed.stacks, rehearsed.sides, strict=True)
+        ]
+        usual = [*(p.owner[0] for p in passes), passes[-1].owner[-1]]
+        ranks = []
+        for k, (rank, uses) in enumerate(zip(usual, rehearsed.uses, strict=True)):
+            able = set(range(self.transport.size)).intersection(*(p.holders for p in uses))
+            if not able:
+                apart = {name: p.holders for p in uses for name in p.names[:1]}
+                raise UnsupportedModelError(
+                    f"phase {k} of this forward uses parameters that no lp rank has all of: {apart} (by lp rank). "
+                    "Call it in another way, or use lp_size=1"
+                )
+            ranks.append(rank if rank in able else min(able))
+            everywhere = set(range(self.transport.size))
+            if tail_pieces > 1 and k == len(passes) and able != everywhere:
+                raise ConfigurationError(
+                    "ends='spread' for a model that was parallelized with ends='first_last', whose head is not on "
+                    "every rank; parallelize it with ends='spread'"
+                )
+        return Anatomy(tuple(passes), tuple(ranks), rehearsed.needs, tail_pieces)
+
+    def _plan(
+        self, config: LayerParallelConfig, ready: Prepared, phases: ModelPhases, common: Common
+    ) -> tuple[Plan, LayersOf]:
+        """The plan, and what makes a pass's layers: one at a time, or (stacked) those of a wave together."""
+        build = partial(build_step, anatomy=ready.anatomy, num_ranks=1, micro_batches=len(ready.parts))
+        if config.stacked:
+            entries = [phases.enter(k, 0, [None] * k, real=False) for k in range(len(ready.anatomy.passes))]
+            found = self._one_device.plan(config, build, [Layers(e, common, k, 0) for k, e in enumerate(entries)])
+            if found is not None:
+                return found
+            config = dataclasses.replace(config, stacked=False)
+        return build(config, num_ranks=self.transport.size), Layers
+
+    def _part(self, plan: Plan) -> RankPart:
+        key = id(plan)
+        if key not in self._parts or self._parts[key].plan is not plan:
+            self._parts[key] = RankPart.of(plan, self.transport.rank)
+        return self._parts[key]
+
+    def _phases(self, closure: Closure, ready: Prepared, *, trains: bool) -> ModelPhases:
+        return ModelPhases(
+            closure,
+            ready.parts,
+            ready.rows,
+            self.stacks,
+            self.ends,
+            ready.rehearsed,
+            Entry,
+            terms=ready.terms,
+            trains=trains,
+        )
+
+    def penalty(
+        self, config: LayerParallelConfig, rehearsed: Rehearsed, rows: Sequence[int], scale: float
+    ) -> Penalty | None:
+        """What penalises the increments of each pass. rows: of every micro-batch. scale: of the loss."""
+        if not config.increment_penalty:
+            return None
+
+        def of_pass(k: int) -> Increments:
+            stack = self.stacks[rehearsed.stacks[k]]
+            opening, closing = stack.settings.buffers
+            inner = range(opening, len(stack.layers) - closing)
+            return Increments(inner, rows, config.increment_penalty, scale)
+
+        return of_pass
+
+    def _agree(
+        self, batch: Any, config: LayerParallelConfig, seed: int | None, scale: float, ready: Prepared
+    ) -> None:
+        tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
+        self.transport.agree(
+            {
+                "training step": True,
+                "batch": [(tuple(t.shape), str(t.dtype)) for t in tensors],
+                "seed": seed,
+                "settings": config,
+                "loss scale": scale,
+                **ready.rehearsed.facts,
+            },
+            self.device,
+        )
+
+    def _finish(
+        self, ready: Prepared, outcome: Outcome, metrics: Mapping[tuple[int, int], Mapping[str, Any]]
+    ) -> Any:
+        """The loss, after the gradients that several phases or ranks have a part in are summed."""
+        pieces, phases = ready.anatomy.tail_pieces, len(ready.anatomy.ranks)
+        shared = self.ends.shared
+        parts = {
+            (i, k): grad
+            for i, p in enumerate(shared)
+            for k in range(phases)
+            if (grad := self.ends.take_gradient(p, k)) is not None
+        }
+        names = ready.rehearsed.metrics
+        places = len(ready.parts) * pieces
+        sums = torch.zeros(places * (1 + len(names)) + len(shared) * phases, dtype=torch.float64)
+        for (m, i), loss in outcome.losses.items():
+            sums[m * pieces + i] = float(loss)
+            for j, name in enumerate(names):
+                sums[places * (1 + j) + m * pieces + i] = float(metrics[m, i][name])
+        for i, k in parts:
+            sums[places * (1 + len(names)) + i * phases + k] = 1.0
+        sums = sums.to(self.device)
+        self.transport.all_reduce(sums)  # exact: each entry comes from one rank
+        *numbers, present = sums.cpu().split([places] * (1 + len(names)) + [len(shared) * phases])
+        spread = pieces > 1
+        self._sum_shared(shared, parts, present.view(len(shared), phases) > 0, ready.anatomy.ranks, spread)
+        totals = [sum(n.tolist()) for n in numbers]  # in the order of the parts
+        dtype = loss_and_metrics(ready.rehearsed.output)[0].dtype
+        loss = torch.tensor(totals[0], dtype=dtype, device=self.device)
+        return (loss, dict(zip(names, totals[1:], strict=True))) if names else loss
+
+    def sum_over_ranks(self) -> None:
+        """After the backward of a call (`hf_layerpar.calling`): gradients that several ranks have a part in. What came
+        on one rank is in one sum already, whichever phases it came in. Collective."""
+        shared, rank, size = self.ends.shared, self.transport.rank, self.transport.size
+        parts: dict[tuple[int, int], Tensor] = {}
+        for i, p in enumerate(shared):
+            for place in list(p.aliases):
+                grad = self.ends.take_gradient(p, place)
+                if grad is not None:
+                    parts[i, rank] = grad
+        present = torch.zeros(len(shared), size, dtype=torch.float64)
+        for i, _ in parts:
+            present[i, rank] = 1.0
+        present = present.to(self.device)
+        self.transport.all_reduce(present)
+        self._sum_shared(shared, parts, present.cpu() > 0, range(size), False)
+
+    def _sum_shared(
+        self,
+        shared: Sequence[EndParameter],
+        parts: Mapping[tuple[int, int], Tensor],
+        present: Tensor,
+        homes: Sequence[int],
+        spread: bool,
+    ) -> None:
+        """Gradients that come in several parts (phases, or ranks): summed on the first holder, the last part first, as
+        in a serial backward, so that no sum depends on which ranks run the phases; then sent to the other holders.
+
+        parts: (parameter, part) -> gradient, of this rank. present: which parts there are. homes: the rank of each.
+        spread: the last part is on all ranks; these sum by an all-reduce.
+        """
+        rank, size = self.transport.rank, self.transport.size
+        by_all_reduce = [spread and len(p.holders) == size for p in shared]
+        incoming: list[tuple[int, int, Any, Tensor]] = []
+        outgoing: list[Any] = []
+        for i, p in enumerate(shared):
+            for k in range(len(homes))[::-1]:
+                home, first = homes[k], p.holders[0]
+                if not present[i, k] or home == first or by_all_reduce[i]:
+                    continue
+                if rank == home:
+                    grad = parts[i, k].contiguous()
+                    outgoing.append((self.transport.send(grad, first), grad))
+                elif rank == first:
+                    buffer = torch.empty(p.shape, dtype=p.dtype, device=self.device)
+                    incoming.append((i, k, self.transport.receive(buffer, home), buffer))
+        received = dict(parts)
+        for i, k, handle, buffer in incoming:
+            self.transport.wait(handle)
+            received[i, k] = buffer
+        for i, p in enumerate(shared):
+            if not present[i].any() or rank not in p.holders:
+                continue
+            assert p.value is not None
+            own = [received[i, k] for k in range(len(homes))[::-1] if (i, k) in received]
+            if by_all_reduce[i]:
+                total = torch.zeros(p.shape, dtype=p.dtype, device=self.device)
+                for grad in own:
+                    total += grad
+                self.transport.all_reduce(total)
+            elif rank == p.holders[0]:
+                total = own[0]
+                for grad in own[1:]:
+                    total = total + grad
+                sent = total.contiguous()
+                outgoing += [(self.transport.send(sent, other), sent) for other in p.holders[1:]]
+            else:
+                total = torch.empty(p.shape, dtype=p.dtype, device=self.device)
+                self.transport.wait(self.transport.receive(total, p.holders[0]))
+            p.value.grad = total if p.value.grad is None else p.value.grad + total
+        for handle, _ in outgoing:
+            self.transport.wait(handle)
+
+    # ---- reports
+    def report(self) -> StepReport | None:
+        """Collective when the last step was inexact or penalised increments."""
+        if self.last is None:
+            return None
+        outcome, plan, stacks = self.last
+        sweeps: dict[str, dict[Direction, SweepReport]] = {}
+        for k, s in enumerate(stacks):
+            for direction in ("forward", "backward"):
+                iterations = plan.iterations.get((k, direction))
+                if iterations is None:
+                    sweeps.setdefault(self.stacks[s].path, {})[direction] = SweepReport("exact")
+                    continue
+                mine = outcome.residuals.get((k, direction))
+                total = torch.zeros(iterations, dtype=torch.float64) if mine is None else mine.double()
+                total = total.to(self.device).clone()
+                self.transport.all_reduce(total)
+                found = SweepReport("mgrit", iterations, tuple(total.sqrt().tolist()))
+                sweeps.setdefault(self.stacks[s].path, {})[direction] = found
+        penalty = None
+        if outcome.penalties:
+            total = torch.stack(list(outcome.penalties.values())).sum()
+            self.transport.all_reduce(total)
+            penalty = float(total)
+        return StepReport(sweeps, outcome.seconds, outcome.waited, penalty, any(task.wave >= 0 for task in plan.tasks))
