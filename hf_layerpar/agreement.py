@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.mgrit.ladder import exact_settings
+from hf_layerpar.plan.ladder import exact_settings
 from hf_layerpar.run.layers import kept_streams
 from hf_layerpar.sharding import layer_parallel
 

@@ -1,9 +1,9 @@
 """A parallelized model called as any other: `model(**batch)`, for evaluation, generation, and outputs in hand.
 
-Every rank runs the model's own forward up to its stacks; these are solved over the ranks; the rank with the head goes on
-and hands its output to all. Without gradient a batch is cut into micro-batches where its output can be put together. With
-gradient nothing is cut: the output is in the caller's hands before the first vjp, so the backward waits for all of the
-forward (`train_step` doesn't).
+Every rank runs the model's own forward up to its stacks; these are solved over the ranks; the rank with the head goes
+on and hands its output to all. Without gradient a batch is cut into micro-batches where its output can be put together.
+With gradient nothing is cut: the output is in the caller's hands before the first vjp, so the backward waits for all of
+the forward (`train_step` doesn't).
 
 Shapes: a state is `[B, T, D]`.
 """
@@ -82,7 +82,8 @@ class Calls:
         key = (id(model), signature_of(batch, rows), model.training, torch.is_grad_enabled())
         found = self._rehearsed.get(key)
         if found is None:
-            found = rehearse(_runs(forward), batch, self.stepper.stacks, self.stepper.ends, loss=False)
+            grad, stepper = torch.is_grad_enabled(), self.stepper
+            found = rehearse(_runs(forward), batch, stepper.stacks, stepper.ends, loss=False, trains=grad)
             self._rehearsed[key] = found = dataclasses.replace(found, output=tree_map(_kind_of, found.output))
         return found
 
@@ -102,7 +103,12 @@ class Calls:
         return cut_rows(batch, rows, pieces)
 
     def _in_parts(
-        self, config: LayerParallelConfig, parts: list[Any], rehearsed: Rehearsed, forward: ModelForward, seed: int | None
+        self,
+        config: LayerParallelConfig,
+        parts: list[Any],
+        rehearsed: Rehearsed,
+        forward: ModelForward,
+        seed: int | None,
     ) -> Any:
         stepper = self.stepper
         rows = [batch_rows(part) for part in parts]

@@ -1,8 +1,8 @@
 """`generate` of a model whose layers live on several lp ranks: they call it together, and choose the same tokens.
 
 Every forward inside is solved by all ranks, so none may choose another token or stop at another time than the rest.
-Before the first forward the inputs are compared and the random streams of lp rank 0 taken over; in every step all ranks
-choose by lp rank 0's scores.
+Before the first forward the inputs are compared and the random streams of lp rank 0 taken over; the scores come from
+the one rank that has the head.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import FloatTensor, LongTensor, Tensor, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, MaxTimeCriteria, PreTrainedModel
+from transformers import GenerationConfig, MaxTimeCriteria, PreTrainedModel
 
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.run.transport import Transport
@@ -53,9 +53,6 @@ class SharedGenerate:
         facts["generate: the model's generation_config"] = _fact(self.model.generation_config)
         self.transport.agree(facts, device)
         self._take_streams_of_first_rank(device)
-        given["logits_processor"] = LogitsProcessorList(
-            [*(given.get("logits_processor") or ()), ScoresOfFirstRank(self.transport)]
-        )
         return self.stock(**given)
 
     def _refuse(self, given: dict[str, Any]) -> None:
@@ -87,19 +84,6 @@ class SharedGenerate:
             state = read().to(device)
             self.transport.broadcast(state, 0)
             write(state.cpu())
-
-
-class ScoresOfFirstRank(LogitsProcessor):
-    """The scores `[B, V]` of lp rank 0 on all lp ranks: heads are replicated, but on unlike devices their last bits may
-    differ. Collective."""
-
-    def __init__(self, transport: Transport) -> None:
-        self.transport = transport
-
-    def __call__(self, input_ids: LongTensor, scores: FloatTensor) -> FloatTensor:
-        shared = scores.contiguous()
-        self.transport.broadcast(shared, 0)
-        return shared  # pyright: ignore[reportReturnType]
 
 
 def share_generation(model: nn.Module, transport: Transport) -> None:

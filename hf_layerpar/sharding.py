@@ -12,23 +12,23 @@ import torch.distributed as dist
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 
-from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.calling import Calls
+from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from hf_layerpar.generation import share_generation
 from hf_layerpar.hub.card import solver_facts
-from hf_layerpar.plan.ladder import StackShape, exact_settings
-from hf_layerpar.plan.ownership import INTERLEAVED, V, contiguous_owner, interleaved_owner, two_blocks_owner
-from hf_layerpar.plan.schedules import SCHEDULES
-from hf_layerpar.plan.step import check_config, inner_grid, interval_points
 from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.ode.ends import Ends
 from hf_layerpar.ode.pushing import ModelPush
 from hf_layerpar.ode.stack import LayerStack, intercept_root
 from hf_layerpar.placing import place_ends
-from hf_layerpar.run.transport import GroupTransport, LocalTransport, Transport
-from hf_layerpar.stepping import StepReport, Stepper
+from hf_layerpar.plan.ladder import StackShape, exact_settings
+from hf_layerpar.plan.ownership import INTERLEAVED, V, contiguous_owner, interleaved_owner, two_blocks_owner
+from hf_layerpar.plan.schedules import SCHEDULES
+from hf_layerpar.plan.step import check_config, inner_grid, interval_points
 from hf_layerpar.run.first_rank import on_first_rank
+from hf_layerpar.run.transport import GroupTransport, LocalTransport, Transport
+from hf_layerpar.stepping import Stepper, StepReport
 
 _ATTRIBUTE = "_hf_layerpar_parallel"
 

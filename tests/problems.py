@@ -1,19 +1,30 @@
-"""Layer stacks with known solutions, and the serial oracle, for tests of the solver without any transformer."""
+"""Layer stacks with known solutions, and the serial oracle, for tests of a step without any transformer."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.plan.ownership import contiguous_owner
-from hf_layerpar.run.communicator import GroupCommunicator, LocalCommunicator
-from hf_layerpar.run.engine import StackEngine
+from hf_layerpar.plan.tasks import Direction, Plan
+from hf_layerpar.run.bare import BareStack
+from hf_layerpar.run.step import Outcome
+from hf_layerpar.run.transport import GroupTransport, LocalTransport, Transport
 
 F64 = torch.float64
+
+Loss = Callable[[Tensor, slice, int], Tensor]
+"""Of an end state, the rows of the batch that it holds, and the number of rows of the batch. Parts add up."""
+
+Sides = Tensor | Sequence[Tensor] | None
+"""What layers are given beside the state: one for all of them, or one for each."""
 
 
 class Linear(nn.Module):
@@ -44,7 +55,7 @@ class Block(nn.Module):
 
 @dataclass
 class Call:
-    """A recorded layer call, as `hf_layerpar.run.program.LayerCall` asks for."""
+    """A recorded layer call, as `hf_layerpar.run.layers.LayerCall` asks for."""
 
     layer: nn.Module
     args: tuple = ()
@@ -52,16 +63,6 @@ class Call:
 
     def step(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         return self.layer(x, *args, **kwargs)
-
-
-@dataclass
-class Fixed:
-    """Settings and stack flags of an engine, held still."""
-
-    next_config: LayerParallelConfig
-    needs_recompute: bool = False
-    cached_tokens: int | None = None
-    loss_scale: float = 1.0
 
 
 def blocks(num_layers: int, dim: int = 6, h: float = 0.25, dropout: float = 0.0, seed: int = 0) -> nn.ModuleList:
@@ -74,43 +75,124 @@ def state(batch: int = 3, tokens: int = 4, dim: int = 6, seed: int = 1) -> Tenso
     return torch.randn(batch, tokens, dim, dtype=F64, generator=generator).requires_grad_()
 
 
-def engine(
-    config: LayerParallelConfig,
-    num_layers: int,
-    *,
-    buffers: tuple[int, int] = (0, 0),
-    recompute: bool = False,
-    split: tuple[int, ...] | None = None,
-    owner: tuple[int, ...] | None = None,
-) -> StackEngine:
-    """An engine on the default process group, or on this process alone."""
-    ranked = torch.distributed.is_initialized()
-    communicator = GroupCommunicator(torch.distributed.group.WORLD) if ranked else LocalCommunicator()
-    owner = owner or contiguous_owner(num_layers, communicator.size, split=split)
-    flags = Fixed(config, recompute)
-    return StackEngine(communicator, owner, buffers, flags, flags)
+# ---- losses
+def loss_of(y: Tensor, rows: slice = slice(None), batch: int | None = None) -> Tensor:
+    """A loss whose gradient differs in every entry."""
+    shape = (len(y) if batch is None else batch, *y.shape[1:])
+    weights = torch.linspace(-1, 1, math.prod(shape), dtype=y.dtype, device=y.device).view(shape)[rows]
+    return (weights * y).sum() + (y**2).sum() / math.prod(shape)
 
 
-def solve(layers: nn.ModuleList, x: Tensor, solver: StackEngine, side: Tensor | None = None) -> Tensor:
-    args = () if side is None else (side,)
-    return solver([Call(layer, args) for layer in layers], x)
+def seeded_with(lam: Tensor) -> Loss:
+    """The loss whose gradient by the end state is `lam`."""
+    return lambda y, rows, batch: (lam.detach()[rows] * y).sum()
 
 
-def serial(layers: nn.ModuleList, x: Tensor, side: Tensor | None = None) -> Tensor:
-    for layer in layers:
-        x = layer(x, *(() if side is None else (side,)))
+# ---- the serial oracle
+def serial(layers: nn.ModuleList, x: Tensor, side: Sides = None) -> Tensor:
+    for layer, args in zip(layers, _arguments(side, len(layers)), strict=True):
+        x = layer(x, *args)
     return x
 
 
-def loss_of(y: Tensor) -> Tensor:
-    """A loss whose gradient differs in every entry."""
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
-    return (weights * y).sum() + (y**2).mean()
+def serial_results(layers: nn.ModuleList, x: Tensor, side: Sides = None, loss: Loss = loss_of) -> dict[str, Tensor]:
+    """The end state "y" and the gradients of `leaves_of`, by plain autograd."""
+    leaves = leaves_of(layers, x, side)
+    y = serial(layers, x, side)
+    grads = torch.autograd.grad(loss(y, slice(0, len(x)), len(x)), list(leaves.values()))
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def gradients(y: Tensor, inputs: list[Tensor]) -> list[Tensor]:
-    return list(torch.autograd.grad(loss_of(y), inputs))
+def leaves_of(layers: nn.ModuleList, x: Tensor, side: Sides = None) -> dict[str, Tensor]:
+    """What has a gradient: "x", "side" (or "side 0", ...), and the layers' parameters ("0.inner.weight")."""
+    sides = {"side": side} if isinstance(side, Tensor) else {f"side {n}": t for n, t in enumerate(side or ())}
+    return {name: t for name, t in {"x": x, **sides, **dict(layers.named_parameters())}.items() if t.requires_grad}
 
 
+# ---- a step
+@dataclass(frozen=True)
+class Solved:
+    """What a step brought out on this rank.
+
+    results: as of `serial_results`, as far as this rank has them. loss: of the micro-batches that ended here.
+    """
+
+    results: dict[str, Tensor]
+    loss: float
+    outcome: Outcome
+    plan: Plan
+
+    def residuals(self, direction: Direction) -> list[float]:
+        """Residual norm of each iteration (of this rank's intervals)."""
+        found = self.outcome.residuals.get((0, direction))
+        return [] if found is None else found.sqrt().tolist()
+
+    @property
+    def penalty(self) -> float | None:
+        """The increment penalty of this rank's layers."""
+        return float(self.outcome.penalties[0]) if self.outcome.penalties else None
+
+
+def gradients_of(
+    config: LayerParallelConfig,
+    layers: nn.ModuleList,
+    x: Tensor,
+    side: Sides = None,
+    *,
+    owner: Sequence[int] | None = None,
+    split: Sequence[int] | None = None,
+    buffers: tuple[int, int] = (0, 0),
+    recompute: bool = False,
+    seed: int | None = None,
+    loss: Loss = loss_of,
+) -> Solved:
+    """One step of a bare stack on the default process group, or on this process alone.
+
+    owner: of every layer; by default as even as it goes, or as `split` says. seed: of dropout.
+    """
+    transport = world()
+    owner = owner or contiguous_owner(len(layers), transport.size, split=split)
+    leaves = leaves_of(layers, x, side)
+    for leaf in leaves.values():
+        leaf.grad = None
+    ends: dict[int, Tensor] = {}
+
+    def watched(y: Tensor, rows: slice) -> Tensor:
+        ends[rows.start] = y.detach()
+        return loss(y, rows, len(x))
+
+    stack = BareStack(calls_of(layers, side), x, watched)
+    plan = stack.plan(config, owner, transport.size, buffers=buffers)
+    outcome = stack.step(plan, transport, config=config, buffers=buffers, seed=seed, recompute=recompute)
+    grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    end = {"y": torch.cat([ends[start] for start in sorted(ends)])} if ends else {}
+    return Solved(end | grads, float(sum(outcome.losses.values())), outcome, plan)
+
+
+def world() -> Transport:
+    return GroupTransport(dist.group.WORLD) if dist.is_initialized() else LocalTransport()  # type: ignore[arg-type]
+
+
+def calls_of(layers: nn.ModuleList, side: Sides = None) -> list[Call]:
+    return [Call(layer, args) for layer, args in zip(layers, _arguments(side, len(layers)), strict=True)]
+
+
+def _arguments(side: Sides, num_layers: int) -> list[tuple]:
+    if side is None:
+        return [()] * num_layers
+    return [(side,)] * num_layers if isinstance(side, Tensor) else [(t,) for t in side]
+
+
+# ---- comparing
 def relative(a: Tensor, b: Tensor) -> float:
     return float(((a - b).norm() / b.norm().clamp_min(1e-300)).detach())
+
+
+def assert_same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float = 0.0) -> None:
+    """All of `expected` is there, up to `bound` relative; bit for bit by default."""
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        if bound:
+            assert relative(found[name], tensor) < bound, name
+        else:
+            assert torch.equal(found[name], tensor), name

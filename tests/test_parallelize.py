@@ -64,27 +64,29 @@ def against_stock(name, config, split=None):
     for n, p in ours.named_parameters():
         assert torch.equal(p, 2 * grads[n])
     loss_error = abs(float((loss - expected).detach())) / abs(float(expected.detach()))
-    return loss_error, error, sorted(n for n, _ in ours.named_parameters()), handle.owner_of
+    copies = sorted(n for p in handle.ends if handle.lp_rank in p.holders[1:] for n in p.names)
+    return loss_error, error, sorted(n for n, _ in ours.named_parameters()), handle.owner_of, copies
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_exact_gradients_on_two_ranks(name):
     results = run_ranks(against_stock, 2, name, CASES[name])
     owner_of = results[0][3]
-    everything = {n for _, _, names, _ in results for n in names}
+    everything = {n for _, _, names, *_ in results for n in names}
     assert everything == {n for n, _ in build(name)[0].named_parameters()}
-    for rank, (loss_error, error, names, owners) in enumerate(results):
+    for rank, (loss_error, error, names, owners, copies) in enumerate(results):
         assert loss_error < 1e-12
         assert error < 1e-12
         assert owners == owner_of
-        assert all(owner_of.get(n, rank) == rank for n in names)  # own layers and the ends, nothing else
-        assert any(n in owner_of for n in names)
+        assert all(owner_of[n] == rank or n in copies for n in names)  # own layers and ends, nothing else
+        assert any(owner_of[n] == rank for n in names)
+        assert len(names) < len(everything)
 
 
 def test_uneven_splits_and_more_ranks_than_divide_the_layers():
     dealt = LayerParallelConfig(strategy="mgrit", coarsening=2, forward_iterations=2, backward_iterations=2)
     for world, config, split in ((2, EXACT, (1, 3)), (3, EXACT, None), (2, dealt, "interleaved")):
-        for loss_error, error, _, _ in run_ranks(against_stock, world, "bert", config, split):
+        for loss_error, error, *_ in run_ranks(against_stock, world, "bert", config, split):
             assert loss_error < 1e-12
             assert error < 1e-12
 
@@ -101,15 +103,16 @@ def features_on_two_ranks():
     found = {}
     params = [p for p in model.parameters() if p.requires_grad]
 
-    def gradient():
+    def stepped():
         torch.manual_seed(5)
-        loss = model.train()(**inputs).loss
-        return [float(loss.detach()), *(g.numpy() for g in torch.autograd.grad(loss, params))]
+        model.train().zero_grad()
+        loss = handle.train_step(inputs)
+        return [float(loss), *(p.grad.numpy() for p in params if p.grad is not None)]
 
-    inexact = gradient()
+    inexact = stepped()
     found["mgrit report"] = handle.report()
     with handle.exact():
-        exact = gradient()
+        exact = stepped()
         found["exact report"] = handle.report()
         found["agreement inside exact"] = gradient_agreement(model, inputs)["cosine"]
     torch.manual_seed(5)
@@ -118,19 +121,17 @@ def features_on_two_ranks():
     found["stream kept"] = torch.equal(before, torch.get_rng_state())
     found["loss"] = (inexact[0], exact[0])
     model.gradient_checkpointing_enable()
-    recomputed = gradient()
+    recomputed = stepped()
     model.gradient_checkpointing_disable()
     found["recomputed equal"] = all((a == b).all() for a, b in zip(inexact[1:], recomputed[1:], strict=True))
     handle.config = EXACT
-    found["switched equal"] = all((a == b).all() for a, b in zip(exact[1:], gradient()[1:], strict=True))
-    found["same weights"] = sorted(
-        float(p.detach().sum()) for n, p in model.named_parameters() if n not in handle.owner_of
-    )
+    found["switched equal"] = all((a == b).all() for a, b in zip(exact[1:], stepped()[1:], strict=True))
+    found["same weights"] = sorted(float(p.value.detach().sum()) for p in handle.ends if len(p.holders) == 2)
     found["errors"] = []
     for wrong in (
         lambda: model.eval()(**inputs, output_hidden_states=True),
         lambda: handle.load_state_dict({}),
-        lambda: setattr(handle, "config", LayerParallelConfig(strategy="mgrit", levels=4, coarsening=2)),
+        lambda: setattr(handle, "config", LayerParallelConfig(strategy="mgrit", coarsening=(2, 2, 2))),
         lambda: parallelize(model, EXACT),
     ):
         try:
@@ -146,10 +147,10 @@ def test_features_on_two_ranks():
     for name in ("agreement", "loss", "same weights", "after errors"):
         assert first[name] == second[name], name
     for found in (first, second):
-        report = next(iter(found["mgrit report"].values()))
+        report = next(iter(found["mgrit report"].sweeps.values()))
         assert report["forward"].mode == report["backward"].mode == "mgrit"
         assert report["forward"].residuals[0] > 0
-        exact = next(iter(found["exact report"].values()))
+        exact = next(iter(found["exact report"].sweeps.values()))
         assert exact["forward"].mode == exact["backward"].mode == "exact"
         assert exact["forward"].residuals == ()
         assert 0 < found["agreement"]["cosine"] < 1 - 1e-6
@@ -161,11 +162,11 @@ def test_features_on_two_ranks():
         hidden, missing, too_deep, twice = found["errors"]
         assert "output_hidden_states" in hidden
         assert "missing" in missing
-        assert "levels=4" in too_deep
+        assert "coarsening=(2, 2, 2) is too deep" in too_deep
         assert "parallelized already" in twice
-    assert first["mgrit report"]["bert.encoder.layer"]["forward"].residuals == pytest.approx(
-        second["mgrit report"]["bert.encoder.layer"]["forward"].residuals
-    )
+    assert first["same weights"]
+    one, two = (f["mgrit report"].sweeps["bert.encoder.layer"]["forward"].residuals for f in (first, second))
+    assert one == pytest.approx(two)
 
 
 def different_settings():
@@ -214,7 +215,11 @@ def test_not_converted_and_not_parallelized():
         layer_parallel(convert_to_ode(model))
     with pytest.raises(ConfigurationError, match=r"max_norm=0 must be positive"):
         parallelize(convert_to_ode(build("llama")[0])).clip_grad_norm_(0)
-    with pytest.raises(ConfigurationError, match=r"encoder\.layer: levels=4"):
-        parallelize(model, LayerParallelConfig(strategy="mgrit", levels=4, coarsening=2))
-    with pytest.raises(ConfigurationError, match=r"split='interleaved' with strategy='pipeline'"):
-        parallelize(model, EXACT, split="interleaved")
+    with pytest.raises(ConfigurationError, match=r"encoder\.layer: coarsening=\(2, 2, 2\)"):
+        parallelize(model, LayerParallelConfig(strategy="mgrit", coarsening=(2, 2, 2)))
+    with pytest.raises(ConfigurationError, match=r"split='v' with strategy='mgrit'"):
+        parallelize(model, LayerParallelConfig(strategy="mgrit", coarsening=2), split="v")
+    with pytest.raises(ConfigurationError, match=r"coarse_operator='magic' is unknown"):
+        parallelize(model, LayerParallelConfig(strategy="mgrit", coarse_operator="magic"))
+    with pytest.raises(ConfigurationError, match=r"schedule='2f2b' is unknown"):
+        parallelize(model, LayerParallelConfig(schedule="2f2b"))

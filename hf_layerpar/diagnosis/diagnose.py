@@ -9,27 +9,21 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_layerpar.config import LayerParallelConfig, OdeSettings
 from hf_layerpar.diagnosis.layers import LayerReader
-from hf_layerpar.diagnosis.measure import (
-    EXACT,
-    Bench,
-    batch_rows,
-    exact_reference,
-    preserved_random_stream,
-    read_settings,
-)
+from hf_layerpar.diagnosis.measure import EXACT, Bench, exact_reference, read_settings, rows_of
 from hf_layerpar.diagnosis.predict import Predictor
-from hf_layerpar.diagnosis.readings import Diagnosis, SettingReading
+from hf_layerpar.diagnosis.readings import Diagnosis, LayerReading, SettingReading
 from hf_layerpar.diagnosis.suggest import suggest, suggest_buffers
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
-from hf_layerpar.plan.operators import OF_LAYERS
-from hf_layerpar.plan.simulate import Costs
 from hf_layerpar.ode.convert import borrowed_view
-from hf_layerpar.ode.stack import LayerStack, RecordedCall
+from hf_layerpar.ode.stack import LayerStack
+from hf_layerpar.plan.costs import Costs
+from hf_layerpar.plan.operators import OPERATORS
 from hf_layerpar.run.calibrate import calibrate
+from hf_layerpar.run.layers import kept_streams
 
 ITERATIONS = ((0, 1), (0, 2), (1, 1), (2, 1), (2, 2))
 """Forward and backward iterations that are tried; 0 is an exact sweep."""
@@ -37,6 +31,7 @@ ITERATIONS = ((0, 1), (0, 2), (1, 1), (2, 1), (2, 2))
 COARSENINGS = (2, 4, 8)
 _LEAST_INTERVALS = 4  # with fewer, two iterations are the serial chain or next to it
 _MICRO_BATCHES = (1, 2, 4, 8)
+_CUT = 4  # micro-batches at which it is read off what a cut costs
 
 Batch = Mapping[str, Any]
 
@@ -77,9 +72,8 @@ def diagnose(
         raise ConfigurationError("0 batches were given; diagnose needs at least one, with labels")
     if ranks < 1:
         raise ConfigurationError(f"ranks={ranks} must be at least 1")
-    rows = batch_rows(batches[0])
+    rows = rows_of(model, batches[0])
     note = progress or (lambda text: None)
-    device = next(model.parameters()).device
     with borrowed_view(model) as view:
         for stack in view.stacks:
             if stack.sharded:
@@ -87,16 +81,24 @@ def diagnose(
                     f"{stack.path} is spread over lp ranks; diagnose needs all layers in one process: call it before "
                     "parallelize"
                 )
+        bench = Bench(model, view.stacks)
+        entries = bench.entries(batches[0])
         note("reading the layers")
-        with preserved_random_stream(device):
-            readers = _read(model, view.stacks, batches[0], costs)
-        layers = tuple(reading for reader in readers for reading in reader.layers.readings)
+        with kept_streams(bench.device):
+            layers = _read(model, view.stacks, batches[0])
+        part = bench.part(batches[0], min(_CUT, rows))
+        by_stack = dict.fromkeys(entries, costs or Costs())
+        if costs is None:
+            smaller = {} if part is None else bench.entries(part)
+            for path, entry in entries.items():
+                less = smaller.get(path)
+                by_stack[path] = calibrate(entry.calls, entry.x, part=None if less is None else (less.calls, less.x))
         if buffers is None:
             own = view.settings.buffers
             fixed = any(own) or view.settings.step_size != 1
             buffers = own if fixed else suggest_buffers(layers)
         buffers = OdeSettings(buffers=buffers).buffers
-        depths = {stack.path: len(stack.layers) for stack in view.stacks}
+        depths = {path: len(entry.calls) for path, entry in entries.items()}
         shortest = min(depths.values())
         if sum(buffers) >= shortest:
             raise ConfigurationError(
@@ -104,41 +106,35 @@ def diagnose(
             )
         ranks = min(ranks, shortest)
         configs = _candidates(shortest - sum(buffers), coarsenings)
-        predictor = Predictor(
-            depths,
-            {reader.stack.path: reader.costs for reader in readers},
-            ranks,
-            buffers,
-            [m for m in _MICRO_BATCHES if m <= (rows if all(reader.divisible for reader in readers) else 1)],
-        )
+        micro_batches = [m for m in _MICRO_BATCHES if m == 1 or (part is not None and m <= rows)]
+        predictor = Predictor(depths, by_stack, ranks, buffers, micro_batches)
         note(f"predicting {len(configs)} settings")
         pipeline = predictor.fastest(EXACT)
         predictions = {config: predictor.fastest(config) for config in configs}
 
-        bench = Bench(model, view.stacks, buffers)
-        with bench.installed():
-            note("exact gradients")
-            reference = exact_reference(bench, batches[0])
-            loss, noise = float(reference.forward.loss.detach()), reference.noise
-            noise = None if noise is None else noise / reference.norm
-            found = []
-            for reading in read_settings(bench, batches[0], reference, configs):
-                note(f"{reading.name}: cosine {reading.cosine:.4f}")
-                found.append(reading)
-            settings = _with_factors(found, configs)
-            del reference  # its graph and gradient
-            while True:  # until the setting that the verdict rests on was measured on every batch
-                suggestion = suggest(list(settings.values()), predictions, pipeline, layers, buffers, ranks)
-                best = suggestion.best
-                if best is None or best.batches == len(batches):
-                    break
-                note(f"{best.name}: the other batches")
-                settings[best.config] = _confirmed(bench, batches[1:], best)
+        bench.buffers = buffers
+        note("exact gradients")
+        reference = exact_reference(bench, batches[0])
+        loss, noise = reference.exact.loss, reference.noise
+        noise = None if noise is None else noise / reference.norm
+        found = []
+        for reading in read_settings(bench, batches[0], reference, configs):
+            note(f"{reading.name}: cosine {reading.cosine:.4f}")
+            found.append(reading)
+        settings = _with_factors(found)
+        del reference  # its gradient
+        while True:  # until the setting that the verdict rests on was measured on every batch
+            suggestion = suggest(list(settings.values()), predictions, pipeline, layers, buffers, ranks)
+            best = suggestion.best
+            if best is None or best.batches == len(batches):
+                break
+            note(f"{best.name}: the other batches")
+            settings[best.config] = _confirmed(bench, batches[1:], best)
     return Diagnosis(
         model=type(model).__name__,
         training=model.training,
         rows=rows,
-        tokens=readers[0].tokens,
+        tokens=next(iter(entries.values())).x.shape[1],
         batches=len(batches),
         ranks=ranks,
         buffers=buffers,
@@ -148,47 +144,23 @@ def diagnose(
         settings=tuple(settings.values()),
         predictions=tuple(predictions[config] for config in configs),
         pipeline=pipeline,
-        costs={reader.stack.path: reader.costs for reader in readers},
+        costs=by_stack,
         suggestion=suggestion,
         seconds=time.perf_counter() - began,
     )
 
 
-class _Reader:
-    """Reads a stack's layers and measures what they cost, in the place of its solver.
-
-    tokens: T of the state. divisible: the batch can be cut into micro-batches.
-    """
-
-    def __init__(self, stack: LayerStack, costs: Costs | None) -> None:
-        self.stack, self.layers = stack, LayerReader(stack)
-        self.given, self.costs = costs, costs or Costs()
-        self.tokens, self.divisible = 0, True
-
-    def __call__(self, calls: Sequence[RecordedCall], x: Tensor) -> Tensor:
-        end = self.layers(calls, x)
-        self.tokens = x.shape[1]
-        if self.given is None:
-            try:
-                self.costs = calibrate(calls, x)
-            except ConfigurationError:
-                self.divisible = False
-                self.costs = calibrate(calls, x, micro_batches=1)
-        return end
-
-
-def _read(model: nn.Module, stacks: Sequence[LayerStack], inputs: Batch, costs: Costs | None) -> list[_Reader]:
-    readers = [_Reader(stack, costs) for stack in stacks]
-    before = [stack.solver for stack in stacks]
+def _read(model: nn.Module, stacks: Sequence[LayerStack], inputs: Batch) -> tuple[LayerReading, ...]:
+    readers = [(stack, stack.solver, LayerReader(stack)) for stack in stacks]
     try:
-        for stack, reader in zip(stacks, readers, strict=True):
+        for stack, _, reader in readers:
             stack.solver = reader
         with torch.no_grad():
             model(**inputs)
     finally:
-        for stack, solver in zip(stacks, before, strict=True):
+        for stack, solver, _ in readers:
             stack.solver = solver
-    return readers
+    return tuple(reading for _, _, reader in readers for reading in reader.readings)
 
 
 def _candidates(inner: int, coarsenings: Sequence[int] | None) -> list[LayerParallelConfig]:
@@ -203,22 +175,20 @@ def _candidates(inner: int, coarsenings: Sequence[int] | None) -> list[LayerPara
     return [
         LayerParallelConfig(
             strategy="mgrit",
-            coarse_operator=operator,  # pyright: ignore[reportArgumentType]
+            coarse_operator=operator,
             coarsening=c,
             forward_iterations=forward,
             backward_iterations=backward,
         )
-        for operator in OF_LAYERS
+        for operator in OPERATORS
         for c in coarsenings
         for forward, backward in ITERATIONS
     ]
 
 
-def _with_factors(
-    found: Sequence[SettingReading], configs: Sequence[LayerParallelConfig]
-) -> dict[LayerParallelConfig, SettingReading]:
-    """The readings by their config, in the order of `configs`. What a second iteration shows of an operator and
-    coarsening is given to the settings with a single one too."""
+def _with_factors(found: Sequence[SettingReading]) -> dict[LayerParallelConfig, SettingReading]:
+    """The readings by their config. What a second iteration shows of an operator and coarsening is given to the
+    settings with a single one too."""
     forward: dict[tuple, float | None] = {}
     backward: dict[tuple, float | None] = {}
 
@@ -240,7 +210,7 @@ def _with_factors(
             forward_factor=forward[forward_key] if reading.config.forward_iterations else None,
             backward_factor=backward[backward_key],
         )
-    return {config: by_config[config] for config in configs}
+    return by_config
 
 
 def _confirmed(bench: Bench, batches: Sequence[Batch], reading: SettingReading) -> SettingReading:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hf_layerpar.diagnosis.readings import LayerReading
 from hf_layerpar.errors import UnsupportedModelError
 from hf_layerpar.ode.stack import LayerStack, RecordedCall
-from hf_layerpar.run.program import Program
+from hf_layerpar.run.layers import Common, Entry, Layers, kept_streams
 
 
 def lipschitz(
@@ -87,12 +87,12 @@ class LayerReader:
     def __call__(self, calls: Sequence[RecordedCall], x: Tensor) -> Tensor:
         training = any(call.layer.training for call in calls)
         seed = int(torch.randint(2**62, (), dtype=torch.int64)) if training else None
-        program = Program(calls, x, micro_batches=1, seed=seed, recompute=False)
+        layers = Layers(Entry(x, calls), Common(seed), 0, 0)
         generator = torch.Generator(x.device).manual_seed(0)
         self.readings = []
-        with torch.no_grad(), program.running(keep_graphs=False):
+        with torch.no_grad(), kept_streams(x.device):
             for n, call in enumerate(calls):
-                y = program.forward_step((n,), 0, x, False)
+                y = layers.forward((n,), x)
                 constant = lipschitz(increment_of(call), x, iterations=self.iterations, generator=generator)
                 self.readings.append(self._reading(n, x, y, constant))
                 x = y

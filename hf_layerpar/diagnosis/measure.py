@@ -6,8 +6,7 @@ Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,15 @@ from torch import Tensor, nn
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.diagnosis.readings import SettingReading
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.plan.plan import Direction
+from hf_layerpar.ode.ends import Ends
+from hf_layerpar.ode.phases import ModelPhases
+from hf_layerpar.ode.rehearsal import Rehearsed, batch_rows, check_parts, cut_rows, rehearse
 from hf_layerpar.ode.stack import LayerStack
+from hf_layerpar.plan.step import Anatomy, Pass, build_step
+from hf_layerpar.plan.tasks import Direction
+from hf_layerpar.run.layers import Common, Entry, kept_streams
+from hf_layerpar.run.step import RankPart, Step
 from hf_layerpar.run.transport import LocalTransport
-from hf_layerpar.run.engine import StackEngine
-from hf_layerpar.run.executor import RankPart
-from hf_layerpar.run.program import LayerCall
 
 Gradient = list[Tensor | None]
 """Of the layers' trainable parameters, in the order of `Bench.params`; None where the loss doesn't depend on one."""
@@ -30,76 +32,31 @@ Gradient = list[Tensor | None]
 EXACT = LayerParallelConfig(strategy="pipeline")
 
 
-@dataclass
-class _Settings:
-    next_config: LayerParallelConfig = EXACT
-    loss_scale: float = 1.0
-
-
-class _MeasuringEngine(StackEngine):
-    """An engine whose backward may be run with other settings than its forward, so that one forward serves many.
-
-    end: the last state it returned.
-    """
-
-    end: Tensor
-
-    def __call__(self, calls: Sequence[LayerCall], x: Tensor) -> Tensor:
-        y = super().__call__(calls, x)
-        self.end = y.detach()
-        return y
-
-    def _parts(self, config: LayerParallelConfig, micro_batches: int, **how: Any) -> Mapping[Direction, RankPart]:
-        # not joined: a backward of other settings may need the graph of any single layer
-        return _PartsOfTheMoment(lambda: super(_MeasuringEngine, self)._parts(self.settings.next_config, micro_batches))
-
-
-class _PartsOfTheMoment(Mapping[Direction, RankPart]):
-    """Parts that are looked up when a sweep begins."""
-
-    def __init__(self, parts: Callable[[], Mapping[Direction, RankPart]]) -> None:
-        self._parts = parts
-
-    def __getitem__(self, direction: Direction) -> RankPart:
-        return self._parts()[direction]
-
-    def __iter__(self) -> Iterator[Direction]:
-        return iter(self._parts())
-
-    def __len__(self) -> int:
-        return len(self._parts())
-
-
 @dataclass(frozen=True)
-class Forward:
-    """One forward of the model, whose backward can be run any number of times.
+class Solve:
+    """One training step of one batch.
 
-    loss: with its graph. ends: the last state of every stack.
+    ends: the state behind every pass through a stack. factors: ||r2|| / ||r1|| of the sweeps of a direction, the largest
+    over the passes; none where they make less than two iterations.
     """
 
-    bench: Bench
-    loss: Tensor
-    ends: tuple[Tensor, ...]
-
-    def gradient(self, config: LayerParallelConfig) -> Gradient:
-        """By the backward of `config`, linearised at the states of this forward."""
-        self.bench.settings.next_config = config
-        return list(torch.autograd.grad(self.loss, self.bench.params, retain_graph=True, allow_unused=True))
+    loss: float
+    gradient: Gradient
+    ends: Mapping[int, Tensor]
+    factors: Mapping[Direction, float]
 
 
 class Bench:
-    """A model's stacks on engines of this process, with `buffers` open and close layers solved exactly.
+    """Training steps of a model in this process, which leave no gradient and no moved random stream behind.
 
+    buffers: open and close layers of every stack that are solved exactly.
     Raises ConfigurationError when no parameter of any layer is trainable.
     """
 
-    def __init__(self, model: nn.Module, stacks: Sequence[LayerStack], buffers: tuple[int, int]) -> None:
-        self.model, self.stacks = model, tuple(stacks)
-        self.settings = _Settings()
-        self.engines = [
-            _MeasuringEngine(LocalTransport(), (0,) * len(stack.layers), buffers, self.settings, stack)
-            for stack in stacks
-        ]
+    def __init__(self, model: nn.Module, stacks: Sequence[LayerStack]) -> None:
+        self.model, self.stacks, self.buffers = model, tuple(stacks), (0, 0)
+        self.ends = Ends(model, self.stacks, 1)
+        self._last: tuple[Any, Rehearsed] | None = None
         layers = [layer for stack in stacks for layer in stack.layers]
         self.params = list(dict.fromkeys(p for layer in layers for p in layer.parameters() if p.requires_grad))
         if not self.params:
@@ -108,126 +65,155 @@ class Bench:
                 "there is no gradient to compare; unfreeze some (or add adapters) first"
             )
 
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """Forwards of the model inside run on the engines."""
-        before = [stack.solver for stack in self.stacks]
-        for stack, engine in zip(self.stacks, self.engines, strict=True):
-            stack.solver = engine
-        try:
-            yield
-        finally:
-            for stack, solver in zip(self.stacks, before, strict=True):
-                stack.solver = solver
+    @property
+    def device(self) -> torch.device:
+        return self.params[0].device
 
-    def forward(self, inputs: Mapping[str, Any], config: LayerParallelConfig) -> Forward:
-        """The model's loss by the forward of `config`. Every forward of the same inputs sees the same dropout masks.
+    def solve(self, inputs: Mapping[str, Any], config: LayerParallelConfig) -> Solve:
+        """A step of `inputs` by `config`. Every step of the same inputs sees the same dropout masks.
 
         Raises ConfigurationError when the model returns no loss for these inputs.
         """
-        self.settings.next_config = config
-        with torch.enable_grad(), preserved_random_stream(self.params[0].device):
-            output = self.model(**inputs)
-        loss = getattr(output, "loss", None)
+        training = any(layer.training for stack in self.stacks for layer in stack.layers)
+        recompute = any(stack.needs_recompute for stack in self.stacks)
+        before = [(p, p.grad) for p in self.model.parameters()]
+        with kept_streams(self.device):
+            seed = int(torch.randint(2**62, (), dtype=torch.int64)) if training else None
+            rehearsed = self._rehearsed(inputs)
+            depths = [len(self.stacks[s].layers) for s in rehearsed.stacks]
+            passes = [Pass((0,) * n, self.buffers, bool(s)) for n, s in zip(depths, rehearsed.sides, strict=True)]
+            plan = build_step(config, Anatomy(tuple(passes), (0,) * (len(passes) + 1), rehearsed.needs), 1)
+            phases = self._phases(inputs, rehearsed)
+            # the states behind the stacks are what later phases are given
+            behind = {
+                plan.values[v].place: v
+                for task in plan.tasks
+                if task.kind == "phase" and task.direction == "forward"
+                for v in task.inputs
+            }
+            part = RankPart.of(plan, 0)
+            step = Step(part, phases, LocalTransport(), Common(seed, recompute), device=self.device)
+            try:
+                for p, _ in before:
+                    p.grad = None
+                step.work(part, keep=set(behind.values()))
+                gradient = [p.grad for p in self.params]
+            finally:
+                for p, grad in before:
+                    p.grad = grad
+        factors: dict[Direction, float] = {}
+        for (_, direction), squares in step.outcome.residuals.items():
+            if len(squares) > 1:
+                first, second = squares[:2].sqrt().tolist()
+                factors[direction] = max(factors.get(direction, 0.0), second / first if first else 0.0)
+        return Solve(
+            float(step.outcome.losses[0, 0]), gradient, {k: step.values[v] for k, v in behind.items()}, factors
+        )
+
+    def entries(self, inputs: Mapping[str, Any]) -> dict[str, Entry]:
+        """By path, how a batch comes to each stack, with states and arguments to time layers on: those that depend on
+        earlier stacks are made of the states that enter these."""
+        with kept_streams(self.device):
+            rehearsed = self._rehearsed(inputs)
+            phases, found = self._phases(inputs, rehearsed), []
+            for k in range(len(rehearsed.stacks)):
+                found.append(phases.enter(k, 0, [entry.x for entry in found], real=False))
+        return {self.stacks[s].path: entry for s, entry in zip(rehearsed.stacks, found, strict=True)}
+
+    def part(self, inputs: Mapping[str, Any], pieces: int) -> Mapping[str, Any] | None:
+        """The first of so many micro-batches; None where the batch, or its loss, can't be cut."""
+        rows = rows_of(self.model, inputs)
+        if not 1 < pieces <= rows:
+            return None
+        try:
+            first = cut_rows(inputs, rows, pieces)[0]
+            with kept_streams(self.device):
+                check_parts(self._rehearsed(inputs), self._rehearsed(first), f"micro_batches={pieces}")
+        except ConfigurationError:
+            return None
+        return first
+
+    # ---- inside
+    def _loss(self, batch: Mapping[str, Any]) -> Tensor:
+        loss = getattr(self.model(**batch), "loss", None)
         if not isinstance(loss, Tensor):
             raise ConfigurationError(
-                f"{type(self.model).__name__} returned no loss for a batch of {sorted(inputs)}; add labels to the "
+                f"{type(self.model).__name__} returned no loss for a batch of {sorted(batch)}; add labels to the "
                 "batch, or use the model class with the head that is to be trained"
             )
-        return Forward(self, loss, tuple(engine.end for engine in self.engines))
+        return loss
 
-    def factors(self, direction: Direction) -> float | None:
-        """||r2|| / ||r1|| of the last sweep of this direction, the largest over the stacks; None with less than two
-        iterations."""
-        found = []
-        for engine in self.engines:
-            report = engine.report(direction)
-            if report is not None and report.convergence_factors:
-                found.append(report.convergence_factors[0])
-        return max(found, default=None)
+    def _rehearsed(self, inputs: Mapping[str, Any]) -> Rehearsed:
+        if self._last is None or self._last[0] is not inputs:
+            self._last = (inputs, rehearse(self._loss, inputs, self.stacks, self.ends, loss=True))
+        return self._last[1]
+
+    def _phases(self, inputs: Mapping[str, Any], rehearsed: Rehearsed) -> ModelPhases:
+        rows = [rows_of(self.model, inputs)]
+        return ModelPhases(
+            self._loss, [inputs], rows, self.stacks, self.ends, rehearsed, Entry, terms=None, trains=True
+        )
 
 
 @dataclass(frozen=True)
 class Reference:
     """The exact solve of one batch. noise: batch noise of its gradient, None for one row."""
 
-    forward: Forward
-    gradient: Gradient
+    exact: Solve
     noise: float | None
 
     @property
     def norm(self) -> float:
-        return _norm(self.gradient)
+        return _norm(self.exact.gradient)
 
 
 def exact_reference(bench: Bench, inputs: Mapping[str, Any]) -> Reference:
     """The exact gradient of a batch, and how far those of its two halves lie apart."""
     noise = None
-    rows = batch_rows(inputs)
-    if rows > 1:
-        parts = [{k: v[s] if _has_rows(v, rows) else v for k, v in inputs.items()} for s in _halves(rows)]
-        first, second = (bench.forward(part, EXACT).gradient(EXACT) for part in parts)
+    rows = rows_of(bench.model, inputs)
+    if half := rows // 2:
+        parts = [{k: v[s] if _has_rows(v, rows) else v for k, v in inputs.items()} for s in _halves(half)]
+        first, second = (bench.solve(part, EXACT).gradient for part in parts)
         noise = _norm(_difference(first, second)) / 2
-    forward = bench.forward(inputs, EXACT)
-    return Reference(forward, forward.gradient(EXACT), noise)
+    return Reference(bench.solve(inputs, EXACT), noise)
 
 
 def read_settings(
     bench: Bench, inputs: Mapping[str, Any], reference: Reference, configs: Sequence[LayerParallelConfig]
 ) -> Iterator[SettingReading]:
-    """One reading for each config, for one batch, in another order: settings with the same forward follow each other.
-
-    The convergence factors are None but where a sweep makes two iterations.
-    """
-    by_forward: dict[tuple, list[LayerParallelConfig]] = {}
+    """One reading for each config, for one batch. The convergence factors are None but where a sweep makes two
+    iterations."""
+    exact, exact_norm = reference.exact, reference.norm
     for config in configs:
-        iterations = config.forward_iterations
-        same = (iterations, config.coarse_operator, config.coarsening) if iterations else ()
-        by_forward.setdefault(same, []).append(config)
-    for same, group in by_forward.items():
-        forward = bench.forward(inputs, group[0]) if same else reference.forward
-        forward_factor = bench.factors("forward") if same else None
-        pairs = zip(forward.ends, reference.forward.ends, strict=True)
-        state_error = max(float((a - b).float().norm() / b.float().norm()) for a, b in pairs)
-        exact_loss = float(reference.forward.loss.detach())
-        for config in group:
-            gradient = forward.gradient(config)
-            norm, exact_norm = _norm(gradient), reference.norm
-            bias = _norm(_difference(gradient, reference.gradient))
-            yield SettingReading(
-                config=config,
-                state_error=state_error,
-                loss_error=abs(float(forward.loss.detach()) - exact_loss) / abs(exact_loss),
-                cosine=_cosine(norm, exact_norm, bias),
-                norm_ratio=norm / exact_norm,
-                bias_to_noise=bias / reference.noise if reference.noise else None,
-                forward_factor=forward_factor,
-                backward_factor=bench.factors("backward"),
-            )
+        found = bench.solve(inputs, config)
+        pairs = [(found.ends[k], end) for k, end in exact.ends.items()]
+        norm, bias = _norm(found.gradient), _norm(_difference(found.gradient, exact.gradient))
+        yield SettingReading(
+            config=config,
+            state_error=max(float((a - b).float().norm() / b.float().norm()) for a, b in pairs),
+            loss_error=abs(found.loss - exact.loss) / abs(exact.loss),
+            cosine=_cosine(norm, exact_norm, bias),
+            norm_ratio=norm / exact_norm,
+            bias_to_noise=bias / reference.noise if reference.noise else None,
+            forward_factor=found.factors.get("forward"),
+            backward_factor=found.factors.get("backward"),
+        )
 
 
-def batch_rows(inputs: Mapping[str, Any]) -> int:
-    """B of a batch: the first dimension of its first tensor."""
-    for value in inputs.values():
-        if isinstance(value, Tensor) and value.ndim > 0:
-            return value.shape[0]
-    raise ConfigurationError(f"a batch of {sorted(inputs)} holds no tensor; give what the model's forward takes")
-
-
-@contextmanager
-def preserved_random_stream(device: torch.device) -> Iterator[None]:
-    """What is drawn inside leaves the main stream where it was."""
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-        yield
+def rows_of(model: nn.Module, inputs: Mapping[str, Any]) -> int:
+    """B of a batch. Raises ConfigurationError for one without a tensor."""
+    rows = batch_rows(inputs, getattr(model, "main_input_name", None))
+    if not rows:
+        raise ConfigurationError(f"a batch of {sorted(inputs)} holds no tensor; give what the model's forward takes")
+    return rows
 
 
 def _has_rows(value: Any, rows: int) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
 
 
-def _halves(rows: int) -> tuple[slice, slice]:
-    return slice(0, rows // 2), slice(rows // 2, rows // 2 * 2)
+def _halves(half: int) -> tuple[slice, slice]:
+    return slice(0, half), slice(half, 2 * half)
 
 
 def _difference(first: Gradient, second: Gradient) -> Gradient:

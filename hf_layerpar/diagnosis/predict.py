@@ -9,14 +9,14 @@ from typing import Literal
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.diagnosis.readings import Prediction
 from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
-from hf_layerpar.plan.plan import Direction
-from hf_layerpar.plan.simulate import Costs, simulate
-from hf_layerpar.plan.strategies import build_plan, interval_points
+from hf_layerpar.plan.planner import predict_step
+from hf_layerpar.plan.step import interval_points
 
 
 class Predictor:
-    """Predicts the steps of a model whose stacks are solved one after the other over `ranks`.
+    """Predicts the steps of a model as the sum over its stacks, each solved over `ranks`.
 
     depths, costs: layers of every stack, and what one of them costs for the whole batch, by the stack's path.
     micro_batches: the numbers to try.
@@ -32,7 +32,6 @@ class Predictor:
     ) -> None:
         self.depths, self.costs, self.ranks, self.buffers = dict(depths), dict(costs), ranks, buffers
         self.micro_batches = tuple(micro_batches)
-        self._sweeps: dict[tuple, float] = {}
 
     def fastest(self, config: LayerParallelConfig) -> Prediction:
         """The step of `config` with the micro-batches, and the split of `parallelize`, that make it fastest."""
@@ -63,20 +62,6 @@ class Predictor:
             if split == INTERLEAVED
             else contiguous_owner(depth, self.ranks, boundaries=points)
         )
-        return self._sweep(path, config, "forward", owner) + self._sweep(path, config, "backward", owner)
-
-    def _sweep(self, path: str, config: LayerParallelConfig, direction: Direction, owner: tuple[int, ...]) -> float:
-        forward = direction == "forward"
-        iterations = config.forward_iterations if forward else config.backward_iterations
-        pieces = config.micro_batches
-        if config.strategy != "mgrit" or not iterations:
-            config = LayerParallelConfig(strategy="pipeline", micro_batches=pieces)
-        else:  # the other sweep's iterations make no difference
-            config = replace(config, forward_iterations=iterations, backward_iterations=iterations)
-        key = (path, config, direction, owner)
-        if key not in self._sweeps:
-            plan = build_plan(
-                config, direction, owner, num_ranks=self.ranks, micro_batches=pieces, buffers=self.buffers
-            )
-            self._sweeps[key] = simulate(plan, self.costs[path].cut(pieces)).makespan
-        return self._sweeps[key]
+        return predict_step(
+            config, owner, self.costs[path], num_ranks=self.ranks, buffers=self.buffers
+        ).makespan

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.plan.simulate import Costs
+from hf_layerpar.plan.costs import Costs
 
 FORMAT = 1
 """Version of `Diagnosis.to_dict`."""

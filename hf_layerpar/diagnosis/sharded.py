@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_layerpar.diagnosis.layers import increment_of, lipschitz
+from hf_layerpar.ode.phases import Reached
+from hf_layerpar.ode.rehearsal import Player, rehearse
 from hf_layerpar.ode.stack import RecordedCall
-from hf_layerpar.run.engine import StackEngine
-from hf_layerpar.run.program import Program
+from hf_layerpar.run.layers import Common, Entry, Layers, SidePlaces, kept_streams
 from hf_layerpar.sharding import LayerParallel
 
 
@@ -18,42 +23,54 @@ def lipschitz_of_layers(handle: LayerParallel, forward: Callable[[], object], it
     """The estimate (`lipschitz` of x -> S(x) - x) of every layer of every stack, in order, at the exact states of one
     forward; alike on all lp ranks. Collective over them.
 
-    forward: runs the model once; what it returns is dropped. The caller's random stream doesn't move.
+    forward: runs the model once; it is called twice, the second time up to the last layers. What it returns is dropped.
+    The caller's random stream doesn't move.
     """
-    device = handle.device
-    readers = [(stack, stack.solver, _Reader(handle.engine(stack), iterations)) for stack in handle.stacks]
-    with torch.random.fork_rng([] if device.type == "cpu" else [device]), torch.no_grad():
-        for stack, _, reader in readers:
-            stack.solver = reader
-        try:
+    stepper, stacks, device = handle.stepper, handle.stacks, handle.device
+    rank, broadcast = stepper.transport.rank, stepper.transport.broadcast
+    offsets = list(accumulate((len(stack.layers) for stack in stacks), initial=0))
+    found = torch.zeros(offsets[-1], device=device)
+    with kept_streams(device), torch.no_grad():
+        rehearsed = rehearse(lambda _: forward(), None, stacks, handle.ends, loss=False)
+        anatomy = stepper.anatomy(rehearsed)
+
+        def reached(number: int, index: int, calls: Sequence[RecordedCall], x: Tensor) -> Tensor:
+            """Runs a stack layer by layer over its owners. The rank of the phase before says where from: on the others
+            what depends on parameters is made of stand-ins."""
+            places = rehearsed.sides[number]
+            real = [t.contiguous() for t in (x, *Entry(x, calls, places).sources)]
+            for tensor in real:
+                broadcast(tensor, anatomy.ranks[number])
+            x, *sides = real
+            calls = _with_sides(calls, places, sides)
+            layers = Layers(Entry(x, calls), Common(0 if any(call.layer.training for call in calls) else None), 0, 0)
+            generator = torch.Generator(device)
+            for n, owner in enumerate(anatomy.passes[number].owner):
+                y = torch.empty_like(x, memory_format=torch.contiguous_format)
+                if owner == rank:
+                    y = layers.forward((n,), x).contiguous()
+                    generator.manual_seed(n)  # the same start vectors whichever rank holds the layer
+                    found[offsets[index] + n] = lipschitz(
+                        increment_of(calls[n]), x, iterations=iterations, generator=generator
+                    )
+                broadcast(y, owner)
+                x = y
+            if number + 1 == len(anatomy.passes):
+                raise Reached(calls, x, None)
+            return x
+
+        with suppress(Reached), handle.ends.of_phase(len(anatomy.passes)), Player(stacks, reached).playing():
             forward()
-        finally:
-            for stack, engine, _ in readers:
-                stack.solver = engine
-    found = torch.tensor([value for _, _, reader in readers for value in reader.constants], device=device)
     handle.all_reduce(found)
     return found.tolist()
 
 
-class _Reader:
-    """A solver that runs a stack layer by layer over its owners, exactly. constants: 0 for layers of other ranks."""
-
-    def __init__(self, engine: StackEngine, iterations: int) -> None:
-        self.engine, self.iterations = engine, iterations
-        self.constants: list[float] = []
-
-    def __call__(self, calls: Sequence[RecordedCall], x: Tensor) -> Tensor:
-        communicator, generator = self.engine.communicator, torch.Generator(x.device)
-        seed = 0 if any(call.layer.training for call in calls) else None
-        program = Program(calls, x, micro_batches=1, seed=seed, recompute=False)
-        with program.running(keep_graphs=False):
-            for n, (call, owner) in enumerate(zip(calls, self.engine.owner, strict=True)):
-                constant, y = 0.0, torch.empty_like(x, memory_format=torch.contiguous_format)
-                if owner == communicator.rank:
-                    y = program.forward_step((n,), 0, x, False).contiguous()
-                    generator.manual_seed(n)  # the same start vectors whichever rank holds the layer
-                    constant = lipschitz(increment_of(call), x, iterations=self.iterations, generator=generator)
-                communicator.broadcast(y, owner)
-                self.constants.append(constant)
-                x = y
-        return x
+def _with_sides(calls: Sequence[RecordedCall], places: SidePlaces, sides: Sequence[Tensor]) -> list[RecordedCall]:
+    """The calls, with the sides given instead of what stands at their places."""
+    given = {place: side for of_side, side in zip(places, sides, strict=True) for place in of_side}
+    made = []
+    for layer, call in enumerate(calls):
+        leaves, tree = tree_flatten((call.args, call.kwargs))
+        args, kwargs = tree_unflatten([given.get((layer, j), leaf) for j, leaf in enumerate(leaves)], tree)
+        made.append(dataclasses.replace(call, args=args, kwargs=kwargs))
+    return made

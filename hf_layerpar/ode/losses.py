@@ -3,8 +3,8 @@
 A head's loss is a mean over valid labels, or a sum divided by a given count, or several of these added up. Means of
 parts can't be averaged: parts have different numbers of valid labels. So the calls of torch's loss functions are
 watched. In a rehearsal (`hf_layerpar.ode.rehearsal`) on the whole batch they are counted and not computed; in the step
-each mean over a part divides its sum by the whole batch's count, and the parts' losses add up. The autograd graph of the
-rehearsal tells whether the loss is made of nothing else.
+each mean over a part divides its sum by the whole batch's count, and the parts' losses add up. The autograd graph of
+the rehearsal tells whether the loss is made of nothing else.
 """
 
 from __future__ import annotations

@@ -74,15 +74,15 @@ class Player:
         self.passes = 0
 
     @contextmanager
-    def playing(self) -> Iterator[Player]:
+    def playing(self, trains: bool | None = None) -> Iterator[Player]:
         before = [(stack.solver, stack.runner) for stack in self.stacks]
         for index, stack in enumerate(self.stacks):
-            stack.solver, stack.runner = self._solver(index), None
+            stack.solver, stack.runner, stack.trains = self._solver(index), None, trains
         try:
             yield self
         finally:
             for stack, (solver, runner) in zip(self.stacks, before, strict=True):
-                stack.solver, stack.runner = solver, runner
+                stack.solver, stack.runner, stack.trains = solver, runner, None
                 stack.forget()
 
     def _solver(self, index: int) -> Callable[[Sequence[RecordedCall], Tensor], Tensor]:
@@ -93,8 +93,11 @@ class Player:
         return solve
 
 
-def rehearse(closure: Closure, batch: Any, stacks: Sequence[LayerStack], ends: Ends, *, loss: bool) -> Rehearsed:
-    """loss: the closure computes one; otherwise any output. The random streams are the caller's to keep."""
+def rehearse(
+    closure: Closure, batch: Any, stacks: Sequence[LayerStack], ends: Ends, *, loss: bool, trains: bool = True
+) -> Rehearsed:
+    """loss: the closure computes one; otherwise any output. trains: the forward will go backward. The random streams
+    are the caller's to keep."""
     found: list[tuple[int, list[list[tuple[int, int]]], set[int], set[EndParameter]]] = []
     leaves: list[Tensor] = []
     foreign: dict[int, tuple[int, ...]] = {}
@@ -126,7 +129,7 @@ def rehearse(closure: Closure, batch: Any, stacks: Sequence[LayerStack], ends: E
             leaves.append(torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape).requires_grad_())
             return leaves[-1]
 
-        with Player(stacks, reached).playing(), counting:
+        with Player(stacks, reached).playing(trains), counting:
             output = closure(batch)
         value, metrics = loss_and_metrics(output) if loss else (None, {})
         outputs = [t for t in tree_leaves(value if loss else output) if isinstance(t, Tensor) and t.requires_grad]

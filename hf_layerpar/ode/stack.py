@@ -75,9 +75,9 @@ class LayerForward:
 class ModelForward:
     """The `forward` put on each model that holds stacks.
 
-    A parallelized model's calls go to its `runner`. While a stack has a solver, the forward turns the KV cache off unless
-    the caller asked for it (as `generate` does), tells the stacks of requests for per-layer values, and checks that no
-    layer was left out. An attribute and not a hook, because PEFT calls `forward` past the hooks.
+    A parallelized model's calls go to its `runner`. While a stack has a solver, the forward turns the KV cache off
+    unless the caller asked for it (as `generate` does), tells the stacks of requests for per-layer values, and checks
+    that no layer was left out. An attribute and not a hook, because PEFT calls `forward` past the hooks.
     """
 
     model: nn.Module
@@ -161,6 +161,7 @@ class LayerStack:
     solver: None evaluates each layer in line; otherwise it gets the recorded calls of the whole stack.
     runner: runs the forwards of the models that hold the stack, where they are parallelized.
     foreign: places of the layers whose parameters this rank lacks; with some, the stack can't be evaluated in line.
+    trains: whether the running forward will go backward, where its grad mode doesn't tell (in a rehearsal).
     serial_reason: what the running model forward asked for that needs each layer's own value, if anything.
     """
 
@@ -175,6 +176,7 @@ class LayerStack:
         self.runner: ModelRunner | None = None
         self.foreign: frozenset[int] = frozenset()
         self._evaluating = False
+        self.trains: bool | None = None
         self.serial_reason: str | None = None
         self._family = family_of(self.layers[0])
         self._records: list[RecordedCall] = []
@@ -299,8 +301,9 @@ class LayerStack:
         return self.step_sizes[index] == 1 or self.settings.form == "split"
 
     def _needs_serial(self, cache: Cache | None) -> str | None:
-        if cache is not None and not (self.sharded and is_splittable(cache) and not torch.is_grad_enabled()):
-            gradients = " with gradients" if torch.is_grad_enabled() else ""
+        trains = torch.is_grad_enabled() if self.trains is None else self.trains
+        if cache is not None and not (self.sharded and is_splittable(cache) and not trains):
+            gradients = " with gradients" if trains else ""
             return f"a KV cache{gradients} (use_cache=True or past_key_values: {type(cache).__name__})"
         collecting = output_capturing._active_collector.get()
         if collecting:
@@ -344,7 +347,7 @@ def intercept(model: nn.Module, stacks: tuple[LayerStack, ...]) -> None:
 
 
 def intercept_root(model: nn.Module, stacks: tuple[LayerStack, ...]) -> None:
-    """Put our `forward` on the module that is parallelized, where it is none of those that `intercept` has put it on."""
+    """Put our `forward` on the module that is parallelized, where `intercept` has not."""
     if _MODEL_FORWARD not in vars(model):
         forward = ModelForward(model, stacks, vars(model).get("forward"))
         object.__setattr__(model, _MODEL_FORWARD, forward)

@@ -54,7 +54,7 @@ class Entry:
     def sources(self) -> list[Tensor]:
         flat = {}
         for places in self.sides:
-            layer, leaf = places[0]
+            layer, _ = places[0]
             if layer not in flat:
                 flat[layer] = tree_flatten((self.calls[layer].args, self.calls[layer].kwargs))[0]
         return [flat[places[0][0]][places[0][1]] for places in self.sides]

@@ -8,8 +8,9 @@ from typing import get_args
 
 from transformers import Seq2SeqTrainingArguments
 
-from hf_layerpar.config import LayerParallelConfig, Operator, Relaxation, Strategy
+from hf_layerpar.config import Ends, LayerParallelConfig, Relaxation, Strategy
 from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.plan.step import check_config
 from hf_layerpar.run.mesh import check_lp_size
 from hf_layerpar.training.controller import Policy
 
@@ -29,9 +30,19 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
     lp_size: int = field(default=1, metadata={"help": "Processes that share one model's layers; divides the world."})
     strategy: Strategy = field(
         default=LayerParallelConfig.strategy,
-        metadata={"help": "How the layers are solved: serial, pipeline (both exact) or mgrit."},
+        metadata={"help": "How the layers are solved: pipeline (exact) or mgrit."},
     )
-    levels: int = field(default=LayerParallelConfig.levels, metadata={"help": "MGRIT: levels of the hierarchy."})
+    micro_batches: int = field(
+        default=LayerParallelConfig.micro_batches, metadata={"help": "Pieces that a step cuts its batch into."}
+    )
+    schedule: str = field(
+        default=LayerParallelConfig.schedule,
+        metadata={"help": "Order of an exact step: gpipe, 1f1b, interleaved_1f1b, zb_h1, zb_v, or list (a search)."},
+    )
+    ends: Ends = field(
+        default=LayerParallelConfig.ends,
+        metadata={"help": "Who computes embeddings, head and loss: first_last rank, or all (the head spread by rows)."},
+    )
     coarsening: list[int] = field(
         default_factory=lambda: [LayerParallelConfig.coarsening],  # type: ignore[list-item]
         metadata={"help": "MGRIT: fine steps per coarse step; one number, or one per coarse level, finest first."},
@@ -43,25 +54,15 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
     backward_iterations: int = field(
         default=LayerParallelConfig.backward_iterations, metadata={"help": "MGRIT: iterations backward; 0 is exact."}
     )
-    coarse_operator: Operator = field(
+    coarse_operator: str = field(
         default=LayerParallelConfig.coarse_operator,
         metadata={"help": "MGRIT: an interval's coarse stand-in, see hf_layerpar.plan.operators."},
-    )
-    damping: float = field(
-        default=LayerParallelConfig.damping, metadata={"help": "MGRIT: a correction is scaled by 1 - damping."}
-    )
-    micro_batches: int = field(
-        default=LayerParallelConfig.micro_batches, metadata={"help": "Pieces the batch is cut into inside a forward."}
     )
     increment_penalty: float = field(
         default=LayerParallelConfig.increment_penalty,
         metadata={
             "help": "Weight of the penalty on what layers between the buffers add to the state, relative to it; 0: off."
         },
-    )
-    sliced_ends: bool = field(
-        default=LayerParallelConfig.sliced_ends,
-        metadata={"help": "Each lp rank computes embeddings, head and loss for its rows of the training batch alone."},
     )
     stacked: bool = field(
         default=LayerParallelConfig.stacked,
@@ -91,7 +92,7 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
         if not isinstance(self.coarsening, list | tuple):  # YAML and Python callers give one number
             self.coarsening = [self.coarsening]
         self.coarsening = list(self.coarsening)
-        _ = self.layer_parallel_config  # validates before the process group is started
+        check_config(self.layer_parallel_config, self.lp_size)  # before the process group is started
         self._check_controller()
         super().__post_init__()
         check_lp_size(self.world_size, self.lp_size)

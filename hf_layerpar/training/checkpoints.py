@@ -2,9 +2,7 @@
 
 Beside the weights, which are an ordinary HuggingFace checkpoint, a `checkpoint-N` directory holds
 
-    optimizer-<lp rank>-of-<lp size>.pt   states by parameter name: of that lp rank's layers; lp rank 0 adds the ends
-    coarse_fits-<dp rank>-<lp rank>-of-<lp size>.pt
-                                          running fits of the coarse operators `mean` and `linear`, where there are any
+    optimizer-<lp rank>-of-<lp size>.pt   states by parameter name, of what that lp rank owns
     scheduler.pt, trainer_state.json      as stock
     rng_state_<dp rank>.pth               random streams; the lp ranks of one dp rank share theirs
     exact_weights.safetensors             only where folding h into the stock weights (split form) rounds them
@@ -43,13 +41,12 @@ from hf_layerpar.training.streams import kept_streams, main_streams, set_main_st
 
 EXACT_WEIGHTS = "exact_weights.safetensors"
 _OPTIMIZER = re.compile(r"optimizer-(\d{5})-of-(\d{5})\.pt")
-_FITS = r"coarse_fits-{dp_rank:05d}-(\d{{5}})-of-(\d{{5}})\.pt"
 
 
 def is_training_state(name: str) -> bool:
     """Whether a file of a checkpoint serves to go on with the training, and not to use the model."""
     return name in (EXACT_WEIGHTS, SCHEDULER_NAME, TRAINER_STATE_NAME) or name.startswith(
-        ("optimizer-", "coarse_fits-", "rng_state_")
+        ("optimizer-", "rng_state_")
     )
 
 
@@ -199,7 +196,7 @@ def save_optimizer(optimizer: Any, model: nn.Module, mesh: Mesh, directory: Path
     owner_of = layer_parallel(model).owner_of
     flat = [name for group in names for name in group]
     mine = {
-        flat[index]: state for index, state in packed["state"].items() if flat[index] in owner_of or mesh.lp_rank == 0
+        flat[index]: state for index, state in packed["state"].items() if owner_of[flat[index]] == mesh.lp_rank
     }
     options = [{k: v for k, v in group.items() if k != "params"} for group in packed["param_groups"]]
     groups = [{"options": o, "names": n} for o, n in zip(options, names, strict=True)]
@@ -255,29 +252,6 @@ def _parts(directory: Path, pattern: re.Pattern[str]) -> list[Path]:
 def _names_by_group(optimizer: Any, model: nn.Module) -> list[list[str]]:
     names = {id(p): name for name, p in model.named_parameters()}
     return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
-
-
-# ---- running fits
-def save_fits(model: nn.Module, mesh: Mesh, directory: Path) -> None:
-    """Writes the running fits of this process, if any in its lp group has some. Collective over the group."""
-    fits = layer_parallel(model).fits()
-    if fits is not None:
-        name = f"coarse_fits-{mesh.dp_rank:05d}-{mesh.lp_rank:05d}-of-{mesh.lp_size:05d}.pt"
-        torch.save(fits, directory / name)
-
-
-def load_fits(model: nn.Module, mesh: Mesh, directory: Path) -> None:
-    """Restores the running fits of this dp rank, or those of dp rank 0 where it has none, from any number of lp ranks.
-    Without any they start anew, as they did in the saved run.
-
-    Raises CheckpointError when one of the files is missing.
-    """
-    own, first = (_parts(directory, re.compile(_FITS.format(dp_rank=rank))) for rank in (mesh.dp_rank, 0))
-    fits: dict[str, dict[Any, Any]] = {}
-    for path in own or first:
-        for stack, found in torch.load(path, map_location="cpu", weights_only=True).items():
-            fits.setdefault(stack, {}).update(found)
-    layer_parallel(model).load_fits(fits)
 
 
 # ---- random streams

@@ -7,7 +7,6 @@ pipeline, in which every rank works.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from hf_layerpar.plan.ladder import describe
 
 Policy = Literal["off", "paper", "raise", "adaptive"]
 """off: nothing is checked. paper: exact for good once a convergence factor passes 1. raise: then one step up from the
-given settings (damped, more iterations, fewer levels, smaller intervals, richer operator, exact). adaptive: the
+given settings (more iterations, fewer levels, smaller intervals, richer operator, exact). adaptive: the
 cheapest settings whose bias stays under a bound, moving both ways."""
 
 RETURN = 0.5
@@ -37,7 +36,6 @@ class Reading:
     bias: the same over the root mean square of the step's exact gradient, signal and noise. When noise is most of a
         gradient, as later in training, both are alike; where it is not (a new network), this one asks for a direction
         that is right and not for less error than there is noise.
-    damping: what the residuals suggest (`hf_layerpar.plan.damping`); 0: none.
     """
 
     rho_forward: float | None = None
@@ -46,7 +44,6 @@ class Reading:
     norm_ratio: float | None = None
     bias_to_noise: float | None = None
     bias: float | None = None
-    damping: float = 0.0
 
     @property
     def rho(self) -> float | None:
@@ -70,15 +67,14 @@ class Controller:
 
     def __init__(self, policy: Policy, ladder: Sequence[LayerParallelConfig], *, bound: float) -> None:
         self.policy, self.ladder, self.bound = policy, tuple(ladder), bound
-        self.place, self.damping = 0, 0.0
+        self.place = 0
         self._trial = 0  # the cheaper settings that were tried last
         self._biases: dict[int, float] = {}  # by place, as last measured
 
     @property
     def settings(self) -> LayerParallelConfig:
         """The settings in force."""
-        settings = self.ladder[self.place]
-        return dataclasses.replace(settings, damping=self.damping) if self.damping else settings
+        return self.ladder[self.place]
 
     @property
     def is_exact(self) -> bool:
@@ -98,12 +94,6 @@ class Controller:
         if self._is_good(reading):
             return reading, self._try_cheaper(measure, reading)[1]
         fault = self._fault(reading)
-        if self.policy == "raise" and reading.damping > self.damping:
-            damped = dataclasses.replace(self.settings, damping=reading.damping)
-            if self._is_good(measure(damped, factors=True)):
-                self.damping = reading.damping
-                return reading, fault
-        self.damping = 0.0
         self.place = len(self.ladder) - 1 if self.policy == "paper" else self.place + 1
         if self.policy == "adaptive":
             while not self.is_exact and not self._is_good(self._measured(measure, self.place, factors=False)):
@@ -130,7 +120,7 @@ class Controller:
         return reading, f"bias {bias:.3g} <= {limit:g} with cheaper settings"
 
     def _measured(self, measure: Measure, place: int, *, factors: bool) -> Reading:
-        reading = measure(self.settings if place == self.place else self.ladder[place], factors=factors)
+        reading = measure(self.ladder[place], factors=factors)
         if reading.bias is not None:
             # what is no number is the worst there is, and sorts so
             self._biases[place] = reading.bias if reading.bias < math.inf else math.inf
@@ -152,7 +142,6 @@ class Controller:
         """Plain data that JSON holds."""
         return {
             "settings": self.ladder[self.place].to_dict(),
-            "damping": self.damping,
             "trial": self._trial,
             "biases": sorted(self._biases.items()),
         }
@@ -162,7 +151,7 @@ class Controller:
         ranks) it starts from the exact ones, which are never wrong."""
         stored = LayerParallelConfig.from_dict(state["settings"])
         places = [i for i, settings in enumerate(self.ladder) if settings == stored]
-        self.place, self.damping = (places[0], state["damping"]) if places else (len(self.ladder) - 1, 0.0)
+        self.place = places[0] if places else len(self.ladder) - 1
         self._trial, self._biases = (state["trial"], dict(state["biases"])) if places else (0, {})
 
     def __str__(self) -> str:

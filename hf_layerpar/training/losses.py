@@ -1,4 +1,6 @@
-"""Whether a model's loss is divided by `num_items_in_batch`, decided by computing it.
+"""Losses that stock can't be left alone with: what they are divided by, and label smoothing of parts of a batch.
+
+Whether a model's loss is divided by `num_items_in_batch` is decided by computing it.
 
 Stock concludes it from **kwargs in the signature of `forward`. Many heads (BERT, BART, T5 ...) take **kwargs for their
 layers and ignore the count, and are then trained with gradients times the accumulation steps and the processes.
@@ -8,9 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_layerpar.training.streams import kept_streams
 
@@ -32,3 +37,23 @@ def depends_on_item_count(model: nn.Module, loss: Callable[[Tensor], Tensor], de
     if not all(map(math.isfinite, values)) or values[0] == 0:
         return None
     return not math.isclose(*values, rel_tol=1e-3)  # accelerators may repeat a forward with other last bits
+
+
+class SmoothedCrossEntropy(LabelSmoother):
+    """Stock's label smoothing by torch's own loss function, so that the losses of parts of a batch can be put together
+    (`hf_layerpar.ode.losses`)."""
+
+    def __call__(
+        self, model_output: Any, labels: Tensor, shift_labels: bool = False, num_items_in_batch: Any = None
+    ) -> Tensor:
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        if shift_labels:
+            logits, labels = logits[..., :-1, :], labels[..., 1:]
+        loss = functional.cross_entropy(
+            logits.flatten(0, -2).float(),
+            labels.flatten(),
+            ignore_index=self.ignore_index,
+            label_smoothing=self.epsilon,
+            reduction="mean" if num_items_in_batch is None else "sum",
+        )
+        return loss if num_items_in_batch is None else loss / num_items_in_batch

@@ -80,7 +80,6 @@ class ShardedSaving(Trainer):
                 stored[name] = callback.state()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        checkpoints.save_fits(self.model, self.mesh, Path(output_dir))  # first, as the ranks take part in it together
         if self.mesh.dp_rank == 0:
             checkpoints.save_optimizer(self.optimizer, self.model, self.mesh, Path(output_dir))
         if self.args.should_save:
@@ -116,7 +115,6 @@ class ShardedSaving(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        checkpoints.load_fits(self.model, self.mesh, Path(checkpoint))
         schedule = Path(checkpoint) / SCHEDULER_NAME
         if not checkpoints.load_optimizer(self.optimizer, self.model, Path(checkpoint)) or not schedule.is_file():
             logger.warning(f"{checkpoint} has no optimizer or scheduler state (save_only_model?); they start anew.")

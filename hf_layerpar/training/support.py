@@ -58,11 +58,6 @@ def refuse_unsupported(args: LayerParallelTrainingArguments, model: nn.Module | 
             "fp16's loss scaler would skip steps on one lp rank and not on another, and fp8 replaces the layers; use "
             "bf16=True",
         ),
-        f"label_smoothing_factor={args.label_smoothing_factor} with sliced_ends": (
-            args.sliced_ends and args.label_smoothing_factor != 0,
-            "that loss is computed from the whole batch's logits, and a process would have those of its own rows; use "
-            "sliced_ends=False",
-        ),
         f"predict_with_generate with a {type(model).__name__}": (
             args.predict_with_generate and model is not None and not hasattr(model, "generate"),
             "it has no generate; use a model with a language-modelling head, or predict_with_generate=False",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.utils import recursively_apply
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Seq2SeqTrainer, Trainer
@@ -19,12 +20,13 @@ from transformers.trainer_utils import unwrap_peft_model
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
 from hf_layerpar.run.mesh import build_mesh
+from hf_layerpar.run.sharing import share
 from hf_layerpar.sharding import layer_parallel, parallelize
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.callbacks import solver_log
-from hf_layerpar.training.collectives import average_gradients, broadcast_model, gather_rows, share
+from hf_layerpar.training.collectives import average_gradients, broadcast_model, gather_rows
 from hf_layerpar.training.loading import BatchSharing, CountedStream, innermost_sampler, real_rows
-from hf_layerpar.training.losses import depends_on_item_count
+from hf_layerpar.training.losses import SmoothedCrossEntropy, depends_on_item_count
 from hf_layerpar.training.pushing import HubPushing
 from hf_layerpar.training.streams import SeededCollator, kept_streams, main_streams, set_main_streams
 from hf_layerpar.training.support import refuse_unsupported
@@ -79,13 +81,8 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
                 "optimizers=(optimizer, ...) holds parameters of layers that other processes own; pass "
                 "optimizer_cls_and_kwargs=(class, kwargs), or override create_optimizer"
             )
-        if args.sliced_ends and self.compute_loss_func is not None:
-            raise ConfigurationError(
-                "compute_loss_func with sliced_ends=True would be given the logits of this process's rows, not of "
-                "the whole batch; use sliced_ends=False, or let the model compute its loss"
-            )
-        # kernels may differ in the last bits on accelerators, and the replicas would part
-        self.average_ends = self.args.device.type != "cpu"
+        if self.label_smoother is not None:
+            self.label_smoother = SmoothedCrossEntropy(epsilon=self.label_smoother.epsilon)
         # accelerate must neither wrap the model in DDP nor shard it: gradients are averaged here
         self.is_distributed_loading_by_transformers = True
         declared = getattr(unwrap_peft_model(self.model), "accepts_loss_kwargs", None)
@@ -226,19 +223,31 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
 
     # ---- steps
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """As stock, by `LayerParallel.train_step`: head and loss run on the rank that has them, part by part where the
+        batch is cut into micro-batches, whatever `compute_loss` and `compute_loss_func` are."""
         self._check_settings(model, inputs)
-        self.layer_parallel.loss_scale = 1 / self.current_gradient_accumulation_steps
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        mesh = self.mesh
-        if self.accelerator.sync_gradients and mesh.world_size > 1:
-            assert mesh.dp_group is not None
-            assert mesh.lp_group is not None
-            trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-            average_gradients(list(trainable.values()), mesh.dp_group)
-            if self.average_ends:
-                owner_of = self.layer_parallel.owner_of
-                average_gradients([p for name, p in trainable.items() if name not in owner_of], mesh.lp_group)
-        return loss
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # type: ignore[union-attr]
+        inputs = self._prepare_inputs(inputs)
+
+        def loss(batch: Mapping[str, Any]) -> Tensor:
+            with self.compute_loss_context_manager():
+                return self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)  # type: ignore[return-value]
+
+        scaled = self.loss_is_scaled_for_ga
+        if scaled is None:
+            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = counted or self.compute_loss_func is not None
+        steps = 1 if scaled else self.current_gradient_accumulation_steps
+        scale = 1 / (steps * self.accelerator.gradient_accumulation_steps)
+        value = self.layer_parallel.train_step(inputs, loss, scale=scale)
+        if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
+            clear_device_cache()
+        if self.accelerator.sync_gradients and self.mesh.dp_size > 1:
+            assert self.mesh.dp_group is not None
+            average_gradients([p for p in model.parameters() if p.requires_grad], self.mesh.dp_group)
+        return value / steps
 
     def _check_settings(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Before a step: what the controller checks, decides and logs."""
@@ -315,13 +324,8 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         self.state.num_input_tokens_seen = before + seen // self.mesh.lp_size
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """This rank's share, which stock sums over all processes: its own layers; lp rank 0 adds the ends."""
-        here = super().floating_point_ops(inputs)
-        if self.mesh.lp_rank == 0 or not here:
-            return here
-        owner_of = self.layer_parallel.owner_of
-        owned = sum(p.numel() for name, p in self.model.named_parameters() if name in owner_of)
-        return here * owned // self.model.num_parameters(exclude_embeddings=True)  # type: ignore[operator]
+        """Of what this rank holds; stock sums it over all processes."""
+        return super().floating_point_ops(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         modes: dict[str, str] = {}

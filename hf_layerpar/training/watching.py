@@ -18,13 +18,11 @@ from hf_layerpar.agreement import GradientProbe, batch_rows
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.diagnosis.sharded import lipschitz_of_layers
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.plan.damping import suggest_damping
 from hf_layerpar.plan.ladder import cheapest_first, describe, escalation, exact_settings, predicted_share
-from hf_layerpar.plan.strategies import inner_grid
-from hf_layerpar.run.transport import peer_loss
-from hf_layerpar.run.engine import SweepReport
 from hf_layerpar.run.mesh import Mesh
+from hf_layerpar.run.transport import peer_loss
 from hf_layerpar.sharding import LayerParallel
+from hf_layerpar.stepping import SweepReport
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.controller import Controller, Policy, Reading
 
@@ -120,9 +118,9 @@ class Watch:
             )
             probe.gradient(doubled)
             report = probe.handle.report()
-            found["damping"] = self._damping(report, settings)
+            assert report is not None
             for direction in ("forward", "backward"):
-                sweeps = [s[direction] for s in report.values() if direction in s]
+                sweeps = [s[direction] for s in report.sweeps.values()]
                 if any(sweep.convergence_factors for sweep in sweeps):  # alike on all ranks, as `_worst` must be called
                     factor = self._worst(max(map(_last_factor, sweeps)))
                     if factor != -math.inf:
@@ -141,19 +139,6 @@ class Watch:
                 "bias": bias / whole**0.5 if whole else float("inf"),
             }
         return Reading(**found)
-
-    def _damping(self, report: Mapping[str, Mapping[str, SweepReport]], settings: LayerParallelConfig) -> float:
-        """The largest that any sweep suggests."""
-        if settings.relaxation != "F":
-            return 0.0
-        intervals = [inner_grid(settings, shape.num_layers, shape.buffers).num_steps(1) for shape in self.handle.shapes]
-        suggested = [
-            suggest_damping(sweep.residuals, n, settings.damping)
-            for n, sweeps in zip(intervals, report.values(), strict=True)
-            for sweep in sweeps.values()
-            if len(sweep.residuals) >= 2
-        ]
-        return self._worst(max(suggested, default=0.0))
 
     # ---- over the dp ranks (the lp ranks of each have the same numbers)
     def _reduced(self, value: float, op: dist.ReduceOp.RedOpType) -> float:

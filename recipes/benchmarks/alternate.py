@@ -6,7 +6,6 @@ that is timed.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import random
 import statistics
@@ -14,14 +13,13 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recipes.benchmarks.memory import status_bytes
+from recipes.benchmarks.resident import resident_growth
 from recipes.benchmarks.sides import Entry, Side
 
 
@@ -50,6 +48,13 @@ def measure(entries: Sequence[Entry], exact: dict[str, Tensor], rounds: int) -> 
     base = times.get(entries[0].name)
     for name, seconds in times.items():
         results[name] |= _statistics(seconds, base)
+        predict = sides[name].predict
+        if predict is not None:
+            predicted = predict()
+            results[name] |= {
+                "predicted_seconds": predicted,
+                "predicted_over_measured": predicted / results[name]["seconds"]["median"],
+            }
     return results
 
 
@@ -126,11 +131,7 @@ def _memory_growth(side: Side) -> int:
         before = torch.cuda.memory_allocated(device)
         _timed(side)
         return torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)  # pages that earlier sides freed go back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-    before = status_bytes("VmRSS")
-    _timed(side)
-    return status_bytes("VmHWM") - before
+    return resident_growth(lambda: _timed(side))
 
 
 def _from_all(value: Any) -> list[Any]:

@@ -13,8 +13,8 @@ from hf_layerpar import LayerParallelConfig, convert_to_ode, diagnose, gradient_
 from hf_layerpar.diagnosis.diagnose import ITERATIONS
 from hf_layerpar.diagnosis.readings import FORMAT
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
-from hf_layerpar.plan.operators import OF_LAYERS
-from hf_layerpar.plan.simulate import Costs
+from hf_layerpar.plan.costs import Costs
+from hf_layerpar.plan.operators import OPERATORS
 from hf_layerpar.report.diagnosis import draw_diagnosis, print_diagnosis
 from tests import zoo
 
@@ -50,7 +50,7 @@ def test_a_model_comes_back_as_it_was(name):
     assert set(found.costs) == stacks
     assert all(costs.step > 0 for costs in found.costs.values())
     assert [r.config for r in found.settings] == [replace_pieces(p.config) for p in found.predictions]
-    assert len(found.settings) == len(OF_LAYERS) * len(ITERATIONS)
+    assert len(found.settings) == len(OPERATORS) * len(ITERATIONS)
     assert all(math.isfinite(r.cosine) and r.bias_to_noise is not None for r in found.settings)
 
 
@@ -85,8 +85,8 @@ def test_factors_are_read_with_a_second_iteration():
     }
     handle = parallelize(convert_to_ode(model, buffers=found.buffers), settings["aggregate", 2, 2].config)
     torch.set_rng_state(before)  # the same dropout masks
-    model(**inputs).loss.backward()
-    report = handle.report()["model.layers"]
+    handle.train_step(inputs)
+    report = handle.report().sweeps["model.layers"]
     for iterations in ((1, 1), (2, 1), (2, 2)):
         reading = settings["aggregate", *iterations]
         assert reading.forward_factor == pytest.approx(report["forward"].convergence_factors[0], rel=1e-4)
