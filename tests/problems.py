@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +15,12 @@ from torch import Tensor, nn
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.plan.ownership import contiguous_owner
+from hf_layerpar.plan.step import Anatomy, Pass, build_step
 from hf_layerpar.plan.tasks import Direction, Plan
 from hf_layerpar.run.bare import BareStack
-from hf_layerpar.run.step import Outcome
+from hf_layerpar.run.layers import Common, Layers
+from hf_layerpar.run.stackable import OneDevice
+from hf_layerpar.run.step import LayersOf, Outcome
 from hf_layerpar.run.transport import GroupTransport, LocalTransport, Transport
 
 F64 = torch.float64
@@ -104,9 +109,10 @@ def serial_results(layers: nn.ModuleList, x: Tensor, side: Sides = None, loss: L
 
 
 def leaves_of(layers: nn.ModuleList, x: Tensor, side: Sides = None) -> dict[str, Tensor]:
-    """What has a gradient: "x", "side" (or "side 0", ...), and the layers' parameters ("0.inner.weight")."""
+    """The leaves that have a gradient: "x", "side" (or "side 0", ...), and the layers' parameters ("0.inner.weight")."""
     sides = {"side": side} if isinstance(side, Tensor) else {f"side {n}": t for n, t in enumerate(side or ())}
-    return {name: t for name, t in {"x": x, **sides, **dict(layers.named_parameters())}.items() if t.requires_grad}
+    tensors = {"x": x, **sides, **dict(layers.named_parameters())}
+    return {name: t for name, t in tensors.items() if t.requires_grad and t.is_leaf}
 
 
 # ---- a step
@@ -128,6 +134,11 @@ class Solved:
         return [] if found is None else found.sqrt().tolist()
 
     @property
+    def stacked(self) -> list[bool]:
+        """Whether layers were evaluated together, forward and backward."""
+        return [any(t.wave >= 0 for t in self.plan.tasks if t.direction == d) for d in ("forward", "backward")]
+
+    @property
     def penalty(self) -> float | None:
         """The increment penalty of this rank's layers."""
         return float(self.outcome.penalties[0]) if self.outcome.penalties else None
@@ -145,15 +156,18 @@ def gradients_of(
     recompute: bool = False,
     seed: int | None = None,
     loss: Loss = loss_of,
+    added: bool = False,
+    device: OneDevice | None = None,
 ) -> Solved:
     """One step of a bare stack on the default process group, or on this process alone.
 
-    owner: of every layer; by default as even as it goes, or as `split` says. seed: of dropout.
+    owner: of every layer; by default as even as it goes, or as `split` says. seed: of dropout. added: to the gradients
+    that are there. device: what evaluates layers together where `config.stacked` wants it and they can be.
     """
     transport = world()
     owner = owner or contiguous_owner(len(layers), transport.size, split=split)
     leaves = leaves_of(layers, x, side)
-    for leaf in leaves.values():
+    for leaf in () if added else leaves.values():
         leaf.grad = None
     ends: dict[int, Tensor] = {}
 
@@ -162,8 +176,18 @@ def gradients_of(
         return loss(y, rows, len(x))
 
     stack = BareStack(calls_of(layers, side), x, watched)
-    plan = stack.plan(config, owner, transport.size, buffers=buffers)
-    outcome = stack.step(plan, transport, config=config, buffers=buffers, seed=seed, recompute=recompute)
+    make_layers: LayersOf = Layers
+    plan = stack.plan(dataclasses.replace(config, stacked=False), owner, transport.size, buffers=buffers)
+    if device is not None and config.stacked:
+        run = Pass(tuple(owner), buffers, bool(stack.sides))
+        anatomy = Anatomy((run,), (0, 0), ((), (0,)))
+        build = partial(build_step, anatomy=anatomy, num_ranks=1, micro_batches=plan.micro_batches)
+        entry = stack.enter(0, 0, [], real=False)
+        found = device.plan(config, build, [Layers(entry, Common(seed, recompute), 0, 0)])
+        plan, make_layers = found or (plan, make_layers)
+    outcome = stack.step(
+        plan, transport, config=config, buffers=buffers, seed=seed, recompute=recompute, make_layers=make_layers
+    )
     grads = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     end = {"y": torch.cat([ends[start] for start in sorted(ends)])} if ends else {}
     return Solved(end | grads, float(sum(outcome.losses.values())), outcome, plan)

@@ -5,11 +5,14 @@ Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from hf_layerpar.diagnosis.readings import LayerReading
 from hf_layerpar.errors import UnsupportedModelError
@@ -72,6 +75,18 @@ def _derivative(pulled: Tensor, u: Tensor, v: Tensor) -> Tensor:
 def increment_of(call: RecordedCall) -> Callable[[Tensor], Tensor]:
     """x -> S(x) - x for one recorded layer call: what `lipschitz` is estimated of."""
     return lambda x: call.step(x, call.args, call.kwargs) - x
+
+
+def with_sides(entry: Entry, sides: Sequence[Tensor]) -> list[RecordedCall]:
+    """The recorded calls of an entry, with `sides` instead of what stands at their places."""
+    given = {place: side for places, side in zip(entry.sides, sides, strict=True) for place in places}
+    made = []
+    for layer, call in enumerate(entry.calls):
+        leaves, tree = tree_flatten((call.args, call.kwargs))
+        args, kwargs = tree_unflatten([given.get((layer, j), leaf) for j, leaf in enumerate(leaves)], tree)
+        recorded: Any = call
+        made.append(dataclasses.replace(recorded, args=args, kwargs=kwargs))
+    return made
 
 
 class LayerReader:

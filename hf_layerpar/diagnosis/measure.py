@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.diagnosis.layers import with_sides
 from hf_layerpar.diagnosis.readings import SettingReading
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.ends import Ends
@@ -36,8 +37,8 @@ EXACT = LayerParallelConfig(strategy="pipeline")
 class Solve:
     """One training step of one batch.
 
-    ends: the state behind every pass through a stack. factors: ||r2|| / ||r1|| of the sweeps of a direction, the largest
-    over the passes; none where they make less than two iterations.
+    ends: the state behind every pass through a stack. factors: ||r2|| / ||r1|| of the sweeps of a direction, the
+        largest over the passes; none where they make less than two iterations.
     """
 
     loss: float
@@ -111,13 +112,14 @@ class Bench:
         )
 
     def entries(self, inputs: Mapping[str, Any]) -> dict[str, Entry]:
-        """By path, how a batch comes to each stack, with states and arguments to time layers on: those that depend on
-        earlier stacks are made of the states that enter these."""
+        """By path, how a batch comes to each stack, with states and arguments to time layers on: without their graphs,
+        and what depends on earlier stacks made of the states that enter these."""
         with kept_streams(self.device):
             rehearsed = self._rehearsed(inputs)
             phases, found = self._phases(inputs, rehearsed), []
             for k in range(len(rehearsed.stacks)):
-                found.append(phases.enter(k, 0, [entry.x for entry in found], real=False))
+                entry = phases.enter(k, 0, [before.x for before in found], real=False)
+                found.append(Entry(entry.x, with_sides(entry, [t.detach() for t in entry.sources])))
         return {self.stacks[s].path: entry for s, entry in zip(rehearsed.stacks, found, strict=True)}
 
     def part(self, inputs: Mapping[str, Any], pieces: int) -> Mapping[str, Any] | None:

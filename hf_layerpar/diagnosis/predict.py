@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -19,7 +20,7 @@ class Predictor:
     """Predicts the steps of a model as the sum over its stacks, each solved over `ranks`.
 
     depths, costs: layers of every stack, and what one of them costs for the whole batch, by the stack's path.
-    micro_batches: the numbers to try.
+    micro_batches: the numbers to try, in ascending order, as long as more of them help.
     """
 
     def __init__(
@@ -36,22 +37,24 @@ class Predictor:
     def fastest(self, config: LayerParallelConfig) -> Prediction:
         """The step of `config` with the micro-batches, and the split of `parallelize`, that make it fastest."""
         serial = sum(self.costs[path].serial(depth) for path, depth in self.depths.items())
-        found = []
+        found: list[Prediction] = []
         splits: tuple[Literal["interleaved"] | None, ...] = (None,)
         if config.strategy == "mgrit" and config.coarse_operator == "aggregate" and self.ranks > 1:
             splits = (None, INTERLEAVED)
-        for pieces in self.micro_batches:
-            for split in splits:
+        for split in splits:
+            fewer = math.inf
+            for pieces in self.micro_batches:
                 setting = replace(config, micro_batches=pieces)
                 try:
                     seconds = sum(self._step(path, setting, split) for path in self.depths)
                 except ConfigurationError:
                     if split is None:
                         raise
-                    continue  # intervals too short to deal every rank a layer
-                found.append(
-                    Prediction(config=setting, split=split, seconds=seconds, share=seconds / serial if serial else 1.0)
-                )
+                    break  # intervals too short to deal every rank a layer
+                if seconds >= fewer:  # more of them only make it longer, and their plans are long to make
+                    break
+                fewer, share = seconds, seconds / serial if serial else 1.0
+                found.append(Prediction(config=setting, split=split, seconds=seconds, share=share))
         return min(found, key=lambda prediction: prediction.seconds)
 
     def _step(self, path: str, config: LayerParallelConfig, split: str | None) -> float:
@@ -62,6 +65,4 @@ class Predictor:
             if split == INTERLEAVED
             else contiguous_owner(depth, self.ranks, boundaries=points)
         )
-        return predict_step(
-            config, owner, self.costs[path], num_ranks=self.ranks, buffers=self.buffers
-        ).makespan
+        return predict_step(config, owner, self.costs[path], num_ranks=self.ranks, buffers=self.buffers).makespan

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from hf_layerpar.diagnosis.layers import increment_of, lipschitz
+from hf_layerpar.diagnosis.layers import increment_of, lipschitz, with_sides
 from hf_layerpar.ode.phases import Reached
 from hf_layerpar.ode.rehearsal import Player, rehearse
 from hf_layerpar.ode.stack import RecordedCall
-from hf_layerpar.run.layers import Common, Entry, Layers, SidePlaces, kept_streams
+from hf_layerpar.run.layers import Common, Entry, Layers, kept_streams
 from hf_layerpar.sharding import LayerParallel
 
 
@@ -37,12 +35,12 @@ def lipschitz_of_layers(handle: LayerParallel, forward: Callable[[], object], it
         def reached(number: int, index: int, calls: Sequence[RecordedCall], x: Tensor) -> Tensor:
             """Runs a stack layer by layer over its owners. The rank of the phase before says where from: on the others
             what depends on parameters is made of stand-ins."""
-            places = rehearsed.sides[number]
-            real = [t.contiguous() for t in (x, *Entry(x, calls, places).sources)]
+            entry = Entry(x, calls, rehearsed.sides[number])
+            real = [t.detach().contiguous() for t in (x, *entry.sources)]
             for tensor in real:
                 broadcast(tensor, anatomy.ranks[number])
             x, *sides = real
-            calls = _with_sides(calls, places, sides)
+            calls = with_sides(entry, sides)
             layers = Layers(Entry(x, calls), Common(0 if any(call.layer.training for call in calls) else None), 0, 0)
             generator = torch.Generator(device)
             for n, owner in enumerate(anatomy.passes[number].owner):
@@ -63,14 +61,3 @@ def lipschitz_of_layers(handle: LayerParallel, forward: Callable[[], object], it
             forward()
     handle.all_reduce(found)
     return found.tolist()
-
-
-def _with_sides(calls: Sequence[RecordedCall], places: SidePlaces, sides: Sequence[Tensor]) -> list[RecordedCall]:
-    """The calls, with the sides given instead of what stands at their places."""
-    given = {place: side for of_side, side in zip(places, sides, strict=True) for place in of_side}
-    made = []
-    for layer, call in enumerate(calls):
-        leaves, tree = tree_flatten((call.args, call.kwargs))
-        args, kwargs = tree_unflatten([given.get((layer, j), leaf) for j, leaf in enumerate(leaves)], tree)
-        made.append(dataclasses.replace(call, args=args, kwargs=kwargs))
-    return made

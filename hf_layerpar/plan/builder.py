@@ -161,7 +161,6 @@ class PlanBuilder:
         self,
         passes: Sequence[int],
         micro_batches: int,
-        needed: Sequence[int],
         *,
         trains: bool,
         sides: dict[tuple[int, int], int] | None = None,
@@ -169,14 +168,14 @@ class PlanBuilder:
     ) -> Plan:
         """The plan without the tasks that nothing needs.
 
-        needed: the values that the step is for. sides: by (pass, micro-batch), what its forward steps are given beside
+        sides: by (pass, micro-batch), what its forward steps are given beside
         the state. split: which final vjps leave their weight gradients to tasks of their own. No other rank waits for
         these, so they can fill the gaps between the others.
         """
-        wanted = set(needed)
+        wanted: set[int] = set()
         kept: list[Task] = []
         for task in reversed(self.tasks):
-            if not task.outputs or task.final or task.kind == "phase" or wanted & set(task.outputs):
+            if not task.outputs or task.final or task.kind == "phase" or not wanted.isdisjoint(task.outputs):
                 wanted.update(task.inputs)
                 kept.append(dataclasses.replace(task))
         kept.reverse()

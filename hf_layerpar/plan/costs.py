@@ -61,7 +61,7 @@ class Costs:
             if forward:
                 price = self.graph_step if task.final and plan.trains else self.step
             else:
-                price = self.final_vjp if task.final and not self._is_split(task, plan) else self.vjp
+                price = self.final_vjp if task.final and not plan.is_split(task) else self.vjp
             price *= len(task.layers)
         elif kind == "weights":
             price = self.weights * len(task.layers)
@@ -74,10 +74,6 @@ class Costs:
         else:
             price = self.residual if kind == "residual" else self.combine
         return price + self.overhead
-
-    @staticmethod
-    def _is_split(task: Task, plan: Plan) -> bool:
-        return any(plan.values[v].kind == "pending" for v in task.outputs)
 
     def transfer(self) -> float:
         """From the send of a state to its arrival on another rank."""

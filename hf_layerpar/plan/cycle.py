@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hf_layerpar.plan.operators import CoarseOperator
-from hf_layerpar.plan.grid import Grid
 from hf_layerpar.plan.builder import PlanBuilder
+from hf_layerpar.plan.grid import Grid
+from hf_layerpar.plan.operators import CoarseOperator
 
 Correction = tuple[int, int]
 """(E_j, G_j(C_j)): what a coarse step needs besides its own G_j(v_j)."""

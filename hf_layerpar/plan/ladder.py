@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.plan.operators import OPERATORS
 from hf_layerpar.plan.ownership import contiguous_owner
 from hf_layerpar.plan.planner import predict_step
-from hf_layerpar.plan.operators import OPERATORS
 from hf_layerpar.plan.step import interval_points
 
 _ITERATIONS = ((1, 1), (2, 1), (2, 2), (0, 1), (0, 2))

@@ -5,13 +5,13 @@ The names are those of torch.distributed.pipelining and the papers. A new schedu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from hf_layerpar.plan.builder import Split
 from hf_layerpar.plan.costs import Costs
-from hf_layerpar.plan.order import Cap, Priority, in_order
+from hf_layerpar.plan.order import Priority, Rule, Work, in_order
 from hf_layerpar.plan.simulate import simulate
 from hf_layerpar.plan.tasks import Plan, Task
 
@@ -31,109 +31,142 @@ class Shape:
     micro_batches: int
     blocks: int
 
+    @property
+    def rounds(self) -> int:
+        """Of several blocks, each is worked on a round of micro-batches, as many as ranks, before the next one is; where
+        these don't come out even, the rounds are longer."""
+        return max(1, self.micro_batches // self.num_ranks)
+
 
 def forward_first(task: Task, tail: float) -> tuple:
-    """All forwards, then all backwards."""
-    return (task.direction == "backward", task.kind == "weights", task.micro_batch, -task.place, -_depth(task))
+    """A forward as soon as there is one (and room for it), the deepest in the model; weight gradients in the gaps. With
+    a limited flight this is one forward, one backward in turn."""
+    forward = task.direction == "forward"
+    return (task.kind == "weights", not forward, -task.place, -_depth(task), task.micro_batch)
 
 
 def backward_first(task: Task, tail: float) -> tuple:
-    """A backward as soon as there is one; of the forwards those deepest in the model; weight gradients in the gaps."""
-    return (task.kind == "weights", task.direction == "forward", -task.place, -_depth(task), task.micro_batch)
+    """A backward as soon as there is one."""
+    forward = task.direction == "forward"
+    return (task.kind == "weights", forward, -task.place, -_depth(task), task.micro_batch)
 
 
 def _depth(task: Task) -> int:
     return task.layers[0] if task.layers else 0
 
 
+def in_rounds(task: Task, shape: Shape) -> tuple:
+    """Each block on a round of micro-batches, then the next."""
+    way = 1 if task.direction == "forward" else -1
+    this = task.micro_batch * shape.rounds // shape.micro_batches
+    return (this, way * task.place, way * _depth(task), task.micro_batch)
+
+
+def one_forward_one_backward(rank: int, shape: Shape) -> int:
+    """P - r blocks of layers with one block a rank (arXiv 1806.03377); with several, Megatron's warm-up
+    (arXiv 2104.04473, section 2.2)."""
+    if shape.blocks == 1:
+        return shape.num_ranks - rank
+    longest = -(-shape.micro_batches // shape.rounds)
+    return 2 * (shape.num_ranks - rank - 1) + (shape.blocks - 1) * longest + 1
+
+
+def first_rank(rank: int, shape: Shape) -> int:
+    """As many micro-batches as the first rank holds in 1F1B."""
+    return shape.num_ranks
+
+
 @dataclass(frozen=True)
 class Schedule:
-    """An exact schedule: what goes first, how many graphs a rank may hold, and whether backwards are split in two.
+    """An exact schedule: see `Rule` for the parts.
 
-    placement: the blocks that it is made for.
+    split: whether backwards are split in two. placement: the blocks that it is made for.
     """
 
-    priority: Priority
-    cap: Callable[[int, Shape], int] | None
-    split: bool
-    placement: Placement
+    priority: Priority = forward_first
+    sequence: Callable[[Task, Shape], tuple] | None = None
+    flight: Callable[[int, Shape], int] | None = None
+    memory: Callable[[int, Shape], int] | None = None
+    split: bool = False
+    placement: Placement = "blocks"
 
     def __call__(self, plan_of: PlanOf, shape: Shape, costs: Costs) -> Plan:
-        cap = self._cap_of(shape)
-        return in_order(plan_of(always if self.split else None), self.priority, costs, cap)
+        return in_order(plan_of(always if self.split else None), self.rule(shape), costs)
 
-    def _cap_of(self, shape: Shape) -> Cap | None:
-        of = self.cap
-        return None if of is None else lambda rank: max(shape.blocks, of(rank, shape))
+    def rule(self, shape: Shape) -> Rule:
+        def of(function: Callable | None) -> Callable | None:
+            return function and (lambda what: function(what, shape))
+
+        return Rule(self.priority, of(self.sequence), of(self.flight), of(self.memory))
 
 
 def always(task: Task) -> bool:
     return True
 
 
-def _one_f_one_b_cap(rank: int, shape: Shape) -> int:
-    """P - r micro-batches with one block a rank; with several, Megatron's warm-up (arXiv 2104.04473, section 2.2)."""
-    if shape.blocks == 1:
-        return shape.num_ranks - rank
-    return 2 * (shape.num_ranks - rank - 1) + (shape.blocks - 1) * shape.num_ranks + 1
-
-
-def _whole_cap(rank: int, shape: Shape) -> int:
-    """As many graphs as the first rank holds in 1F1B."""
-    return shape.num_ranks * shape.blocks
-
-
 SCHEDULES: dict[str, Callable[[PlanOf, Shape, Costs], Plan]] = {
     # arXiv 1811.06965
-    "gpipe": Schedule(forward_first, None, split=False, placement="blocks"),
+    "gpipe": Schedule(),
     # arXiv 1806.03377
-    "1f1b": Schedule(backward_first, _one_f_one_b_cap, split=False, placement="blocks"),
+    "1f1b": Schedule(sequence=in_rounds, flight=one_forward_one_backward),
     # arXiv 2104.04473
-    "interleaved_1f1b": Schedule(backward_first, _one_f_one_b_cap, split=False, placement="interleaved"),
+    "interleaved_1f1b": Schedule(sequence=in_rounds, flight=one_forward_one_backward, placement="interleaved"),
     # arXiv 2401.10241, the variant with the memory of 1F1B
-    "zb_h1": Schedule(backward_first, _whole_cap, split=True, placement="blocks"),
+    "zb_h1": Schedule(flight=one_forward_one_backward, memory=first_rank, split=True),
     # arXiv 2405.15362
-    "zb_v": Schedule(backward_first, _whole_cap, split=True, placement="v"),
+    "zb_v": Schedule(memory=first_rank, split=True, placement="v"),
 }
+RULES: tuple[Schedule, ...] = (
+    Schedule(flight=one_forward_one_backward, memory=first_rank),
+    Schedule(sequence=in_rounds, flight=one_forward_one_backward, memory=first_rank),
+    Schedule(memory=first_rank),
+    Schedule(backward_first, memory=first_rank),
+)
+"""What the list schedule tries. The first is 1F1B, or, split, ZB-H1; the second differs where a rank has several blocks;
+the others keep more in flight, which hides slow messages."""
 
 
 def fastest(plan_of: PlanOf, shape: Shape, costs: Costs) -> Plan:
-    """The list schedule: 1F1B's memory, and weight gradients taken apart where another rank waits for the rest.
+    """The list schedule: the shortest found that holds no more than 1F1B's first rank, with weight gradients taken apart
+    where another rank waits for the rest.
 
-    Starts from the schedules with nothing and with everything split, whichever is shorter, and splits (or leaves
-    whole) one final vjp after the other as long as that shortens the step.
+    Starts from the rules with nothing and with everything split. Then of the shortest other splits: of the last
+    micro-batches alone, as behind them comes nothing else that would fill the gaps; and, in short plans, of one final
+    vjp more or less, as long as that shortens the step.
     """
+    whole = plan_of(None)
+    finals = [t for t in whole.tasks if t.kind == "step" and t.final and t.direction == "backward"]
+    everything = {_key(task) for task in finals}
 
-    def memory(rank: int) -> int:
-        return max(_one_f_one_b_cap(0, shape), shape.blocks)
+    def tried(rules: Iterable[Schedule], apart: set[tuple]) -> Iterator[tuple[float, Plan, Schedule, set[tuple]]]:
+        work = Work(plan_of(lambda task: _key(task) in apart) if apart else whole, costs)
+        for rule in rules:
+            plan = work.ordered(rule.rule(shape))
+            yield simulate(plan, costs).makespan, plan, rule, apart
 
-    def plan(split: Split | None) -> Plan:
-        return in_order(plan_of(split), backward_first, costs, memory)
+    rules = [r for r in RULES if shape.blocks > 1 or r.sequence is None]
+    best = min((t for apart in (set(), everything) for t in tried(rules, apart)), key=lambda t: t[0])
+    splits = [{_key(t) for t in finals if t.micro_batch >= m} for m in _halves(shape.micro_batches)]
+    for apart in splits:
+        best = min(best, *tried([best[2]], apart), key=lambda t: t[0])
+    if len(finals) <= 64:
+        for task in sorted(finals, key=lambda t: (-t.micro_batch, -t.rank)):
+            other = next(tried([best[2]], best[3] ^ {_key(task)}))
+            if other[0] < best[0] - 1e-9:
+                best = other
+    return best[1]
 
-    best = min((plan(split) for split in (None, always)), key=lambda p: _length(p, costs))
-    apart = {_key(task) for task in best.tasks if _is_split(task, best)}
-    finals = [t for t in best.tasks if t.kind == "step" and t.final and t.direction == "backward"]
-    if len(finals) > 64:  # the search is for short plans; in long ones few splits matter
-        return best
-    # the last micro-batches first: behind them comes nothing that would fill the gaps
-    for task in sorted(finals, key=lambda t: (-t.micro_batch, -t.rank)):
-        tried = apart ^ {_key(task)}
-        candidate = plan(lambda t, tried=tried: _key(t) in tried)
-        if _length(candidate, costs) < _length(best, costs) - 1e-9:
-            best, apart = candidate, tried
-    return best
+
+def _halves(micro_batches: int) -> Iterator[int]:
+    """The last half of the micro-batches, the last quarter, ...: where each begins."""
+    left = micro_batches // 2
+    while left:
+        yield micro_batches - left
+        left //= 2
 
 
 def _key(task: Task) -> tuple:
     return (task.place, task.micro_batch, task.layers)
-
-
-def _is_split(task: Task, plan: Plan) -> bool:
-    return any(plan.values[v].kind == "pending" for v in task.outputs)
-
-
-def _length(plan: Plan, costs: Costs) -> float:
-    return simulate(plan, costs).makespan
 
 
 SCHEDULES["list"] = fastest
@@ -162,5 +195,6 @@ PRIORITIES: tuple[Priority, ...] = (as_written, earliest_micro_batch, final_step
 
 def shortest(plan_of: PlanOf, costs: Costs, splits: Iterable[Split | None]) -> Plan:
     """No rule is best everywhere, so each is tried and the shortest schedule kept."""
-    plans = (in_order(plan_of(split), priority, costs) for split in splits for priority in PRIORITIES)
+    works = (Work(plan_of(split), costs) for split in splits)
+    plans = (work.ordered(Rule(priority)) for work in works for priority in PRIORITIES)
     return min(plans, key=lambda p: simulate(p, costs).makespan)

@@ -138,14 +138,11 @@ class _Writer:
         self.config, self.anatomy, self.micro_batches, self.trains = config, anatomy, micro_batches, trains
         self.build = PlanBuilder(num_ranks, stacked=config.stacked and trains)
         self.inexact = trains and any(self._iterations(d) for d in ("forward", "backward"))
-        self.needed: list[int] = []
         self.sides: dict[tuple[int, int], int] = {}
 
     def plan(self, split: Split | None) -> Plan:
         passes = [len(p.owner) for p in self.anatomy.passes]
-        return self.build.build(
-            passes, self.micro_batches, self.needed, trains=self.trains, sides=self.sides, split=split
-        )
+        return self.build.build(passes, self.micro_batches, trains=self.trains, sides=self.sides, split=split)
 
     def write(self) -> None:
         for m in range(self.micro_batches):
@@ -263,8 +260,7 @@ def fused(plan: Plan) -> Plan:
             if _follow(a, b) and uses[a.output] == 1:
                 joints[a.direction].add(_joint(a, b))
     for t in tasks:
-        split = any(plan.values[v].kind == "pending" for v in t.outputs)
-        if t.kind == "step" and t.direction == "backward" and (split or not t.final):
+        if t.kind == "step" and t.direction == "backward" and (plan.is_split(t) or not t.final):
             for n in t.layers:
                 apart |= {(t.place, t.micro_batch, n), (t.place, t.micro_batch, n - 1)}
     shared = joints["forward"] & joints["backward"] if plan.trains else joints["forward"]

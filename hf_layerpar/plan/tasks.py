@@ -54,7 +54,6 @@ class Task:
     layers: in the order of the sweep.
     final: a step of the last relaxation. Forward it keeps its graph, backward it takes the weight gradients too, unless
         it leaves them to a "weights" task.
-    span: first layer of the interval and last + 1, whatever the direction.
     wave: steps of one wave are independent of each other and evaluated together (-1: alone).
     """
 
@@ -141,6 +140,21 @@ class Plan:
             Message(v, task.rank, target) for task in self.tasks for v in task.outputs for target in wanted.get(v, ())
         )
 
+    def is_split(self, task: Task) -> bool:
+        """Whether a final vjp leaves its weight gradients to a task of their own."""
+        return any(self.values[v].kind == "pending" for v in task.outputs)
+
+    def sums(self, task: Task) -> list[tuple]:
+        """Names of the gradients that a task adds to. The vjp in a split backward has some of its own to add (those of
+        norms), beside what it leaves to the other half."""
+        if task.kind == "phase":
+            adds = task.direction == "backward" or task.place == len(self.passes)
+            return [("phase", task.rank, task.place)] if adds else []
+        if not (task.kind == "weights" or (task.final and task.direction == "backward")):
+            return []
+        halves = ["vjp"] * (task.kind == "step") + ["weights"] * (not self.is_split(task))
+        return [(half, task.rank, task.place, layer) for half in halves for layer in task.layers]
+
     def groups(self) -> Iterator[tuple[Task, ...]]:
         """The tasks in order, those of one wave together and every other alone."""
         for wave, tasks in groupby(self.tasks, key=lambda t: t.wave):
@@ -191,9 +205,7 @@ class Plan:
         assert set(finals.values()) <= {1}, "a layer has several final steps"
         latest: dict[tuple, int] = {}
         for task in self.tasks:
-            adds = task.kind == "weights" or (task.direction == "backward" and (task.final or task.kind == "phase"))
-            for layer in (task.layers or (-1,)) if adds else ():
-                key = (task.kind, task.rank, task.place, layer)
+            for key in self.sums(task):
                 order = task.micro_batch * task.piece[1] + task.piece[0]
                 assert latest.get(key, -1) < order, f"{task}: gradients out of the order of the micro-batches"
                 latest[key] = order

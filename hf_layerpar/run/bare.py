@@ -10,60 +10,58 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.step import Anatomy, build_step
 from hf_layerpar.plan.tasks import Pieces, Plan
 from hf_layerpar.run.increments import Increments
-from hf_layerpar.run.layers import Common, Entry, LayerCall, SidePlaces
-from hf_layerpar.run.step import Outcome, RankPart, Step
+from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, SidePlaces, autocast_of, sides_of
+from hf_layerpar.run.step import LayersOf, Outcome, RankPart, Step
 from hf_layerpar.run.transport import Transport
 
 
 class BareStack:
     """The layers of a stack as `Phases`, cut into micro-batches along the rows of `x` `[B, T, D]`.
 
-    calls: of all layers, with their arguments for the whole batch; tensors among them with B rows are cut too, and those
-    that require grad are sides. Their gradient, and that of x, go to `.grad`.
+    calls: of all layers, with their arguments for the whole batch; tensors among them with B rows are cut too, and
+        those that require grad are sides. Their gradient, and that of x, go to `.grad`.
     loss: of an end state and the rows of the batch that it holds; losses of parts add up.
     """
 
     def __init__(self, calls: Sequence[LayerCall], x: Tensor, loss: Callable[[Tensor, slice], Tensor]) -> None:
         self.calls, self.x, self.loss = calls, x, loss
         self.micro_batches = 1
+        places: dict[int, list[tuple[int, int]]] = {}
+        self._has_tensors = False
+        for layer, call in enumerate(calls):
+            for j, leaf in enumerate(tree_flatten((call.args, call.kwargs))[0]):
+                self._has_tensors |= isinstance(leaf, Tensor)
+                if isinstance(leaf, Tensor) and leaf.requires_grad:
+                    places.setdefault(id(leaf), []).append((layer, j))
+        self.sides: SidePlaces = tuple(map(tuple, places.values()))
 
     def rows(self, micro_batch: int) -> slice:
         bounds = [len(self.x) * m // self.micro_batches for m in range(self.micro_batches + 1)]
         return slice(*list(pairwise(bounds))[micro_batch])
 
-    @property
-    def sides(self) -> SidePlaces:
-        places: dict[int, list[tuple[int, int]]] = {}
-        for layer, call in enumerate(self.calls):
-            for j, leaf in enumerate(tree_flatten((call.args, call.kwargs))[0]):
-                if isinstance(leaf, Tensor) and leaf.requires_grad:
-                    places.setdefault(id(leaf), []).append((layer, j))
-        return tuple(map(tuple, places.values()))
-
     def enter(self, place: int, micro_batch: int, given: Sequence[Tensor | None], *, real: bool) -> Entry:
         rows = self.rows(micro_batch)
+        if self.micro_batches == 1:
+            return Entry(self.x, self.calls, self.sides)
         cut: dict[int, Tensor] = {}  # what is one tensor for several layers stays one
 
         def part(leaf: object) -> object:
-            has_rows = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == len(self.x)
-            return cut.setdefault(id(leaf), leaf[rows]) if has_rows else leaf  # type: ignore[index]
+            if not isinstance(leaf, Tensor) or leaf.ndim == 0 or len(leaf) != len(self.x):
+                return leaf
+            return cut.setdefault(id(leaf), leaf[rows])
 
         with torch.set_grad_enabled(real):
-            calls: list[LayerCall] = []
-            for call in self.calls:
-                args, kwargs = tree_map(part, (call.args, call.kwargs)) if self.micro_batches > 1 else (
-                    call.args,
-                    call.kwargs,
-                )
-                calls.append(_Cut(call, args, kwargs))
-            return Entry(self.x[rows] if self.micro_batches > 1 else self.x, calls, self.sides)
+            calls = self.calls
+            if self._has_tensors:
+                calls = [_Cut(call, *tree_map(part, (call.args, call.kwargs))) for call in calls]
+            return Entry(self.x[rows], calls, self.sides)
 
     def finish(self, micro_batch: int, piece: Pieces, given: Sequence[Tensor | None]) -> Tensor:
         (end,) = given
@@ -100,10 +98,12 @@ class BareStack:
         seed: int | None = None,
         recompute: bool = False,
         part: RankPart | None = None,
+        make_layers: LayersOf = Layers,
     ) -> Outcome:
         """One step: losses in the outcome, gradients in `.grad`. Collective over the transport's ranks.
 
         config: for its increment penalty. seed: of dropout. part: this rank's of the plan, worked out before.
+        make_layers: as `hf_layerpar.run.stackable.OneDevice` gives it with a plan in waves.
         """
         alpha = config.increment_penalty if config is not None else 0.0
         inner = range(buffers[0], len(self.calls) - buffers[1])
@@ -115,6 +115,7 @@ class BareStack:
             Common(seed, recompute),
             device=self.x.device,
             penalty=(lambda k: Increments(inner, rows, alpha, 1.0)) if alpha else None,
+            make_layers=make_layers,
         )
         return step.run()
 

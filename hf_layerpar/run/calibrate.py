@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from hf_layerpar.plan.costs import Costs
-from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, kept_streams
+from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, autocast_of, kept_streams, sides_of
 from hf_layerpar.run.step import combine
 from hf_layerpar.run.transport import LocalTransport, Transport
 
@@ -73,7 +73,7 @@ def calibrate(
 def _layer_times(calls: Sequence[LayerCall], x: Tensor, chosen: Sequence[int], seconds: float) -> dict[str, float]:
     """Medians. The weight gradients are what a final vjp and its "weights" task take beyond an input-only vjp;
     `final_vjp` is both in one backward, as on one rank."""
-    seed = 0 if any(call.layer.training for call in calls) else None
+    common = Common(0 if any(call.layer.training for call in calls) else None)
     found: dict[str, list[float]] = {}
     lam = torch.ones_like(x, memory_format=torch.contiguous_format)
     before = {p: p.grad for n in chosen for p in calls[n].layer.parameters()}
@@ -86,7 +86,7 @@ def _layer_times(calls: Sequence[LayerCall], x: Tensor, chosen: Sequence[int], s
     def measure() -> None:
         # first all forwards, then all backwards, as a step does it: by then a graph has left the caches
         for split in (True, False):
-            layers = Layers(Entry(x, calls), Common(seed), 0, 0)
+            layers = _layers_of(calls, x, common)
             for n in chosen:
                 if split:
                     timed("step", lambda n=n, p=layers: p.forward((n,), x))
@@ -118,6 +118,12 @@ def _layer_times(calls: Sequence[LayerCall], x: Tensor, chosen: Sequence[int], s
     return medians
 
 
+def _layers_of(calls: Sequence[LayerCall], x: Tensor, common: Common) -> Layers:
+    layers = Layers(Entry(x, calls, sides_of(calls), autocast_of(x)), common, 0, 0)
+    layers.sides = [side.detach() for side in layers.entry.sources]
+    return layers
+
+
 def _small_times(x: Tensor) -> tuple[float, float, float]:
     """A term of a combination, a residual, and what a task takes beside its work."""
 
@@ -143,7 +149,7 @@ def _graph_bytes(calls: Sequence[LayerCall], x: Tensor, layer: int) -> float:
         kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    layers = Layers(Entry(x, calls), Common(0), 0, 0)
+    layers = _layers_of(calls, x, Common(0))
     with saved_tensors_hooks(note, lambda tensor: tensor):
         note(layers.forward((layer,), x, final=True))
     for parameter in calls[layer].layer.parameters():

@@ -103,9 +103,7 @@ class _InputOnly(torch.autograd.Function):
     """y = x W^T + b whose backward gives the gradient of x alone and notes the rest."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: nn.Module, record: Record
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, module: nn.Module, record: Record) -> Tensor:
         if _is_transposed(module):
             weight = weight.t()
         ctx.module, ctx.record = module, record

@@ -60,6 +60,22 @@ class Entry:
         return [flat[places[0][0]][places[0][1]] for places in self.sides]
 
 
+def sides_of(calls: Sequence[LayerCall]) -> SidePlaces:
+    """Where among the layers' arguments the tensors that require grad stand."""
+    places: dict[int, list[tuple[int, int]]] = {}
+    for layer, call in enumerate(calls):
+        for j, leaf in enumerate(tree_flatten((call.args, call.kwargs))[0]):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                places.setdefault(id(leaf), []).append((layer, j))
+    return tuple(map(tuple, places.values()))
+
+
+def autocast_of(x: Tensor) -> torch.dtype | None:
+    """The dtype of the autocast that is on, or None."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 @dataclass(slots=True)
 class _Run:
     """The graph of final steps of some layers: from the leaf `x`, with a leaf for every side of every layer, to `y`."""

@@ -114,9 +114,7 @@ class StackedLayers(Layers):
             self._weights[kind] = _Weights({n: self.calls[n].layer for n in members})
         return self._weights[kind]
 
-    def _wave_with_graph(
-        self, layers: Wave, states: Sequence[Tensor], *, with_weights: bool
-    ) -> _Graph:
+    def _wave_with_graph(self, layers: Wave, states: Sequence[Tensor], *, with_weights: bool) -> _Graph:
         """The wave's evaluation with a graph from its states, and from its weights if these gradients are wanted."""
         weights = self._weights_of(layers)
         leaves = {name: t.detach() for name, t in weights.select(layers).items()}
@@ -125,9 +123,7 @@ class StackedLayers(Layers):
         with torch.enable_grad():
             return _Graph(x, trained, self.evaluate_wave(layers, leaves, x, 0))
 
-    def evaluate_wave(
-        self, layers: Wave, weights: dict[str, Tensor], x: Tensor, dim: int | None
-    ) -> Tensor:
+    def evaluate_wave(self, layers: Wave, weights: dict[str, Tensor], x: Tensor, dim: int | None) -> Tensor:
         """The steps of `layers` `[K, B, T, D]` from their states x `[K, B, T, D]` (dim 0), or from one `[B, T, D]`
         (dim None). Arguments that are one object for all are shared, other tensors stacked."""
         shared, tree = self.arguments(layers[0])

@@ -66,9 +66,7 @@ class RankPart:
     split_runs: frozenset[tuple[int, int, int]]
 
     @classmethod
-    def of(
-        cls, plan: Plan, rank: int, tasks: Sequence[Task] | None = None, fetch: Sequence[int] = ()
-    ) -> RankPart:
+    def of(cls, plan: Plan, rank: int, tasks: Sequence[Task] | None = None, fetch: Sequence[int] = ()) -> RankPart:
         """tasks: those of the plan to work, in this order; all by default. fetch: values to have in the end."""
         groups = [group for group in plan.groups() if group[0].rank == rank]
         if tasks is not None:
@@ -200,10 +198,10 @@ class Step:
                 for value in task.inputs:
                     if value not in self.values:
                         self._await(value)
-            if len(group) > 1:
-                self._wave(group)
-            else:
+            if len(group) == 1:
                 self._work_one(group[0], plan)
+            else:
+                self._wave(group)
             for task in group:
                 for value in task.outputs:
                     for target in part.sends.get(value, ()):

@@ -7,6 +7,7 @@ model runs.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -16,21 +17,47 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.ode.convert import convert_to_ode
 from hf_layerpar.ode.fold import BRANCH_OUTPUTS, folded_state_dict
+from hf_layerpar.plan.costs import Costs
+from hf_layerpar.plan.simulate import simulate
 from hf_layerpar.sharding import parallelize
-from recipes.benchmarks.sides import Entry, Place, Side, only_first, our_configs, pipelining_step
+from recipes.benchmarks.prediction import model_costs
+from recipes.benchmarks.sides import (
+    MICRO_BATCHES,
+    Entry,
+    Place,
+    Setting,
+    Side,
+    lone_settings,
+    mgrit_settings,
+    only_first,
+    picked_settings,
+)
 from recipes.benchmarks.stack import BATCH, DIM, FEED_FORWARD, HEADS, TOKENS
+from recipes.benchmarks.torch_pipelines import pipelining, variants
 
 VOCABULARY = 2048
 # untied, so that the first and the last pipeline stage share no weight
 ENDS = {"vocabulary": VOCABULARY, "positions": TOKENS, "tied": False}
 
 
-def model_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
-    """All sides with ends, the stock model first, and the exact gradients by parameter name."""
-    place = Place.here()
+@dataclasses.dataclass(frozen=True)
+class Networks:
+    """One function three times: the converted model, the stock one with folded weights, and its exact gradients.
+
+    scale: of the stock model's gradients, see `Side`.
+    """
+
+    converted: GPT2LMHeadModel
+    stock: GPT2LMHeadModel
+    batch: dict[str, Tensor]
+    exact: dict[str, Tensor]
+    scale: dict[str, float]
+
+
+def make_networks(num_layers: int, vocabulary: int = VOCABULARY) -> Networks:
+    """The same on every rank."""
     torch.manual_seed(0)
     config = GPT2Config(
         n_layer=num_layers,
@@ -38,7 +65,7 @@ def model_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
         n_head=HEADS,
         n_inner=FEED_FORWARD,
         n_positions=TOKENS,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         resid_pdrop=0.0,
@@ -48,8 +75,8 @@ def model_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
         eos_token_id=0,
     )
     h = 1 / num_layers
-    converted = convert_to_ode(GPT2LMHeadModel(config), step_size=h, num_steps=num_layers, form="split")
-    ids = torch.randint(0, VOCABULARY, (BATCH, TOKENS))
+    converted: Any = convert_to_ode(GPT2LMHeadModel(config), step_size=h, num_steps=num_layers, form="split")
+    ids = torch.randint(0, vocabulary, (BATCH, TOKENS))
     batch = {"input_ids": ids, "labels": ids}
     stock = GPT2LMHeadModel(config)
     stock.load_state_dict(folded_state_dict(converted))
@@ -59,27 +86,32 @@ def model_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
     converted.zero_grad()
     # the stock model's projections are W' = h W, so dL/dW = h dL/dW'
     folded = tuple(f".{path}.{kind}" for path in BRANCH_OUTPUTS["GPT2Block"] for kind in ("weight", "bias"))
-    scale = {name: h for name in exact if name.endswith(folded)}
+    return Networks(converted, stock, batch, exact, {name: h for name in exact if name.endswith(folded)})
 
+
+def model_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
+    """All sides with ends, the stock model first, and the exact gradients by parameter name. Collective."""
+    place, made = Place.here(), make_networks(num_layers)
+    converted, batch = made.converted, made.batch
     entries = [
         Entry(
             f"stock, {t} thread{'s' * (t > 1)}",
             {"method": "stock", "threads": t},
-            partial(stock_side, place, stock, batch, scale, threads=t),
+            partial(stock_side, place, made.stock, batch, made.scale, threads=t),
         )
         for t in (1, 2)
     ]
+    costs, settings = None, lone_settings()
     if place.size > 1:
-        entries.append(Entry("ddp", {"method": "ddp"}, partial(_ddp, place, stock, ids, scale)))
-        for schedule, m in (("gpipe", 1), ("gpipe", 4), ("1f1b", 4)):
-            settings = {"method": schedule, "micro_batches": m}
-            entries.append(
-                Entry(f"{schedule} M={m}", settings, partial(_pipelining, place, converted, ids, schedule, m))
-            )
-    for name, settings in our_configs(place.size, with_ends=True):
-        make = partial(our_side, place, converted, batch, settings)
-        entries.append(Entry(name, settings.to_dict() | {"method": "ours", "ownership": "contiguous"}, make))
-    return entries, exact
+        entries.append(Entry("ddp", {"method": "ddp"}, partial(_ddp, place, made.stock, batch["labels"], made.scale)))
+        for schedule, m in variants(MICRO_BATCHES):
+            facts = {"method": schedule, "micro_batches": m}
+            make = partial(_pipelining, place, converted, batch["labels"], schedule, m)
+            entries.append(Entry(f"{schedule} M={m}", facts, make))
+        costs = model_costs(copy.deepcopy(converted), batch)
+        settings = [*picked_settings(num_layers, place.size, costs), *mgrit_settings(with_ends=True)]
+    entries += [Entry(s.name, s.facts, partial(our_side, converted, batch, s, costs)) for s in settings]
+    return entries, made.exact
 
 
 def stock_side(
@@ -107,15 +139,14 @@ def _ddp(place: Place, stock: nn.Module, ids: Tensor, scale: dict[str, float]) -
 
 
 class _Stage(nn.Module):
-    """A rank's share of the model: its layers, and the embedding before the first or the head behind the last."""
+    """Some layers of the model, and the embedding before the first or the head behind the last of all."""
 
-    def __init__(self, model: GPT2LMHeadModel, place: Place) -> None:
+    def __init__(self, model: GPT2LMHeadModel, layers: range) -> None:
         super().__init__()
         body = model.transformer
-        layers = place.layers(len(body.h))
         self.layers = nn.ModuleList(body.h[n] for n in layers)
-        self.embedding = nn.ModuleList([body.wte, body.wpe] if place.rank == 0 else [])
-        self.head = nn.Sequential(*([body.ln_f, model.lm_head] if place.rank == place.size - 1 else []))
+        self.embedding = nn.ModuleList([body.wte, body.wpe] if layers.start == 0 else [])
+        self.head = nn.Sequential(*([body.ln_f, model.lm_head] if layers.stop == len(body.h) else []))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.embedding:
@@ -128,25 +159,39 @@ class _Stage(nn.Module):
 
 def _pipelining(place: Place, converted: GPT2LMHeadModel, ids: Tensor, schedule: str, micro_batches: int) -> Side:
     model = copy.deepcopy(converted)
-    stage = _Stage(model, place)
 
     def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
-    step = pipelining_step(place, stage, schedule, micro_batches, next_token_loss, ids, ids)
-    own = {id(p) for p in stage.parameters()}
+    made = pipelining(
+        schedule,
+        micro_batches,
+        place.rank,
+        place.size,
+        len(model.transformer.h),
+        partial(_Stage, model),
+        next_token_loss,
+        ids,
+        ids,
+    )
+    own = {id(p) for p in made.modules.parameters()}
     answers = {name: p for name, p in model.named_parameters() if id(p) in own}
-    return Side(step, list(stage.parameters()), answers)
+    return Side(made.step, list(made.modules.parameters()), answers)
 
 
-def our_side(place: Place, converted: nn.Module, batch: dict[str, Tensor], config: LayerParallelConfig) -> Side:
-    """A copy of the converted model, its layers on all ranks."""
+def our_side(converted: nn.Module, batch: dict[str, Tensor], setting: Setting, costs: Costs | None = None) -> Side:
+    """A copy of the converted model, its layers on all ranks. costs: of the whole batch, to predict a step from."""
     model: Any = copy.deepcopy(converted)
-    handle = parallelize(model, config)
+    handle = parallelize(model, setting.config, split=setting.split)
 
     def step() -> None:
-        model(**batch).loss.backward()
+        handle.train_step(batch)
 
-    # the ends are replicated: rank 0 answers for them
-    answers = {n: p for n, p in model.named_parameters() if n in handle.owner_of or place.rank == 0}
-    return Side(step, list(model.parameters()), answers)
+    def predict() -> float:
+        assert costs is not None
+        assert handle.stepper.last is not None
+        return simulate(handle.stepper.last[1], costs.cut(setting.config.micro_batches)).makespan
+
+    # of what several ranks hold one answers
+    answers = {n: p for n, p in model.named_parameters() if handle.owner_of[n] == handle.lp_rank}
+    return Side(step, list(model.parameters()), answers, predict=None if costs is None else predict)

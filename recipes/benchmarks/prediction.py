@@ -1,29 +1,72 @@
-"""What the simulator says of our sides on the bare stack, from costs that are measured in the same processes."""
+"""What the layers and the ends of a model cost in these processes: what the simulator's predictions start from."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.plan.planner import predict_step
-from hf_layerpar.run.calibrate import calibrate
-from recipes.benchmarks.sides import Place, local_communicator, our_calls, our_configs, our_interleaved, owner_of
-from recipes.benchmarks.stack import make_stack, make_state
+from hf_layerpar.ode.phases import ModelPhases
+from hf_layerpar.ode.rehearsal import cut_rows, rehearse
+from hf_layerpar.plan.costs import Costs
+from hf_layerpar.run.calibrate import calibrate, now
+from hf_layerpar.run.layers import Entry, kept_streams
+from hf_layerpar.run.transport import GroupTransport, LocalTransport
+from hf_layerpar.sharding import parallelize
+
+REPEATS = 9
 
 
-def predicted_seconds(num_layers: int, names: Collection[str]) -> dict[str, float]:
-    """Seconds of a step of those of our sides that are among `names`. Collective: all ranks work while costs are
-    measured, as they do in a step."""
-    place, communicator, stack = Place.here(), local_communicator(), make_stack(num_layers)
-    contiguous = owner_of(LayerParallelConfig(), num_layers, place.size, interleaved=False)
-    calls = our_calls(stack, contiguous, place.rank)
-    own = list(place.layers(num_layers))
-    costs = calibrate(calls, make_state(seed=1), communicator, layers=own, seconds=4.0)
-    found = {}
-    sides = [*((name, config, False) for name, config in our_configs(place.size)), *our_interleaved(place.size)]
-    for name, config, interleaved in sides:
-        if name not in names:
-            continue
-        owner = owner_of(config, num_layers, place.size, interleaved=interleaved)
-        found[name] = predict_step(config, owner, costs, num_ranks=place.size).makespan
-    return found
+def model_costs(model: Any, batch: dict[str, Tensor], *, parts: int = 8, seconds: float = 4.0) -> Costs:
+    """The costs of a converted model with one stack for the whole batch. Collective; the model is used up.
+
+    parts: pieces of the batch that costs are measured of too, for `Costs.fixed_share`.
+    """
+    rows = len(next(iter(batch.values())))
+    handle = parallelize(model, LayerParallelConfig())
+    (stack,) = handle.stacks
+    ends, device = handle.stepper.ends, handle.device
+
+    def closure(batch: Any) -> Tensor:
+        return model(**batch).loss
+
+    with kept_streams(device):
+        rehearsed = rehearse(closure, batch, handle.stacks, ends, loss=True)
+
+    def phases_of(part: Any) -> ModelPhases:
+        count = len(next(iter(part.values())))
+        return ModelPhases(closure, [part], [count], handle.stacks, ends, rehearsed, Entry, terms=None, trains=True)
+
+    whole, piece = phases_of(batch), phases_of(cut_rows(batch, rows, parts)[0])
+    entry, small = (p.enter(0, 0, [], real=False) for p in (whole, piece))
+
+    def timed(work: Callable[[], object]) -> float:
+        began = now(device)
+        work()
+        return now(device) - began
+
+    def ends_times() -> tuple[float, float, float, float]:
+        times: dict[str, list[float]] = {"front": [], "front_backward": [], "tail": [], "arguments": []}
+        lam, owners = torch.randn_like(entry.x), handle.stepper.owners[0]
+        for _ in range(REPEATS):
+            if handle.lp_rank == owners[0]:
+                found: list[Any] = []
+                times["front"].append(timed(lambda: found.append(whole.enter(0, 0, [], real=True))))  # noqa: B023
+                times["front_backward"].append(timed(lambda: found[0].x.backward(lam)))  # noqa: B023
+            if handle.lp_rank == owners[-1]:
+                end = torch.randn_like(entry.x).requires_grad_()
+                times["tail"].append(timed(lambda: whole.finish(0, (0, 1), [end]).backward()))  # noqa: B023
+            times["arguments"].append(timed(lambda: whole.enter(0, 0, [], real=False)))
+        model.zero_grad()
+        return tuple(statistics.median(values) if values else 0.0 for values in times.values())  # type: ignore
+
+    x = torch.randn_like(entry.x)  # ranks without the embeddings have none of their own
+    own = [n for n in range(len(stack.layers)) if n not in stack.foreign]
+    transport = LocalTransport() if handle.group is None else GroupTransport(handle.group)
+    return calibrate(
+        entry.calls, x, transport, layers=own, part=(small.calls, x[: len(small.x)]), ends=ends_times, seconds=seconds
+    )

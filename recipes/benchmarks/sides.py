@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -18,20 +18,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.plan.ownership import contiguous_owner, interleaved_owner
-from hf_layerpar.plan.strategies import interval_points
-from hf_layerpar.run.communicator import Communicator, GroupCommunicator, LocalCommunicator
-from hf_layerpar.run.engine import StackEngine
+from hf_layerpar.plan.costs import Costs
+from hf_layerpar.plan.ownership import INTERLEAVED, V, contiguous_owner, interleaved_owner, two_blocks_owner
+from hf_layerpar.plan.planner import Split, plan_step
+from hf_layerpar.plan.simulate import simulate
+from hf_layerpar.plan.step import interval_points
+from hf_layerpar.run.bare import BareStack
+from hf_layerpar.run.calibrate import calibrate
+from hf_layerpar.run.step import RankPart
+from hf_layerpar.run.transport import GroupTransport, LocalTransport, Transport
 from recipes.benchmarks.stack import BATCH, make_stack, make_state
+from recipes.benchmarks.torch_pipelines import pipelining, variants
 
 OPERATORS = ("rediscretize", "aggregate", "identity")
+MICRO_BATCHES = (1, 2, 4, 8)
 COMPILED_UP_TO = 8  # compiling takes seconds a layer, on every rank
-SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
 
 @dataclass
@@ -43,6 +48,7 @@ class Side:
     answers: of these, the parameters whose gradients are compared here, by name in the reference. Over all ranks each
         parameter of the model is answered for once.
     scale: factors of gradients whose parameter is a multiple of the reference's.
+    predict: seconds of a step by the simulator, where it knows the side; asked when steps were made.
     """
 
     step: Callable[[], None]
@@ -50,6 +56,7 @@ class Side:
     answers: Mapping[str, Tensor]
     threads: int = 1
     scale: Mapping[str, float] = field(default_factory=dict)
+    predict: Callable[[], float] | None = None
 
     def clear(self) -> None:
         for tensor in self.trained:
@@ -106,63 +113,81 @@ def only_first(place: Place, step: Callable[[], None]) -> Callable[[], None]:
     return step if place.rank == 0 else lambda: None
 
 
-_SLICED_TOO = (
-    "ours pipeline M=1",
-    "mgrit rediscretize 2 levels 1/1 M=1",
-    "mgrit identity 2 levels 1/1 M=1",
-)
-"""Settings that are measured with replicated and with sliced ends."""
+@dataclass(frozen=True)
+class Setting:
+    """One of ours: its name in the table, and what `parallelize` takes."""
+
+    name: str
+    config: LayerParallelConfig
+    split: Split | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return self.config.to_dict() | {"method": "ours", "split": self.split}
 
 
-def our_configs(num_ranks: int, *, with_ends: bool = False) -> list[tuple[str, LayerParallelConfig]]:
-    """The settings of ours to measure, with their names in the table. One rank: only what shows our own cost."""
-    configs: list[tuple[str, LayerParallelConfig]] = []
+def picked_settings(num_layers: int, num_ranks: int, costs: Costs) -> list[Setting]:
+    """For each number of micro-batches the exact setting that the planner predicts to be fastest."""
+    found = []
+    for m in MICRO_BATCHES:
+        choice = plan_step(num_layers, num_ranks, costs, accuracy="exact", micro_batches=(m,), interleaved=True)[0]
+        found.append(Setting(f"ours M={m}", choice.config, choice.split))
+    return found
 
-    def mgrit(operator: str, forward: int, backward: int, levels: int = 2, micro_batches: int = 1) -> None:
-        name = f"mgrit {operator} {levels} levels {forward or 'exact'}/{backward} M={micro_batches}"
+
+def placed_settings() -> list[Setting]:
+    """Exact settings with one block a rank, and with two."""
+    placements: tuple[tuple[str, Split | None], ...] = (("blocks", None), (INTERLEAVED, INTERLEAVED), (V, V))
+    return [
+        Setting(f"ours {name} M={m}", LayerParallelConfig(micro_batches=m), split)
+        for name, split in placements
+        for m in MICRO_BATCHES
+    ]
+
+
+def mgrit_settings(*, with_ends: bool = False) -> list[Setting]:
+    """MGRIT's settings on several ranks."""
+    found: list[Setting] = []
+
+    def add(operator: str, forward: int, backward: int, levels: int = 2, m: int = 1, **more: Any) -> None:
+        name = f"mgrit {operator} {levels} levels {forward or 'exact'}/{backward} M={m}"
         config = LayerParallelConfig(
             strategy="mgrit",
-            levels=levels,
-            coarsening=4,
-            coarse_operator=operator,  # type: ignore[arg-type]
+            coarsening=(4,) * (levels - 1),
+            coarse_operator=operator,
             forward_iterations=forward,
             backward_iterations=backward,
-            micro_batches=micro_batches,
+            micro_batches=m,
+            **more,
         )
-        configs.append((name, config))
+        found.append(Setting(name + "".join(f" {value}" for value in more.values()), config))
 
-    if num_ranks == 1:
-        configs.append(("ours serial", LayerParallelConfig(strategy="serial")))
-        mgrit("rediscretize", 1, 1)
-        return configs
-    for m in (1, 4) if with_ends else (1, 2, 4, 8):
-        configs.append((f"ours pipeline M={m}", LayerParallelConfig(strategy="pipeline", micro_batches=m)))
     for operator in OPERATORS:
         for levels in (2,) if with_ends else (2, 3):
-            mgrit(operator, 1, 1, levels)
-            mgrit(operator, 2, 1, levels)
-        mgrit(operator, 0, 1)
-        for m in (4,) if with_ends else (2, 4):
-            mgrit(operator, 1, 1, micro_batches=m)
+            add(operator, 1, 1, levels)
+            add(operator, 2, 1, levels)
+        add(operator, 0, 1)
+        if operator != "aggregate":
+            add(operator, 1, 1, m=4)
     if with_ends:
-        configs += [
-            (f"{name}, sliced ends", replace(config, sliced_ends=True))
-            for name, config in configs
-            if name in _SLICED_TOO
-        ]
-    return configs
+        add("identity", 1, 1, ends="spread")
+    return found
 
 
-def our_interleaved(num_ranks: int) -> list[tuple[str, LayerParallelConfig, bool]]:
-    """The `aggregate` operator with every interval dealt out to all ranks: name, settings, and True."""
-    if num_ranks == 1:
-        return []
+def interleaved_setting(num_ranks: int) -> Setting:
+    """The `aggregate` operator with every interval dealt out to all ranks."""
     config = LayerParallelConfig(strategy="mgrit", coarsening=num_ranks, coarse_operator="aggregate")
-    return [(f"mgrit aggregate 2 levels 1/1 M=1 c={num_ranks} interleaved", config, True)]
+    return Setting(f"mgrit aggregate 2 levels 1/1 M=1 c={num_ranks} interleaved", config, INTERLEAVED)
+
+
+def lone_settings() -> list[Setting]:
+    """On one rank: what shows our own cost."""
+    mgrit = LayerParallelConfig(strategy="mgrit", coarse_operator="rediscretize")
+    return [Setting("ours M=1", LayerParallelConfig()), Setting("mgrit rediscretize 2 levels 1/1 M=1", mgrit)]
 
 
 def stack_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
-    """All sides on the bare stack, serial first, and the exact gradients by parameter name."""
+    """All sides on the bare stack, serial first, and the exact gradients by parameter name. Collective."""
     place = Place.here()
     stack, upstream = make_stack(num_layers), make_state(seed=2)
     reference = serial_side(place, stack, upstream, threads=1, everywhere=True)
@@ -178,34 +203,25 @@ def stack_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
     compiled = {"method": "serial", "threads": 1, "compiled": True}
     if num_layers <= COMPILED_UP_TO:
         entries.append(Entry("serial, compiled layers", compiled, partial(_serial_compiled, place, stack, upstream)))
-    if place.size > 1:
-        entries.append(Entry("ddp", {"method": "ddp"}, partial(_ddp, place, stack, upstream)))
-        entries.append(Entry("tensor parallel", {"method": "tensor"}, partial(_tensor, place, stack, upstream)))
-        for schedule, m in [
-            ("gpipe", 1),
-            ("gpipe", 2),
-            ("gpipe", 4),
-            ("gpipe", 8),
-            ("1f1b", 2),
-            ("1f1b", 4),
-            ("1f1b", 8),
-        ]:
-            settings = {"method": schedule, "micro_batches": m}
-            make = partial(_pipelining, place, stack, upstream, schedule, m)
-            entries.append(Entry(f"{schedule} M={m}", settings, make))
-    ours = copy.deepcopy(stack)  # the engine may change how its layers run, and torch's sides must not notice
-    for name, config in our_configs(place.size):
-        make = partial(our_side, place, ours, upstream, config, interleaved=False)
-        entries.append(Entry(name, config.to_dict() | {"method": "ours", "ownership": "contiguous"}, make))
-    for name, config, interleaved in our_interleaved(place.size):
-        make = partial(our_side, place, ours, upstream, config, interleaved=interleaved)
-        settings = config.to_dict() | {"method": "ours", "ownership": "interleaved"}
-        entries.append(Entry(name, settings, make))
-    if place.size > 1 and num_layers <= COMPILED_UP_TO:
+    # ours may change how layers run, and torch's sides must not notice
+    ours = partial(our_side, place, copy.deepcopy(stack), upstream)
+    if place.size == 1:
+        return [*entries, *(Entry(s.name, s.facts, partial(ours, s)) for s in lone_settings())], exact
+    entries.append(Entry("ddp", {"method": "ddp"}, partial(_ddp, place, stack, upstream)))
+    entries.append(Entry("tensor parallel", {"method": "tensor"}, partial(_tensor, place, stack, upstream)))
+    for schedule, m in variants(MICRO_BATCHES):
+        settings = {"method": schedule, "micro_batches": m}
+        make = partial(_pipelining, place, stack, upstream, schedule, m)
+        entries.append(Entry(f"{schedule} M={m}", settings, make))
+    costs = stack_costs(place, copy.deepcopy(stack).eval())
+    settings_of_ours = [*picked_settings(num_layers, place.size, costs), *placed_settings(), *mgrit_settings()]
+    settings_of_ours.append(interleaved_setting(place.size))
+    entries += [Entry(s.name, s.facts, partial(ours, s, costs=costs)) for s in settings_of_ours]
+    if num_layers <= COMPILED_UP_TO:
         config = LayerParallelConfig(strategy="mgrit", coarse_operator="identity")
-        make = partial(_ours_compiled, place, stack, upstream, config)
-        settings = config.to_dict() | {"method": "ours", "ownership": "contiguous", "compiled": True}
-        entries.append(Entry("mgrit identity 2 levels 1/1 M=1 compiled layers", settings, make))
+        setting = Setting("mgrit identity 2 levels 1/1 M=1 compiled layers", config)
+        make = partial(_ours_compiled, place, stack, upstream, setting)
+        entries.append(Entry(setting.name, setting.facts | {"compiled": True}, make))
     return entries, exact
 
 
@@ -273,43 +289,33 @@ def _tensor(place: Place, stack: nn.Sequential, upstream: Tensor) -> Side:
     return _TensorSide(step, [x, *own.parameters()], dict(own.named_parameters()))
 
 
-def pipelining_step(
-    place: Place,
-    stage: nn.Module,
-    schedule: str,
-    micro_batches: int,
-    loss: Callable,
-    x: Tensor,
-    target: Tensor,
-    **more: Any,
-) -> Callable[[], None]:
-    """A step of torch.distributed.pipelining with one stage a rank."""
-    wrapped = PipelineStage(stage, place.rank, place.size, torch.device("cpu"))
-    runner = SCHEDULES[schedule](wrapped, micro_batches, loss_fn=loss, **more)
-    inputs = (x,) if place.rank == 0 else ()
-    targets = {"target": target} if place.rank == place.size - 1 else {}
-
-    def step() -> None:
-        runner.step(*inputs, return_outputs=False, **targets)
-
-    return step
-
-
 def _pipelining(place: Place, stack: nn.Sequential, upstream: Tensor, schedule: str, micro_batches: int) -> Side:
     x = _leaf(upstream)
-    here = place.layers(len(stack))
-    stage = stack[here.start : here.stop]
+
+    def stage(layers: range) -> nn.Module:
+        return stack[layers.start : layers.stop]
 
     def inner_product(y: Tensor, given: Tensor) -> Tensor:
         return (y * given).sum()  # its gradient is the one given
 
-    step = pipelining_step(place, stage, schedule, micro_batches, inner_product, x, upstream, scale_grads=False)
-    return Side(step, [x, *stage.parameters()], _of_layers(stack, here))
+    made = pipelining(
+        schedule,
+        micro_batches,
+        place.rank,
+        place.size,
+        len(stack),
+        stage,
+        inner_product,
+        x,
+        upstream,
+        scale_grads=False,
+    )
+    return Side(made.step, [x, *made.modules.parameters()], _of_layers(stack, made.layers))
 
 
 @dataclass
 class Call:
-    """A recorded layer call, as `hf_layerpar.run.program.LayerCall` asks for."""
+    """A recorded layer call, as `hf_layerpar.run.layers.LayerCall` asks for."""
 
     layer: nn.Module
     args: tuple = ()
@@ -319,50 +325,61 @@ class Call:
         return self.layer(x, *args, **kwargs)
 
 
-@dataclass
-class Fixed:
-    """Settings and stack flags of an engine, held still."""
-
-    next_config: LayerParallelConfig
-    needs_recompute: bool = False
-    loss_scale: float = 1.0
-    cached_tokens: int | None = None
+def local_transport() -> Transport:
+    return GroupTransport(dist.group.WORLD) if dist.is_initialized() else LocalTransport()  # type: ignore[arg-type]
 
 
-def local_communicator() -> Communicator:
-    return GroupCommunicator(dist.group.WORLD) if dist.is_initialized() else LocalCommunicator()  # type: ignore[arg-type]
-
-
-def owner_of(config: LayerParallelConfig, num_layers: int, num_ranks: int, *, interleaved: bool) -> tuple[int, ...]:
+def owner_of(
+    config: LayerParallelConfig, num_layers: int, num_ranks: int, split: Split | None = None
+) -> tuple[int, ...]:
     """As `parallelize` shares the layers."""
     boundaries = interval_points(config, num_layers, (0, 0))
-    if interleaved:
-        return interleaved_owner(num_layers, num_ranks, boundaries, (0, 0))
-    return contiguous_owner(num_layers, num_ranks, boundaries=boundaries)
+    if not isinstance(split, str):
+        return contiguous_owner(num_layers, num_ranks, boundaries=boundaries, split=split)
+    if config.strategy == "pipeline":
+        return two_blocks_owner(num_layers, num_ranks, split)
+    return interleaved_owner(num_layers, num_ranks, boundaries, (0, 0))
 
 
 def our_calls(stack: nn.Sequential, owner: tuple[int, ...], rank: int) -> list[Call]:
     """The calls as one rank records them: layers of other ranks have no parameters here."""
-    return [Call(layer if home == rank else nn.Module()) for layer, home in zip(stack, owner, strict=True)]
+    return [Call(layer if home == rank else nn.Module().eval()) for layer, home in zip(stack, owner, strict=True)]
+
+
+def stack_costs(place: Place, stack: nn.Sequential) -> Costs:
+    """What layers and messages take here. Collective: all ranks work while costs are measured, as in a step."""
+    layers, x = list(place.layers(len(stack))), make_state(seed=1)
+    calls = our_calls(stack, contiguous_owner(len(stack), place.size), place.rank)
+    return calibrate(calls, x, local_transport(), layers=layers, part=(calls, x[: BATCH // 8]), seconds=4.0)
 
 
 def our_side(
-    place: Place, stack: nn.Sequential, upstream: Tensor, config: LayerParallelConfig, *, interleaved: bool
+    place: Place, stack: nn.Sequential, upstream: Tensor, setting: Setting, *, costs: Costs | None = None
 ) -> Side:
-    owner = owner_of(config, len(stack), place.size, interleaved=interleaved)
-    flags = Fixed(config)
-    engine = StackEngine(local_communicator(), owner, (0, 0), flags, flags)
-    calls, x = our_calls(stack, owner, place.rank), _leaf(upstream)
+    """costs: of the whole batch, to schedule by."""
+    config = setting.config
+    owner = owner_of(config, len(stack), place.size, setting.split)
+    x = _leaf(upstream)
+    bare = BareStack(our_calls(stack, owner, place.rank), x, inner_product_with(upstream))
+    piece = None if costs is None else costs.cut(config.micro_batches)
+    plan, transport = bare.plan(config, owner, place.size, costs=piece), local_transport()
+    part = RankPart.of(plan, place.rank)
 
     def step() -> None:
-        engine(calls, x).backward(upstream)
+        bare.step(plan, transport, config=config, part=part)
 
     answers = _of_layers(stack, [n for n, home in enumerate(owner) if home == place.rank])
-    return Side(step, [x, *answers.values()], answers)
+    predict = None if piece is None else lambda: simulate(plan, piece).makespan
+    return Side(step, [x, *answers.values()], answers, predict=predict)
 
 
-def _ours_compiled(place: Place, stack: nn.Sequential, upstream: Tensor, config: LayerParallelConfig) -> Side:
-    return our_side(place, with_compiled_layers(stack), upstream, config, interleaved=False)
+def inner_product_with(upstream: Tensor) -> Callable[[Tensor, slice], Tensor]:
+    """A loss whose gradient is the one given."""
+    return lambda y, rows: (y * upstream[rows]).sum()
+
+
+def _ours_compiled(place: Place, stack: nn.Sequential, upstream: Tensor, setting: Setting) -> Side:
+    return our_side(place, with_compiled_layers(stack), upstream, setting)
 
 
 def _of_layers(stack: nn.Sequential, layers: Iterable[int]) -> dict[str, Tensor]:

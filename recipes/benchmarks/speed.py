@@ -5,10 +5,15 @@
 Starts its ranks itself: one and two gloo processes of one thread each. For every depth and number of ranks all sides
 are alive at once and make their steps in alternation. Two tables: "stack", the bare stack of `stack.py` with the
 gradient at its end given; "ends", a GPT-2 around the same stack with embedding, head and loss. Ratios are to the
-median of serial one-thread torch in the same processes. Beside every time stand the gradient's cosine with the exact
-one, its relative error and norm ratio over all layers, and how much the memory of each rank grew in a step. Written to
+median of serial one-thread torch in the same processes. On two ranks:
+- torch's schedules (torch.distributed.pipelining) with 1, 2, 4 and 8 micro-batches
+- "ours M=m": what the planner picks for so many micro-batches from costs that are measured here beforehand; "ours
+  blocks", "interleaved" and "v": with the layers placed so
+- MGRIT
+Beside every time stand the gradient's cosine with the exact one, its relative error and norm ratio over all layers, how
+much the memory of each rank grew in a step, and for ours the simulator's time. Written to
 recipes/benchmarks/results/speed.json when all is measured, each table with its command; tables that weren't asked for
-stay there. Takes some twelve minutes on two quiet cores.
+stay there. Takes some forty minutes on two quiet cores.
 """
 
 from __future__ import annotations
@@ -31,7 +36,6 @@ import torch.distributed as dist
 from recipes.benchmarks.alternate import measure
 from recipes.benchmarks.ends import ENDS, model_sides
 from recipes.benchmarks.launch import RESULTS, launch
-from recipes.benchmarks.prediction import predicted_seconds
 from recipes.benchmarks.sides import init_ranks, stack_sides
 from recipes.benchmarks.stack import SIZES
 from recipes.results import print_table, versions, write_json
@@ -68,11 +72,6 @@ def run_rank(options: argparse.Namespace) -> None:
         kept = [e for e in entries[1:] if not options.only or any(text in e.name for text in options.only)]
         rounds = options.rounds if table == "stack" else (options.rounds + 1) // 2
         sides = measure([entries[0], *kept], exact, rounds)
-        if table == "stack" and dist.is_initialized():
-            measured = {name: side["seconds"]["median"] for name, side in sides.items() if "seconds" in side}
-            for name, seconds in predicted_seconds(num_layers, measured).items():
-                sides[name]["predicted_seconds"] = seconds
-                sides[name]["predicted_over_measured"] = seconds / measured[name]
         found[table] = {"rounds": rounds, "sides": sides}
         del entries, exact, kept
         gc.collect()
@@ -85,7 +84,7 @@ def run_rank(options: argparse.Namespace) -> None:
 
 def print_sides(title: str, sides: dict[str, dict[str, Any]]) -> None:
     print(f"\n{title}")
-    rows: list[tuple[str, Any]] = [("", "ratio   seconds  cosine     error     memory")]
+    rows: list[tuple[str, Any]] = [("", "ratio   seconds  cosine     error     memory   predicted")]
     for name, side in sides.items():
         if "error" in side:
             rows.append((name, f"can't: {side['error'].splitlines()[0]}"))
@@ -95,7 +94,8 @@ def print_sides(title: str, sides: dict[str, dict[str, Any]]) -> None:
             (
                 name,
                 f"{side['ratio']:.3f}  {side['seconds']['median']:8.4f}  {gradient['cosine']:.6f}  "
-                f"{gradient['relative_error']:.2e}  {growth:5.0f} MiB",
+                f"{gradient['relative_error']:.2e}  {growth:5.0f} MiB"
+                + (f"  {side['predicted_over_measured']:.2f}" if "predicted_over_measured" in side else ""),
             )
         )
     print_table(rows)
@@ -129,7 +129,7 @@ def main() -> None:
                 output = Path(folder) / "found.json"
                 arguments = ["--layers", str(num_layers), "--rounds", str(rounds), "--rank_output", str(output)]
                 arguments += ["--tables", *options.tables, *(["--only", *options.only] if options.only else [])]
-                launch(ranks, Path(__file__), arguments)
+                launch(ranks, Path(__file__), arguments, timeout=3 * 3600.0)
                 found = json.loads(output.read_text())
             how |= {"seconds": time.perf_counter() - began}  # of all tables of this depth and number of ranks
             for table, content in found.items():

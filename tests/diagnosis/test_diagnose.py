@@ -58,14 +58,15 @@ def replace_pieces(config: LayerParallelConfig) -> LayerParallelConfig:
     return LayerParallelConfig.from_dict(config.to_dict() | {"micro_batches": 1})
 
 
-def test_settings_are_those_of_the_solver_and_the_exact_gradient():
+@pytest.mark.parametrize(("name", "layers"), [("gpt2", 11), ("t5", 8)])
+def test_settings_are_those_of_the_solver_and_the_exact_gradient(name, layers):
     """Against `gradient_agreement`, with everything but the layers frozen, dropout on."""
-    model, inputs = small("gpt2", layers=11)
+    model, inputs = small(name, layers=layers)
     found = diagnose(model, inputs, ranks=4, buffers=(1, 1), coarsenings=[3], costs=UNIT)
     model = convert_to_ode(model, buffers=(1, 1)).requires_grad_(False)
     handle = parallelize(model)
-    for layer in ode_view(model).stacks[0].layers:
-        layer.requires_grad_(True)
+    for stack in ode_view(model).stacks:
+        torch.nn.ModuleList(stack.layers).requires_grad_(True)
     for reading in found.settings:
         handle.config = reading.config
         expected = gradient_agreement(model, inputs)

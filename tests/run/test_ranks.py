@@ -1,6 +1,6 @@
-"""Every strategy on 1, 2, 3 and 4 gloo ranks against the serial stack, and what happens when ranks disagree or die."""
+"""Steps on 1, 2, 3 and 4 gloo ranks against one rank, and what happens when ranks disagree or die."""
 
-import itertools
+import dataclasses
 import os
 import signal
 import time
@@ -9,53 +9,74 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar import LayerParallelConfig, convert_to_ode, layer_parallel, parallelize
 from hf_layerpar.errors import RankMismatchError
-from hf_layerpar.plan.ownership import interleaved_owner
+from hf_layerpar.plan.ownership import contiguous_owner, interleaved_owner, two_blocks_owner
+from hf_layerpar.plan.step import Anatomy, build_step
+from hf_layerpar.run.bare import BareStack
+from hf_layerpar.run.transport import GroupTransport
+from tests import zoo
 from tests.multiproc import outcomes_of_ranks, run_ranks
-from tests.problems import blocks, engine, gradients, loss_of, serial, solve, state
+from tests.problems import blocks, calls_of, gradients_of, loss_of, relative, serial_results, state, world
 
 LAYERS = 11  # a prime: no rank count divides it, and the last interval is shorter
 
 SETTINGS = [
-    {"strategy": "serial"},
-    *({"strategy": "pipeline", "micro_batches": m} for m in (1, 2, 5)),
+    *({"micro_batches": m} for m in (1, 2, 5, 8)),
+    *({"schedule": s, "micro_batches": 3} for s in ("gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "zb_v")),
     *(
-        {"strategy": "mgrit", "coarse_operator": o, "relaxation": r, "levels": lv, "coarsening": c}
+        {"strategy": "mgrit", "coarse_operator": o, "relaxation": r, "coarsening": c}
         | {"forward_iterations": f, "backward_iterations": b, "micro_batches": m}
-        for o in ("rediscretize", "aggregate", "identity", "mean", "linear")
-        for r, lv, c, f, b, m in (
-            ("F", 2, 3, 1, 1, 1),
-            ("F", 2, 4, 2, 1, 3),
-            ("FCF", 3, 2, 2, 2, 2),
-            ("F", 2, 2, 0, 2, 1),  # exact forward, inexact adjoint
+        for o in ("rediscretize", "aggregate", "identity")
+        for r, c, f, b, m in (
+            ("F", 3, 1, 1, 1),
+            ("F", 4, 2, 1, 3),
+            ("FCF", (2, 2), 2, 2, 2),
+            ("F", 2, 0, 2, 1),  # exact forward, inexact adjoint
         )
     ),
-    {"strategy": "pipeline", "micro_batches": 2, "increment_penalty": 0.5},
-    {"strategy": "mgrit", "coarse_operator": "linear", "coarsening": 3, "micro_batches": 2, "increment_penalty": 0.5},
+    {"micro_batches": 2, "increment_penalty": 0.5},
+    {"strategy": "mgrit", "coarse_operator": "identity", "coarsening": 3, "micro_batches": 2, "increment_penalty": 0.5},
 ]
 
 
-def every_setting(split=None, deal=None):
-    """Per setting the own layers' and inputs' gradients, as plain numbers (dropout on)."""
-    layers = blocks(LAYERS, dropout=0.2).train()
-    x, side = state(batch=5), state(batch=5, seed=4)
-    rank = dist.get_rank() if dist.is_initialized() else 0
+def every_setting(split=None, owner=None, num_layers=LAYERS, batch=5, buffers=(1, 1)):
+    """Per setting what this rank has: gradients, end state, residuals squared and penalty (dropout on)."""
+    layers = blocks(num_layers, dropout=0.2).train()
+    x, side = state(batch=batch), state(batch=batch, seed=4)
     results = []
     for settings in SETTINGS:
-        solver = engine(LayerParallelConfig(**settings), LAYERS, buffers=(1, 1), split=split, owner=deal)
-        torch.manual_seed(3)
-        own = [n for n in range(LAYERS) if solver.owner[n] == rank]
-        params = {n: list(layers[n].parameters()) for n in own}
-        for _ in range(2 if settings.get("coarse_operator") in ("mean", "linear") else 0):  # the fits learn
-            gradients(solve(layers, x, solver, side), [x])
-        y = solve(layers, x, solver, side)
-        grads = gradients(y, [x, side, *itertools.chain(*params.values())])
-        named = {"y": y, "x": grads[0], "side": grads[1]}
-        named |= {f"{n}.{i}": g for (n, i), g in zip([(n, i) for n in own for i in range(4)], grads[2:], strict=True)}
-        numbers = [*solver.report("backward").residuals, solver.report("forward").penalty or 0.0]
-        results.append({k: v.detach().numpy() for k, v in named.items()} | {"report": numbers})
+        config = LayerParallelConfig(**settings)
+        solved = gradients_of(config, layers, x, side, split=split, owner=owner, buffers=buffers, seed=3)
+        tensors = {name: tensor.numpy() for name, tensor in solved.results.items()}
+        squares = {key: found.tolist() for key, found in solved.outcome.residuals.items()}
+        results.append((tensors, squares, solved.penalty or 0.0, solved.loss))
     return results
+
+
+def owned(num_layers, owner, rank):
+    names = {f"{n}.{p}" for n in range(num_layers) if owner[n] == rank for p in dict(blocks(1)[0].named_parameters())}
+    return names | ({"x", "side"} if rank == owner[0] else set()) | ({"y"} if rank == owner[-1] else set())
+
+
+def assert_like_one_rank(ranks, one, owner):
+    for i, settings in enumerate(SETTINGS):
+        tensors, squares, penalty, loss = one[i]
+        for rank, found in enumerate(ranks):
+            assert set(found[i][0]) == owned(len(owner), owner, rank), (settings, rank)
+            for name, value in found[i][0].items():
+                a, b = torch.from_numpy(value), torch.from_numpy(tensors[name])
+                # aggregate's increments are summed per rank first, so in another order than on one rank; all else is
+                # equal bit for bit: the same kernel on the same inputs, and sums in one order, wherever they run
+                if settings.get("coarse_operator") == "aggregate":
+                    assert relative(a, b) < 1e-12, (settings, name)
+                else:
+                    assert torch.equal(a, b), (settings, name)
+        for key, expected in squares.items():
+            sums = [sum(parts) for parts in zip(*(r[i][1][key] for r in ranks if key in r[i][1]), strict=True)]
+            assert sums == pytest.approx(expected, rel=1e-11, abs=1e-28), (settings, key)
+        assert sum(r[i][2] for r in ranks) == pytest.approx(penalty, rel=1e-12)
+        assert sum(r[i][3] for r in ranks) == pytest.approx(loss, rel=1e-12)
 
 
 @pytest.fixture(scope="module")
@@ -67,81 +88,187 @@ DEALT = {world: interleaved_owner(LAYERS, world, (1, 4, 7, 10), (1, 1)) for worl
 
 
 @pytest.mark.parametrize(
-    ("world", "split", "deal"),
-    [*((n, None, None) for n in (2, 3, 4)), (2, (3, 8), None), *((n, None, deal) for n, deal in DEALT.items())],
+    ("num_ranks", "split", "owner"),
+    [
+        *((n, None, None) for n in (2, 3, 4)),
+        (2, (3, 8), None),
+        (3, (1, 9, 1), None),
+        *((n, None, owner) for n, owner in DEALT.items()),
+        (2, None, two_blocks_owner(LAYERS, 2, "interleaved")),
+        (3, None, two_blocks_owner(LAYERS, 3, "v")),
+    ],
 )
-def test_gradients_do_not_depend_on_the_ranks(on_one_rank, world, split, deal):
-    ranks = run_ranks(every_setting, world, split, deal)
-    for i, settings in enumerate(SETTINGS):
-        one = on_one_rank[i]
-        assert {k for rank in ranks for k in rank[i]} == set(one)
-        for rank in ranks:
-            for name, value in rank[i].items():
-                if name == "report":
-                    assert value == pytest.approx(one[name], rel=1e-12)
-                    continue
-                a, b = torch.from_numpy(value), torch.from_numpy(one[name])
-                # side gradients, and aggregate's increments, are summed per rank first, so in another order than on one
-                # rank; all else is equal bit for bit: the same kernel on the same inputs, wherever it runs
-                if name == "side" or settings.get("coarse_operator") == "aggregate":
-                    assert float((a - b).norm() / b.norm()) < 1e-12, (settings, name)
-                else:
-                    assert torch.equal(a, b), (settings, name)
+def test_nothing_depends_on_the_ranks(on_one_rank, num_ranks, split, owner):
+    ranks = run_ranks(every_setting, num_ranks, split, owner)
+    assert_like_one_rank(ranks, on_one_rank, owner or contiguous_owner(LAYERS, num_ranks, split=split))
 
 
-def test_serial_and_pipeline_equal_plain_torch(on_one_rank):
-    """Bit for bit with one micro-batch. With more, weight gradients are sums over micro-batches, which rounds otherwise
-    than one product over the whole batch (and masks are drawn per micro-batch, so dropout is off here)."""
-    layers, x, side = blocks(LAYERS), state(batch=5), state(batch=5, seed=4)
-    inputs = [x, side, *layers.parameters()]
-    expected = gradients(serial(layers, x, side), inputs)
-    for micro_batches in (1, 2, 5):
-        config = LayerParallelConfig(micro_batches=micro_batches)
-        grads = gradients(solve(layers, x, engine(config, LAYERS), side), inputs)
-        for a, b in zip(grads, expected, strict=True):
-            if micro_batches == 1:
-                assert torch.equal(a, b)
-            else:
-                assert float((a - b).norm() / b.norm()) < 1e-14
+def test_a_layer_a_rank_and_a_batch_of_one():
+    """No micro-batches to cut, no buffers, intervals of one layer at the end."""
+    shape = (None, None, 4, 1, (0, 0))
+    assert_like_one_rank(run_ranks(every_setting, 4, *shape), run_ranks(every_setting, 1, *shape)[0], (0, 1, 2, 3))
 
 
-def caught(batch_of_rank, seed_of_rank, error):
+def spread_tails():
+    """How far gradients and loss are from the serial ones when every rank has a piece of the tail."""
+    layers, x, transport = blocks(6), state(batch=7), world()
+    anatomy = dataclasses.replace(Anatomy.of_stack(contiguous_owner(6, transport.size)), tail_pieces=transport.size)
+    stack = BareStack(calls_of(layers), x, lambda y, rows: loss_of(y, rows, 7))
+    stack.micro_batches = 2  # of 3 and 4 rows
+    plan = build_step(LayerParallelConfig(micro_batches=2), anatomy, transport.size, 2)
+    outcome = stack.step(plan, transport)
+    expected = serial_results(layers, x)
+    grads = {"x": x.grad, **{name: p.grad for name, p in layers.named_parameters()}}
+    errors = [relative(grad, expected[name]) for name, grad in grads.items() if grad is not None]
+    total = torch.tensor(float(sum(outcome.losses.values())), dtype=x.dtype)
+    transport.all_reduce(total)
+    return sorted(outcome.losses), max(errors), abs(float(total) - float(loss_of(expected["y"])))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_every_rank_has_a_piece_of_the_tail(num_ranks):
+    for rank, (pieces, gradient_error, loss_error) in enumerate(run_ranks(spread_tails, num_ranks)):
+        assert pieces == [(0, rank), (1, rank)]
+        assert gradient_error < 1e-14
+        assert loss_error < 1e-13
+
+
+# ---- of a model: ranks that disagree
+def parallel(**settings):
+    """(model, batch of four rows)."""
+    model, batch = zoo.build("gpt2")
+    model = convert_to_ode(model.train())
+    parallelize(model, LayerParallelConfig(**settings))
+    return model, {name: torch.cat([tensor, tensor]) for name, tensor in batch.items()}
+
+
+def mismatches():
+    """What this rank is told when it does something else than the others, by what."""
     rank = dist.get_rank()
-    layers = blocks(4, dropout=0.1).train()
-    torch.manual_seed(seed_of_rank[rank])
-    try:
-        solve(layers, state(batch=batch_of_rank[rank]), engine(LayerParallelConfig(), 4))
-    except error as e:
-        return str(e)
-    return None
+    model, batch = parallel(micro_batches=2)
+    handle = layer_parallel(model)
+    told = {}
+
+    def attempt(name, act):
+        torch.manual_seed(rank if name == "seed" else 0)
+        try:
+            act()
+        except RankMismatchError as error:
+            told[name] = str(error)
+
+    shorter = {name: tensor[: 4 - rank] for name, tensor in batch.items()}
+    attempt("rows", lambda: handle.train_step(shorter))
+    attempt("seed", lambda: handle.train_step(batch))
+    attempt("loss scale", lambda: handle.train_step(batch, scale=1.0 + rank))
+    attempt("labels", lambda: handle.train_step(batch | ({"position_ids": batch["labels"]} if rank else {})))
+    with handle.using(LayerParallelConfig(micro_batches=2 + rank)):
+        attempt("settings", lambda: handle.train_step(batch))
+    attempt("call", lambda: model(**batch) if rank else handle.train_step(batch))
+    attempt("nothing", lambda: handle.train_step(batch))  # ranks that were told can go on
+    return told, all(p.grad is not None for p in model.parameters() if p.numel())
 
 
-def test_ranks_with_different_batches_all_raise():
-    for message in run_ranks(caught, 2, (4, 3), (0, 0), RankMismatchError):
-        assert message is not None
-        assert "'shape': [(4, 4, 6), (3, 4, 6)]" in message
-        assert "same batch" in message
+def test_ranks_that_disagree_are_all_told():
+    expected = {
+        "rows": "'batch': [[((4, 12), 'torch.int64')",
+        "seed": "'seed': [",
+        "loss scale": "'loss scale': [1.0, 2.0",
+        "labels": "'batch': [",
+        "settings": "'settings': [",
+        "call": "'a call of': [None, 'GPT2LMHeadModel'",
+    }
+    for num_ranks in (2, 3):
+        for told, trained in run_ranks(mismatches, num_ranks):
+            assert list(told) == list(expected)
+            for name, text in expected.items():
+                assert text in told[name], name
+                assert f"the {num_ranks} lp ranks disagree" in told[name]
+                assert "same batch and settings, and the same random seed (torch.manual_seed)" in told[name]
+            assert trained
 
 
-def test_ranks_with_different_random_streams_all_raise():
-    for message in run_ranks(caught, 3, (4, 4, 4), (0, 0, 1), RankMismatchError):
-        assert message is not None
-        assert "'seed'" in message
-        assert "torch.manual_seed" in message
+def questions():
+    """What is alike, and what happens to ranks with other questions."""
+    transport = GroupTransport(dist.group.WORLD)
+    rank, device = transport.rank, torch.device("cpu")
+    found = [transport.same({"a": 1, "b": (2, 3)}, device), transport.same({"a": rank}, device)]
+    transport.agree({"a": 1}, device)
+    for ask in (transport.same, transport.agree):
+        try:
+            ask({"one" if rank else "other": 1}, device)
+        except RankMismatchError as error:
+            found.append(str(error).split(";")[0])
+    return found
 
 
-def survive_a_kill():
-    rank = dist.get_rank()
-    layers, x = blocks(6), state()
-    loss = loss_of(solve(layers, x, engine(LayerParallelConfig(), 6)))
-    if rank == 1:
+def test_questions_to_all_ranks():
+    said = "the 2 lp ranks disagree on {'other': [1, None], 'one': [None, 1]} (by lp rank)"
+    assert run_ranks(questions, 2) == 2 * [[True, False, said, said]]
+
+
+# ---- reports
+def reported():
+    model, batch = parallel(
+        strategy="mgrit", coarsening=2, forward_iterations=2, micro_batches=2, increment_penalty=0.5
+    )
+    handle = layer_parallel(model)
+    before = handle.report()
+    torch.manual_seed(0)
+    handle.train_step(batch)
+    report = handle.report()
+    with handle.exact():
+        handle.train_step(batch)
+    exact = handle.report()
+    return before, report, {(path, d): s.mode for path, of in exact.sweeps.items() for d, s in of.items()}
+
+
+def test_reports_are_alike_on_all_ranks():
+    reports = [r for num_ranks in (1, 2, 3) for r in run_ranks(reported, num_ranks)]
+    first = reports[0][1]
+    ((path, sweeps),) = first.sweeps.items()
+    assert [sweeps[d].iterations for d in ("forward", "backward")] == [2, 1]
+    assert [len(sweeps[d].residuals) for d in ("forward", "backward")] == [2, 1]
+    a, b = sweeps["forward"].residuals
+    assert sweeps["forward"].convergence_factors == (b / a,)
+    assert a > 0
+    assert first.penalty > 0
+    for before, report, modes in reports:
+        assert before is None
+        assert report.penalty == pytest.approx(first.penalty, rel=1e-6)
+        for direction in ("forward", "backward"):
+            found, expected = report.sweeps[path][direction], sweeps[direction]
+            assert found.mode == "mgrit"
+            # states are float32, and aggregate's increments are summed otherwise on several ranks
+            assert found.residuals == pytest.approx(expected.residuals, rel=1e-3, abs=1e-5)
+        assert 0 <= report.waited <= report.seconds
+        assert modes == {(path, d): "exact" for d in ("forward", "backward")}
+
+
+# ---- ranks that die
+def die_in_a_step(schedule):
+    layers, x = blocks(6), state(batch=4)
+
+    def die(module, args, output):
         os.kill(os.getpid(), signal.SIGKILL)
-    loss.backward()
+
+    if dist.get_rank() == 1:
+        layers[3].register_forward_hook(die)
+    gradients_of(LayerParallelConfig(schedule=schedule, micro_batches=2), layers, x)
 
 
-def test_a_killed_rank_ends_the_others_with_a_clear_error():
+def die_between_steps():
+    model, batch = parallel()
+    handle = layer_parallel(model)
+    handle.train_step(batch)
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    handle.train_step(batch)
+
+
+@pytest.mark.parametrize(("death", "args"), [(die_in_a_step, ("1f1b",)), (die_between_steps, ())])
+def test_a_killed_rank_ends_the_others_with_a_clear_error(death, args):
     began = time.monotonic()
-    outcomes = outcomes_of_ranks(survive_a_kill, 3)
+    outcomes = outcomes_of_ranks(death, 3, *args)
     assert time.monotonic() - began < 60
     assert outcomes[1] == "exit code -9"
     for rank in (0, 2):

@@ -1,4 +1,4 @@
-"""Layers evaluated together on one device, against the same engine evaluating them one at a time."""
+"""Layers evaluated together on one device, against the same steps evaluating them one at a time."""
 
 import copy
 import dataclasses
@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from hf_layerpar import convert_to_ode, parallelize
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.ode.convert import convert_to_ode
-from hf_layerpar.sharding import parallelize
+from hf_layerpar.run.stackable import OneDevice
 from tests.multiproc import run_ranks
-from tests.problems import F64, Block, Call, blocks, engine, gradients, loss_of, relative, serial, solve, state
+from tests.problems import F64, Block, Solved, assert_same, blocks, gradients_of, relative, serial_results, state
 from tests.zoo import build
 
 OPERATORS = ("rediscretize", "aggregate", "identity")
@@ -24,33 +24,38 @@ def mgrit(**settings) -> LayerParallelConfig:
     return LayerParallelConfig(strategy="mgrit", **{"coarsening": 3} | settings)
 
 
-def both(layers, config, run=solve, x=None, **more):
-    """[state, gradients...] one at a time and stacked; whether forward and backward ran stacked; the warnings."""
+def both(layers, config, x=None, side=None, **more) -> tuple[list[Solved], list[str]]:
+    """A step one at a time and one stacked, and the warnings."""
     x = state() if x is None else x
-    results, reports = [], []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for stacked in (False, True):
-            solver = engine(dataclasses.replace(config, stacked=stacked), len(layers), **more)
-            torch.manual_seed(3)
-            y = run(layers, x, solver)
-            results.append([y, *gradients(y, [x, *(p for p in layers.parameters() if p.requires_grad)])])
-            reports.append([solver.report(d).stacked for d in ("forward", "backward")])
-    assert reports[0] == [False, False]
-    return results, reports[1], [str(w.message) for w in caught]
+        found = [
+            gradients_of(dataclasses.replace(config, stacked=s), layers, x, side, seed=3, device=OneDevice(), **more)
+            for s in (False, True)
+        ]
+    assert found[0].stacked == [False, False]
+    return found, [str(w.message) for w in caught]
 
 
-def assert_equal(results, bound=1e-10):
-    assert max(relative(b, a) for a, b in zip(*results, strict=True)) < bound
+def assert_equal(found, bound=1e-10):
+    assert_same(found[1].results, found[0].results, bound)
+    assert found[1].loss == pytest.approx(found[0].loss, rel=max(bound, 1e-12))
+
+
+def assert_stacked(found, bound=1e-10):
+    (plain, stacked), said = found
+    assert_equal((plain, stacked), bound)
+    assert stacked.stacked == [True, True]
+    assert not said
 
 
 def assert_fallback(found, message):
-    results, reports, said = found
-    assert reports == [False, False]
+    (plain, other), said = found
+    assert other.stacked == [False, False]
     assert len(said) == 1
     assert said[0].startswith("stacked=True, but layers are evaluated one at a time: ")
     assert message in said[0]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert_same(other.results, plain.results)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
@@ -60,23 +65,20 @@ def assert_fallback(found, message):
         (9, {}, (0, 0)),
         (10, {"forward_iterations": 2}, (0, 0)),  # a short last interval
         (13, {"forward_iterations": 2, "backward_iterations": 2, "relaxation": "FCF"}, (1, 2)),
-        (12, {"levels": 3, "coarsening": (3, 2), "forward_iterations": 2, "backward_iterations": 2}, (0, 0)),
+        (12, {"coarsening": (3, 2), "forward_iterations": 2, "backward_iterations": 2}, (0, 0)),
         (9, {"micro_batches": 2, "forward_iterations": 2}, (1, 1)),
-        (8, {"damping": 0.3, "forward_iterations": 3, "coarsening": 2}, (0, 0)),
+        (8, {"forward_iterations": 3, "coarsening": 2}, (0, 0)),
     ],
 )
 def test_equal_to_one_at_a_time(operator, num_layers, settings, buffers):
-    results, reports, said = both(blocks(num_layers), mgrit(coarse_operator=operator, **settings), buffers=buffers)
-    assert_equal(results)
-    assert reports == [True, True]
-    assert not said
+    assert_stacked(both(blocks(num_layers), mgrit(coarse_operator=operator, **settings), buffers=buffers))
 
 
 def test_exact_forward_with_stacked_adjoint():
-    results, reports, said = both(blocks(9), mgrit(forward_iterations=0, coarse_operator="aggregate"))
-    assert torch.equal(results[0][0], results[1][0])
-    assert_equal(results)
-    assert reports == [False, True]
+    found, said = both(blocks(9), mgrit(forward_iterations=0, coarse_operator="aggregate"))
+    assert torch.equal(found[0].results["y"], found[1].results["y"])
+    assert_equal(found)
+    assert found[1].stacked == [False, True]
     assert not said
 
 
@@ -84,10 +86,9 @@ def test_exact_forward_with_stacked_adjoint():
 def test_enough_iterations_are_serial(operator):
     layers, x = blocks(9), state()
     config = mgrit(coarse_operator=operator, forward_iterations=3, backward_iterations=3, stacked=True)
-    y = solve(layers, x, engine(config, 9))
-    expected = serial(layers, x)
-    inputs = [x, *layers.parameters()]
-    assert_equal([[y, *gradients(y, inputs)], [expected, *gradients(expected, inputs)]], 1e-12)
+    solved = gradients_of(config, layers, x, device=OneDevice())
+    assert solved.stacked == [True, True]
+    assert_same(solved.results, serial_results(layers, x), 1e-12)
 
 
 ODES = ({}, {"step_size": 0.5}, {"step_size": 0.25, "form": "split", "buffers": (1, 2)})
@@ -98,11 +99,9 @@ def model_run(name, config, ode):
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
     model = convert_to_ode(model.double(), **ode).eval()
     handle = parallelize(model, config)
-    loss = model(**inputs).loss
-    loss.backward()
-    (sweeps,) = handle.report().values()
+    loss = handle.train_step(inputs)
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return loss, grads, [sweeps[d].stacked for d in ("forward", "backward")]
+    return loss, grads, handle.report().stacked
 
 
 @pytest.mark.parametrize("ode", ODES, ids=str)
@@ -118,27 +117,35 @@ def test_models(name, ode):
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 other, found, stacked = model_run(name, dataclasses.replace(config, stacked=True), ode)
-            assert plain == [False, False]
-            assert stacked == [True, True]
+            assert not plain
+            assert stacked
             assert relative(other, loss) < 1e-10
             assert list(found) == list(grads)
             norm = sum(float(g.norm()) ** 2 for g in grads.values()) ** 0.5
             assert max(float((found[n] - g).norm()) for n, g in grads.items()) < 1e-10 * norm
 
 
+def test_micro_batches_of_a_model():
+    """Which share the stacked weights; masks of theirs are arguments of their own."""
+    found = []
+    for stacked in (False, True):
+        model, inputs = build("bert", layers=6)
+        config = mgrit(coarse_operator="aggregate", micro_batches=2, coarsening=2, stacked=stacked)
+        handle = parallelize(convert_to_ode(model.double().eval()), config)
+        handle.train_step(inputs)
+        assert handle.report().stacked is stacked
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    norm = sum(float(g.norm()) ** 2 for g in found[0].values()) ** 0.5
+    assert max(float((found[1][n] - g).norm()) for n, g in found[0].items()) < 1e-10 * norm
+
+
 def test_side_arguments_shared_and_of_their_own():
     layers = blocks(9)
     shared = state(batch=1, seed=9).detach()
-    assert_equal(both(layers, mgrit(), lambda ls, x, s: solve(ls, x, s, shared))[0])
     own = [state(seed=n).detach() for n in range(9)]
-
-    def with_own(layers, x, solver):
-        return solver([Call(layer, (side,)) for layer, side in zip(layers, own, strict=True)], x)
-
-    for micro_batches in (1, 2):
-        results, reports, _ = both(layers, mgrit(micro_batches=micro_batches), with_own)
-        assert_equal(results)
-        assert reports == [True, True]
+    for side in (shared, own):
+        for micro_batches in (1, 2):
+            assert_stacked(both(layers, mgrit(micro_batches=micro_batches), side=side))
 
 
 def test_frozen_layers():
@@ -146,23 +153,23 @@ def test_frozen_layers():
     for n in (0, 4, 7):
         layers[n].requires_grad_(False)
     layers[3].inner.weight.requires_grad_(False)
-    results, reports, _ = both(layers, mgrit(coarse_operator="aggregate"))
-    assert_equal(results)
-    assert reports == [True, True]
+    assert_stacked(both(layers, mgrit(coarse_operator="aggregate")))
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_two_backwards_and_recomputation(recompute):
-    layers, x = blocks(9), state()
-    config = mgrit(coarse_operator="aggregate", forward_iterations=2, stacked=True)
-    loss = loss_of(solve(layers, x, engine(config, 9, recompute=recompute)))
-    inputs = [x, *layers.parameters()]
-    first = torch.autograd.grad(loss, inputs, retain_graph=True)
-    second = torch.autograd.grad(loss, inputs)
-    plain = solve(layers, x, engine(dataclasses.replace(config, stacked=False), 9, recompute=recompute))
-    expected = torch.autograd.grad(loss_of(plain), inputs)
-    assert_equal([first, second])
-    assert_equal([expected, first])
+def test_gradients_are_added_to_what_is_there():
+    layers, x, device = blocks(9), state(), OneDevice()
+    config = mgrit(coarse_operator="aggregate", stacked=True)
+    once = {k: t.clone() for k, t in gradients_of(config, layers, x, device=device).results.items()}
+    twice = gradients_of(config, layers, x, device=device, added=True).results
+    assert_same(twice, {name: t if name == "y" else t + t for name, t in once.items()}, 1e-14)
+
+
+@pytest.mark.parametrize("settings", [{"forward_iterations": 2}, {"micro_batches": 2, "coarse_operator": "identity"}])
+def test_recomputation(settings):
+    layers, config = blocks(9), mgrit(**settings)
+    assert_stacked(both(layers, config, recompute=True))
+    kept, recomputed = (both(layers, config, recompute=r)[0][1] for r in (False, True))
+    assert_equal((kept, recomputed))
 
 
 def test_a_step_needs_few_evaluations():
@@ -175,76 +182,81 @@ def test_a_step_needs_few_evaluations():
             return super().forward(x)
 
     torch.manual_seed(0)
-    layers, x = nn.ModuleList(Counted(6, 0.25) for _ in range(16)).to(F64), state()
-    solver = engine(mgrit(coarse_operator="aggregate", coarsening=4, stacked=True), 16)
-    solve(layers, x, solver)  # with the trial
+    layers, x, device = nn.ModuleList(Counted(6, 0.25) for _ in range(16)).to(F64), state(), OneDevice()
+    config = mgrit(coarse_operator="aggregate", coarsening=4, stacked=True)
+    gradients_of(config, layers, x, device=device)  # with the trial
     calls.clear()
-    y = solve(layers, x, solver)
-    assert len(calls) == 3 + 4  # coarse steps, places
-    calls.clear()
-    gradients(y, [x, *layers.parameters()])
-    assert len(calls) == 3  # coarse vjps evaluate other sets of layers than the last relaxation
+    gradients_of(config, layers, x, device=device)
+    # coarse steps, places, and coarse vjps, which evaluate other sets of layers than the last relaxation
+    assert len(calls) == 3 + 4 + 3
 
 
 def test_gradients_are_handed_over_not_copied():
-    """As many copies between solver and `.grad` as there are waves, not layers."""
-    layers, x = blocks(12), state()
-    solver = engine(mgrit(coarse_operator="identity", stacked=True), 12)
-    loss_of(solve(layers, x, solver)).backward()
-    layers.zero_grad()
-    loss = loss_of(solve(layers, x, solver))
+    """As many copies between layers and `.grad` as there are waves, not layers."""
+    layers, x, device = blocks(12), state().detach(), OneDevice()
+    config = mgrit(coarse_operator="identity", stacked=True)
+    gradients_of(config, layers, x, device=device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        loss.backward()
+        gradients_of(config, layers, x, device=device)
     assert sum(e.count for e in profile.key_averages() if e.key == "aten::clone") <= 3 * 4
     assert all(p.grad.is_contiguous() for p in layers.parameters())
 
 
 def test_autocast_and_bfloat16():
     """Both round alike; a matrix product and its bias are rounded once or twice."""
-
-    def under_autocast(layers, x, solver):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return solve(layers, x, solver)
-
     x = state().detach().float().requires_grad_()
     layers = blocks(9).float()
-    results, reports, _ = both(layers, mgrit(), under_autocast, x)
-    assert reports == [True, True]
-    assert [t.dtype for t in results[1]] == [t.dtype for t in results[0]]
-    assert_equal(results, 0.03)
-    full = both(layers, mgrit(), x=x)[0][0]
-    errors = [max(relative(a, b) for a, b in zip(r, full, strict=True)) for r in results]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = both(layers, mgrit(), x)
+    assert_stacked(found, 0.03)
+    results = [solved.results for solved in found[0]]
+    assert {k: t.dtype for k, t in results[1].items()} == {k: t.dtype for k, t in results[0].items()}
+    full = gradients_of(mgrit(), layers, x).results
+    errors = [max(relative(tensor, full[name]) for name, tensor in r.items()) for r in results]
     assert errors[0] > 1e-4  # it is on
     assert errors[1] < 2 * errors[0]
-    results, reports, _ = both(blocks(9).bfloat16(), mgrit(), x=x.detach().bfloat16().requires_grad_())
-    assert reports == [True, True]
-    assert_equal(results, 0.03)
+    assert_stacked(both(blocks(9).bfloat16(), mgrit(), x.detach().bfloat16().requires_grad_()), 0.03)
 
 
 # ---- falling back
 def test_dropout_falls_back_in_training_only():
     layers = blocks(9, dropout=0.2)
     assert_fallback(both(layers.train(), mgrit()), "(Block) draw random numbers (dropout in training mode)")
-    assert both(layers.eval(), mgrit())[1:] == ([True, True], [])
-    assert both(blocks(9).train(), mgrit())[1:] == ([True, True], [])  # of probability 0
+    assert_stacked(both(layers.eval(), mgrit()))
+    assert_stacked(both(blocks(9).train(), mgrit()))  # of probability 0
 
 
-def test_one_engine_follows_the_mode_and_warns_once():
-    layers, x = blocks(9, dropout=0.2), state()
-    solver = engine(mgrit(stacked=True), 9)
+def test_one_device_follows_the_mode_and_warns_once():
+    layers, x, device = blocks(9, dropout=0.2), state(), OneDevice()
     for mode, expected, warned in ((True, False, 1), (False, True, 0), (True, False, 0)):
         layers.train(mode)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            solve(layers, x, solver)
-        assert solver.report("forward").stacked is expected
+            solved = gradients_of(mgrit(stacked=True), layers, x, seed=0, device=device)
+        assert solved.stacked == [expected, expected]
         assert len(caught) == warned
 
 
 def test_side_gradients_fall_back():
-    side = state(batch=1, seed=9)
-    found = both(blocks(9), mgrit(), lambda layers, x, solver: solve(layers, x, solver, side))
+    found = both(blocks(9), mgrit(), side=state(batch=1, seed=9))
     assert_fallback(found, "layer arguments require grad")
+
+
+def test_a_model_whose_layers_can_not_be_stacked_warns_and_trains():
+    """T5's position biases are sides."""
+    found = []
+    for stacked in (False, True):
+        model, inputs = build("t5")
+        handle = parallelize(convert_to_ode(model.double().eval()), mgrit(coarsening=2, stacked=stacked))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            handle.train_step(inputs)
+            handle.train_step(inputs)
+        said = [str(w.message) for w in caught if "stacked=True" in str(w.message)]
+        assert len(said) == stacked
+        assert not handle.report().stacked
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert_same(found[1], found[0])
 
 
 def test_unlike_layers_fall_back():
@@ -274,10 +286,7 @@ def test_unlike_layers_fall_back():
 def test_unlike_layers_are_left_alone_among_others():
     layers = blocks(9)
     layers[4] = nn.Sequential(Block(6, 0.5).to(F64))
-    results, reports, said = both(layers, mgrit(coarse_operator="aggregate", forward_iterations=2))
-    assert_equal(results)
-    assert reports == [True, True]
-    assert not said
+    assert_stacked(both(layers, mgrit(coarse_operator="aggregate", forward_iterations=2)))
 
 
 class Numbered(Block):
@@ -299,8 +308,7 @@ def test_a_layers_number_may_differ_but_not_matter(used):
     if used:
         assert_fallback(found, "no attribute 'layer_idx'")
     else:
-        assert_equal(found[0])
-        assert found[1:] == ([True, True], [])
+        assert_stacked(found)
     assert [layer.layer_idx for layer in layers] == list(range(9))
 
 
@@ -342,16 +350,18 @@ def test_operations_without_batching_rule_fall_back():
 
 
 def test_changed_layers_are_looked_at_again():
-    layers, x = blocks(9), state()
-    solver = engine(mgrit(stacked=True), 9)
-    solve(layers, x, solver)
+    layers, x, device = blocks(9), state(), OneDevice()
+
+    def changed():
+        solved = gradients_of(mgrit(stacked=True), layers, x, device=device)
+        assert_same(solved.results, gradients_of(mgrit(), layers, x).results, 1e-12)
+        return sum(task.wave >= 0 for task in solved.plan.tasks)
+
+    alike = changed()
     layers[4].outer.register_forward_hook(lambda module, args, output: 2 * output)
-    y = solve(layers, x, solver)
-    assert relative(y, solve(layers, x, engine(mgrit(), 9))) < 1e-12
-    copied = copy.deepcopy(layers[4].inner)
-    layers[4].inner = nn.Sequential(copied)
-    y = solve(layers, x, solver)
-    assert relative(y, solve(layers, x, engine(mgrit(), 9))) < 1e-12
+    assert 0 < changed() < alike
+    layers[5].inner = nn.Sequential(copy.deepcopy(layers[5].inner))
+    assert 0 < changed() < alike
 
 
 def refusals():

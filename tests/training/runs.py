@@ -95,14 +95,16 @@ def digest(state_dict: dict[str, torch.Tensor]) -> str:
 
 
 def outcome(run: LayerParallelTrainer) -> dict[str, Any]:
-    """What a run left: logs, the hash of the full weights (lp rank 0) and counts."""
-    full, owner_of = run.layer_parallel.state_dict(), run.layer_parallel.owner_of
+    """What a run left: logs, the hash of the full weights (lp rank 0) and of what several lp ranks hold, and counts."""
+    handle = run.layer_parallel
+    full = handle.state_dict()
+    copies = {p.names[0]: p.value.detach() for p in handle.ends if p.value is not None and len(p.holders) > 1}
     logs = [entry for entry in run.state.log_history if "loss" in entry]
     return {
         "losses": [entry["loss"] for entry in logs],
         "norms": [entry["grad_norm"] for entry in logs],
         "weights": digest(full) if full else None,
-        "ends": digest({name: p.detach() for name, p in run.model.named_parameters() if name not in owner_of}),
+        "copies": digest(copies) if copies else None,
         "largest": {name: t.double().abs().max().item() for name, t in full.items()},
         "tokens": run.state.num_input_tokens_seen,
         "flops": run.state.total_flos,

@@ -99,19 +99,6 @@ def resume_with_a_tensor_lost(checkpoint: str, settings: dict[str, Any]) -> str:
     return "no error"
 
 
-def resume_with_fits_lost(checkpoint: str, settings: dict[str, Any]) -> str:
-    """The error of resuming without the running fits of lp rank 0 of dp rank 0 and 1."""
-    run = trainer(checkpoint, "llama", settings)
-    run.mesh.barrier()
-    (Path(checkpoint) / f"coarse_fits-{run.mesh.dp_rank:05d}-00000-of-00002.pt").unlink()
-    run.mesh.barrier()
-    try:
-        run.train(resume_from_checkpoint=checkpoint)
-    except CheckpointError as error:
-        return str(error)
-    return "no error"
-
-
 def train_for_the_best(output_dir: str, settings: dict[str, Any]) -> dict[str, Any]:
     hashes: list[str | None] = []
 
@@ -294,17 +281,6 @@ def train_on_streams(output_dir: str, settings: dict[str, Any]) -> dict[str, Any
     return {"labels": run.predict(Stream(13)).label_ids.tolist(), "weights": outcome(run)["weights"]}
 
 
-def train_with_unequal_kernels(output_dir: str, average_ends: bool) -> dict[str, Any]:
-    """Gradients of the ends that differ a little between the lp ranks, as on accelerators."""
-    run = trainer(output_dir, "llama", {"lp_size": 2})
-    run.average_ends = average_ends
-    for name, parameter in run.model.named_parameters():
-        if name not in run.layer_parallel.owner_of:
-            parameter.register_hook(lambda grad: grad * (1 + 1e-4 * run.mesh.lp_rank))
-    run.train()
-    return outcome(run)
-
-
 def second_trainer(output_dir: str) -> tuple[str, str]:
     """(strategy of the model after a second trainer took it over, error of a third one with another lp size)."""
     first = trainer(output_dir, "llama", {"lp_size": 2})
@@ -331,7 +307,7 @@ class Death(hf.TrainerCallback):
 
 
 class DiesInStep(LayerParallelTrainer):
-    """lp rank 1 dies between the forward and the backward of step 2."""
+    """lp rank 1 dies in step 2, when it has the loss and the others wait for its adjoint."""
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         loss = super().compute_loss(*args, **kwargs)

@@ -31,47 +31,45 @@ def test_every_setting_is_an_argument_with_the_same_default() -> None:
 
 def test_command_line() -> None:
     words = (
-        "--use_cpu --strategy mgrit --levels 3 --coarsening 4 2 --relaxation FCF --forward_iterations 2 "
-        "--backward_iterations 0 --coarse_operator identity --damping 0.25 --micro_batches 2 --sliced_ends"
+        "--use_cpu --strategy mgrit --coarsening 4 2 --relaxation FCF --forward_iterations 2 --backward_iterations 0 "
+        "--coarse_operator identity --micro_batches 2 --schedule zb_h1 --ends spread"
     )
     assert parse(*shlex.split(words)).layer_parallel_config == LayerParallelConfig(
         strategy="mgrit",
-        levels=3,
         coarsening=(4, 2),
         relaxation="FCF",
         forward_iterations=2,
         backward_iterations=0,
         coarse_operator="identity",
-        damping=0.25,
         micro_batches=2,
-        sliced_ends=True,
+        schedule="zb_h1",
+        ends="spread",
     )
     assert parse("--use_cpu", "--coarsening", "8").layer_parallel_config.coarsening == 8
 
 
 def test_yaml(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("output_dir: out\nuse_cpu: true\nlp_size: 1\nstrategy: mgrit\ncoarsening: 3\ndamping: 0.5\n")
+    file.write_text("output_dir: out\nuse_cpu: true\nlp_size: 1\nstrategy: mgrit\ncoarsening: [3, 2]\n")
     parser = hf.HfArgumentParser(LayerParallelTrainingArguments)  # type: ignore[arg-type]
     (args,) = parser.parse_yaml_file(str(file))
-    assert args.layer_parallel_config == LayerParallelConfig(strategy="mgrit", coarsening=3, damping=0.5)
+    assert args.layer_parallel_config == LayerParallelConfig(strategy="mgrit", coarsening=(3, 2))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"strategy": "gpipe"}, "strategy='gpipe'"),
-        ({"levels": 3, "coarsening": [4]}, None),
-        ({"levels": 2, "coarsening": [4, 2]}, "2 factors for levels=2"),
-        ({"damping": 1.0}, "damping=1.0"),
+        ({"strategy": "serial"}, "strategy='serial'"),
+        ({"schedule": "2f2b"}, "schedule='2f2b'"),
+        ({"ends": "all"}, "ends='all'"),
+        ({"coarse_operator": "mean", "strategy": "mgrit"}, "coarse_operator='mean'"),
+        ({"coarsening": [4, 1]}, "coarsening=1"),
         ({"lp_size": 2}, "1 processes can't be split into groups of lp_size=2; use lp_size in \\[1\\] or start 2"),
         ({"lp_size": 0}, "lp_size=0 must be"),
     ],
 )
-def test_values_are_checked(settings: dict, message: str | None, tmp_path: Path) -> None:
-    if message is None:
-        assert runs.arguments(str(tmp_path), **settings).layer_parallel_config.factors == (4, 4)
-        return
+def test_values_are_checked(settings: dict, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=message):
         runs.arguments(str(tmp_path), **settings)
 
@@ -97,7 +95,6 @@ def test_more_lp_ranks_than_layers(ranks3: RankPool) -> None:
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint"),
         ({"fp16": True}, "fp16"),
-        ({"sliced_ends": True, "label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 with sliced_ends"),
     ],
 )
 def test_refused_arguments(settings: dict, name: str, tmp_path: Path) -> None:
@@ -132,12 +129,6 @@ def test_refused_between_ranks(ranks2: RankPool) -> None:
     for settings, name in refused:
         assert all(name in m for m in ranks2.run(scenarios.construction_error, settings | {"lp_size": 2}))
     assert all("optimizer_cls_and_kwargs" in m for m in ranks2.run(scenarios.own_optimizer_error))
-
-
-def test_loss_function_with_sliced_ends_is_refused(tmp_path: Path) -> None:
-    args = runs.arguments(str(tmp_path), sliced_ends=True)
-    with pytest.raises(ConfigurationError, match="compute_loss_func with sliced_ends=True"):
-        LayerParallelTrainer(runs.build("llama"), args, compute_loss_func=lambda *given, **counts: None)
 
 
 def test_plain_arguments_and_unknown_models_are_refused(tmp_path: Path) -> None:

@@ -9,12 +9,13 @@ from tests.training import scenarios
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_collators_that_differ_by_process(workers: int, ranks2: RankPool, tmp_path) -> None:
-    settings = {"lp_size": 2, "dataloader_num_workers": workers}
-    first, second = ranks2.run(scenarios.train_with_rank_collator, str(tmp_path), settings)
-    assert first["ends"] == second["ends"]
-    assert first["eval_loss"] == second["eval_loss"]
-    assert first["stream"] == second["stream"]
+def test_collators_that_differ_by_process(workers: int, ranks1: RankPool, ranks2: RankPool, tmp_path) -> None:
+    settings = {"dataloader_num_workers": workers}
+    alone = ranks1.run(scenarios.train_with_rank_collator, str(tmp_path), settings)[0]
+    first, second = ranks2.run(scenarios.train_with_rank_collator, str(tmp_path), settings | {"lp_size": 2})
+    assert first["weights"] == alone["weights"]
+    assert first["eval_loss"] == second["eval_loss"] == alone["eval_loss"]
+    assert first["stream"] == second["stream"] == alone["stream"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

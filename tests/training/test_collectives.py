@@ -12,6 +12,7 @@ from transformers import BatchEncoding
 
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.run.mesh import Mesh, build_mesh, check_lp_size
+from hf_layerpar.run.sharing import share
 from hf_layerpar.training import collectives
 from tests.multiproc import RankPool
 
@@ -43,14 +44,14 @@ def test_mesh_errors(world: int, lp_size: int, message: str) -> None:
         check_lp_size(world, lp_size)
 
 
-def _shared() -> dict[str, Any]:
-    first = dist.get_rank() == 0
+def _shared(source: int) -> dict[str, Any]:
+    mine = dist.get_rank() == source
     tensor = torch.arange(6).view(2, 3).t()  # not contiguous
     batch = BatchEncoding({"input_ids": tensor, "again": tensor, "empty": torch.empty(0, 4)})
     value = [{"batch": batch, "text": "a", "flag": torch.tensor(True), "half": torch.ones(2, dtype=torch.bfloat16)}]
     group = dist.group.WORLD
     assert group is not None
-    result = collectives.share(value if first else None, group, torch.device("cpu"))[0]
+    result = share(value if mine else None, group, torch.device("cpu"), source)[0]
     got = result["batch"]
     same = got["input_ids"] is got["again"] and isinstance(got, BatchEncoding)
     ids = got["input_ids"].tolist()
@@ -64,7 +65,8 @@ def _shared() -> dict[str, Any]:
     }
 
 
-def test_share(ranks3: RankPool) -> None:
+@pytest.mark.parametrize("source", [0, 2])
+def test_share(source: int, ranks3: RankPool) -> None:
     expected = {
         "ids": [[0, 3], [1, 4], [2, 5]],
         "same": True,
@@ -73,7 +75,7 @@ def test_share(ranks3: RankPool) -> None:
         "half": "torch.bfloat16",
         "empty": (0, 4),
     }
-    assert ranks3.run(_shared) == [expected] * 3
+    assert ranks3.run(_shared, source) == [expected] * 3
 
 
 def _averaged() -> tuple[list[Any], int]:

@@ -30,29 +30,6 @@ def test_resume_at_another_lp_size(
         assert again["losses"] == pytest.approx(whole["losses"], abs=1e-7)
 
 
-@pytest.mark.parametrize("operator", ["mean", "linear"])
-def test_running_fits_go_on(operator: str, ranks2: RankPool, ranks4: RankPool, tmp_path: Path) -> None:
-    """Two dp ranks, each with fits of its own; from one lp rank to two and back."""
-    fitted = {"strategy": "mgrit", "coarsening": 2, "coarse_operator": operator}
-    settings = SAVING | fitted | {"save_steps": 3}
-    one, two = str(tmp_path / "one"), str(tmp_path / "two")
-    whole = ranks2.run(runs.train, one, "llama", settings)[0]
-    assert ranks4.run(runs.train, two, "llama", settings | {"lp_size": 2})[0]["weights"] == whole["weights"]
-    parts = {f"coarse_fits-0000{dp}-0000{lp}-of-00002.pt" for dp in (0, 1) for lp in (0, 1)}
-    assert parts <= set(os.listdir(tmp_path / "two" / "checkpoint-3"))
-    settings |= {"save_strategy": "no"}
-    for pool, lp_size, source in ((ranks4, 2, one), (ranks2, 1, two)):
-        at = {"lp_size": lp_size}
-        again = pool.run(runs.train, str(tmp_path / "b"), "llama", settings | at, f"{source}/checkpoint-3")[0]
-        assert again["weights"] == whole["weights"]
-    message = ranks2.run(scenarios.resume_with_fits_lost, f"{two}/checkpoint-3", settings)
-    assert all("coarse_fits" in text and "of lp ranks [1] of 2" in text for text in message)
-    for dp in (0, 1):
-        os.remove(tmp_path / "two" / "checkpoint-3" / f"coarse_fits-0000{dp}-00001-of-00002.pt")
-    anew = ranks2.run(runs.train, str(tmp_path / "c"), "llama", settings, f"{two}/checkpoint-3")[0]
-    assert anew["weights"] != whole["weights"]  # the fits do matter
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("strategy", "accumulation"), [("random", 1), ("random", 2), ("group_by_length", 1)])
 def test_resume_inside_a_later_epoch_with_random_data(
