@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.phases import ModelPhases, Reached, autocast_of
-from hf_layerpar.ode.rehearsal import Player, Rehearsed, batch_rows, cut_rows, rehearse, signature_of
+from hf_layerpar.ode.rehearsal import Player, Rehearsed, batch_rows, check_parts, cut_rows, rehearse, signature_of
 from hf_layerpar.ode.stack import ModelForward, RecordedCall
 from hf_layerpar.plan.ladder import exact_settings
 from hf_layerpar.plan.step import Anatomy, build_step
@@ -71,51 +72,65 @@ class Calls:
         )
         if not grad:
             config = exact_settings(config)
-            parts = self._parts(config, batch, rows, rehearsed, forward)
+            parts = self._parts(config, batch, rows, rehearsed)
             if parts is not None:
-                return self._in_parts(config, parts, rehearsed, forward, seed)
+                return self._in_parts(config, batch, rows, parts, rehearsed, forward, seed)
         config = dataclasses.replace(config, micro_batches=1, ends="first_last", stacked=False)
         return _Call(stepper, config, rehearsed, seed, rows, grad).run(forward, args, kwargs)
 
     def _rehearse(self, forward: ModelForward, batch: Any, rows: int) -> Rehearsed:
+        """What is known of such a call; a loss that can't be put together from parts has no terms in it."""
         model = forward.model
         key = (id(model), signature_of(batch, rows), model.training, torch.is_grad_enabled())
         found = self._rehearsed.get(key)
         if found is None:
             grad, stepper = torch.is_grad_enabled(), self.stepper
             found = rehearse(_runs(forward), batch, stepper.stacks, stepper.ends, loss=False, trains=grad)
+            if found.terms is not None and not grad and rows > 1:
+                try:
+                    first = cut_rows(batch, rows, 2)[0]
+                    part = rehearse(_runs(forward), first, stepper.stacks, stepper.ends, loss=False, trains=False)
+                    check_parts(found, part, "micro_batches")
+                except ConfigurationError:
+                    found = dataclasses.replace(found, terms=None)
             self._rehearsed[key] = found = dataclasses.replace(found, output=tree_map(_kind_of, found.output))
         return found
 
     # ---- without gradient, in micro-batches
-    def _parts(
-        self, config: LayerParallelConfig, batch: Any, rows: int, rehearsed: Rehearsed, forward: ModelForward
-    ) -> list[Any] | None:
-        """The batch's micro-batches, where its output is made of rows."""
+    def _parts(self, config: LayerParallelConfig, batch: Any, rows: int, rehearsed: Rehearsed) -> list[Any] | None:
+        """The batch's micro-batches, where its output is made of rows and perhaps a loss of known terms."""
         pieces = min(config.micro_batches, rows)
         caching = any(isinstance(leaf, Cache) for leaf in tree_leaves(batch))
         tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
         if pieces < 2 or caching or any(len(t) not in (1, rows) for t in tensors):
             return None
         outputs = [leaf for leaf in tree_leaves(rehearsed.output) if isinstance(leaf, torch.Size)]
-        if not all(len(size) > 0 for size in outputs):  # a loss is no mean of its parts' losses
+        scalars = sum(len(size) == 0 for size in outputs)
+        if scalars > (rehearsed.terms is not None):
             return None
         return cut_rows(batch, rows, pieces)
 
     def _in_parts(
         self,
         config: LayerParallelConfig,
+        batch: Any,
+        rows: int,
         parts: list[Any],
         rehearsed: Rehearsed,
         forward: ModelForward,
         seed: int | None,
     ) -> Any:
-        stepper = self.stepper
-        rows = [batch_rows(part) for part in parts]
+        stepper, pieces = self.stepper, len(parts)
+        terms = rehearsed.terms
+        if terms is not None and any(term.count is not None for term in terms):  # this batch's counts
+            with kept_streams(stepper.device):
+                whole = rehearse(_runs(forward), batch, stepper.stacks, stepper.ends, loss=False, trains=False)
+            terms = whole.terms
+        counts = [rows * (m + 1) // pieces - rows * m // pieces for m in range(pieces)]
         anatomy = stepper.anatomy(rehearsed)
         plan = build_step(config, anatomy, stepper.transport.size, len(parts), trains=False)
         phases = ModelPhases(
-            _runs(forward), parts, rows, stepper.stacks, stepper.ends, rehearsed, Entry, terms=None, trains=False
+            _runs(forward), parts, counts, stepper.stacks, stepper.ends, rehearsed, Entry, terms=terms, trains=False
         )
         with kept_streams(stepper.device):
             part = RankPart.of(plan, stepper.transport.rank)
@@ -321,9 +336,16 @@ def _detached(leaf: Any) -> Any:
 
 
 def _joined(outputs: Sequence[Any]) -> Any:
-    """Outputs of micro-batches as one: rows behind each other."""
+    """Outputs of micro-batches as one: rows behind each other, losses added up."""
+
+    def join(column: Sequence[Any]) -> Any:
+        first = column[0]
+        if not isinstance(first, Tensor):
+            return first
+        return torch.cat(list(column)) if first.ndim else torch.stack(list(column)).sum()
+
     columns = zip(*(tree_flatten(output)[0] for output in outputs), strict=True)
-    leaves = [torch.cat(c) if isinstance(c[0], Tensor) else c[0] for c in columns]
+    leaves = [join(column) for column in columns]
     return tree_unflatten(leaves, tree_flatten(outputs[0])[1])
 
 
@@ -358,5 +380,3 @@ def _with_own_cache(output: Any, cache: Cache | None) -> Any:
     if isinstance(output, tuple | list):
         return type(output)(_with_own_cache(v, cache) for v in output)
     return output
-
-

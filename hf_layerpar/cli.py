@@ -14,12 +14,15 @@ from typing import get_args
 
 from hf_layerpar.cli_check import add_check
 from hf_layerpar.cli_convert import add_convert
-from hf_layerpar.config import LayerParallelConfig, OdeSettings, Operator, Relaxation, Strategy
+from hf_layerpar.config import Ends, LayerParallelConfig, OdeSettings, Relaxation, Strategy
 from hf_layerpar.errors import ConfigurationError, LayerParallelError
-from hf_layerpar.plan.ownership import contiguous_owner, interleaved_owner
+from hf_layerpar.plan.costs import Costs
+from hf_layerpar.plan.operators import OPERATORS
+from hf_layerpar.plan.ownership import INTERLEAVED, contiguous_owner, interleaved_owner, two_blocks_owner
 from hf_layerpar.plan.planner import Accuracy, Choice, plan_step, predict_step
-from hf_layerpar.plan.simulate import Costs, StepTimeline
-from hf_layerpar.plan.strategies import interval_points
+from hf_layerpar.plan.schedules import SCHEDULES
+from hf_layerpar.plan.simulate import Timeline
+from hf_layerpar.plan.step import check_config, interval_points
 from hf_layerpar.report.command import add_report
 from hf_layerpar.report.timeline import as_text, draw
 
@@ -46,28 +49,33 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         help="time line, idle share, traffic and memory of one training step",
         description="Predicts one training step (forward and backward) of a layer stack over the lp ranks. A layer "
-        "forward, an input-vjp and a weight-vjp of the whole batch take 1 unless --cost says otherwise.",
+        "forward, an input-vjp and a weight-vjp of the whole batch take 1, and the model's ends nothing, unless --cost "
+        "says otherwise.",
     )
     plan.set_defaults(run=_plan)
     plan.add_argument("--layers", type=_positive, required=True, help="layers of the stack, buffers included")
     plan.add_argument("--ranks", type=_positive, required=True, help="lp ranks")
     default = LayerParallelConfig()
     plan.add_argument("--strategy", choices=get_args(Strategy), default=default.strategy)
-    plan.add_argument("--levels", type=int, default=default.levels)
+    plan.add_argument("--schedule", default=default.schedule, help=f"of a pipeline: {', '.join(SCHEDULES)}")
+    plan.add_argument("--ends", choices=get_args(Ends), default=default.ends, help="ranks that compute head and loss")
     plan.add_argument("--coarsening", type=int, nargs="+", default=[default.coarsening], metavar="C")
     plan.add_argument("--relaxation", choices=get_args(Relaxation), default=default.relaxation)
     plan.add_argument("--forward-iterations", type=int, default=default.forward_iterations)
     plan.add_argument("--backward-iterations", type=int, default=default.backward_iterations)
-    plan.add_argument("--coarse-operator", choices=get_args(Operator), default=default.coarse_operator)
-    plan.add_argument("--damping", type=float, default=default.damping)
+    plan.add_argument("--coarse-operator", default=default.coarse_operator, help=f"one of {', '.join(OPERATORS)}")
     plan.add_argument("--micro-batches", type=int, default=default.micro_batches)
     plan.add_argument("--buffers", type=int, nargs=2, default=(0, 0), metavar=("OPEN", "CLOSE"))
     owner = plan.add_mutually_exclusive_group()
     owner.add_argument("--split", type=int, nargs="+", metavar="LAYERS", help="layers of each rank")
-    owner.add_argument("--interleaved", action="store_true", help="each MGRIT interval dealt out to all ranks")
+    owner.add_argument(
+        "--interleaved",
+        action="store_true",
+        help="each MGRIT interval dealt out to all ranks, or two blocks of a pipeline on each",
+    )
     names = ", ".join(f.name for f in dataclasses.fields(Costs))
     plan.add_argument("--cost", action="append", default=[], metavar="NAME=VALUE", help=f"one of {names}")
-    plan.add_argument("--tasks", action="store_true", help="print the tasks of both sweeps too")
+    plan.add_argument("--tasks", action="store_true", help="print the tasks too")
     plan.add_argument("--png", type=Path, metavar="FILE", help="draw the time line (needs matplotlib)")
     plan.add_argument(
         "--choose",
@@ -98,19 +106,20 @@ def _plan(options: argparse.Namespace) -> None:
         factors = options.coarsening
         config = LayerParallelConfig(
             strategy=options.strategy,
-            levels=options.levels,
+            schedule=options.schedule,
+            ends=options.ends,
             coarsening=factors[0] if len(factors) == 1 else tuple(factors),
             relaxation=options.relaxation,
             forward_iterations=options.forward_iterations,
             backward_iterations=options.backward_iterations,
             coarse_operator=options.coarse_operator,
-            damping=options.damping,
             micro_batches=options.micro_batches,
         )
+        check_config(config, options.ranks)
         owner = _owner(options, config)
     step = predict_step(config, owner, costs, num_ranks=options.ranks, buffers=buffers)
     if options.tasks:
-        print(step.forward.plan, step.backward.plan, sep="\n")
+        print(step.plan)
     print(as_text(step))
     print(summary(step))
     if options.png:
@@ -118,17 +127,17 @@ def _plan(options: argparse.Namespace) -> None:
         print(f"drawn to {options.png}")
 
 
-def summary(step: StepTimeline) -> str:
+def summary(step: Timeline) -> str:
     """Time, idle share, traffic and memory of a step, a line each."""
-    idle, peaks, costs = step.idle_shares, step.peaks, step.forward.costs
+    idle, peaks = step.idle_shares, step.peaks
     most = max(range(len(peaks)), key=lambda r: (peaks[r].bytes, peaks[r].graphs, peaks[r].states))
-    messages = sum(len(sweep.plan.messages()) for sweep in (step.forward, step.backward))
     memory = f"memory  rank {most} holds {peaks[most].graphs} layer graphs and {peaks[most].states} states"
+    moved = f", {step.bytes_moved:.4g} bytes" if step.costs.state_bytes else ""
     lines = [
-        f"time    {step.makespan:.4g}: forward {step.forward.makespan:.4g}, backward {step.backward.makespan:.4g}",
-        f"serial  {step.serial:.4g} on one rank; predicted share of serial {step.share:.3f} ({1 / step.share:.2f}x)",
+        f"time    {step.makespan:.4g}, on one rank {step.serial:.4g}; predicted share of serial {step.share:.3f} "
+        f"({1 / step.share:.2f}x)",
         f"idle    {100 * step.idle_share:.1f} % of rank time (ranks {100 * min(idle):.1f} to {100 * max(idle):.1f} %)",
-        f"traffic {messages} messages" + (f", {step.bytes_moved:.4g} bytes" if costs.state_bytes else ""),
+        f"traffic {len(step.plan.messages)} messages{moved}",
         f"{memory} (of a micro-batch) at most" + (f", {peaks[most].bytes:.4g} bytes" if peaks[most].bytes else ""),
     ]
     return "\n".join(lines)
@@ -155,10 +164,12 @@ def _owner(options: argparse.Namespace, config: LayerParallelConfig) -> Sequence
     """As `parallelize` shares the layers out, or as asked for."""
     layers, ranks, buffers = options.layers, options.ranks, tuple(options.buffers)
     points = interval_points(config, layers, buffers)
-    if options.interleaved:
-        if not points:
-            raise ConfigurationError(f"--interleaved needs the intervals of --strategy mgrit, not {config.strategy}")
+    if points and options.interleaved:
         return interleaved_owner(layers, ranks, points, buffers)
+    if not points and not options.split and ranks > 1:
+        placement = INTERLEAVED if options.interleaved else getattr(SCHEDULES[config.schedule], "placement", "blocks")
+        if placement != "blocks":
+            return two_blocks_owner(layers, ranks, placement)
     return contiguous_owner(layers, ranks, boundaries=points, split=options.split)
 
 
@@ -185,12 +196,14 @@ def _layout(choice: Choice) -> str:
 
 def _title(config: LayerParallelConfig) -> str:
     pieces = f"{config.micro_batches} micro-batch{'es' if config.micro_batches > 1 else ''}"
+    spread = ", spread ends" if config.ends == "spread" else ""
     if config.strategy != "mgrit":
-        return f"{config.strategy}, {pieces}"
+        schedule = "" if config.schedule == LayerParallelConfig().schedule else f" {config.schedule}"
+        return f"{config.strategy}{schedule}, {pieces}{spread}"
     factors = ",".join(map(str, config.factors))
     return (
         f"mgrit {config.coarse_operator} {config.forward_iterations}/{config.backward_iterations}, c={factors}"
-        f"{', FCF' if config.relaxation == 'FCF' else ''}, {pieces}"
+        f"{', FCF' if config.relaxation == 'FCF' else ''}, {pieces}{spread}"
     )
 
 

@@ -22,7 +22,7 @@ from hf_layerpar.run.layers import kept_streams
 
 
 def place_ends(
-    model: nn.Module,
+    found: Rehearsed | None,
     stacks: Sequence[LayerStack],
     owners: Sequence[tuple[int, ...]],
     ends: Ends,
@@ -30,11 +30,8 @@ def place_ends(
     spread: bool,
     num_ranks: int,
 ) -> None:
-    """Sets `holders` and `is_shared` of the end parameters. spread: every rank holds what the tail uses.
-
-    Warns where the model's forward could not be played through: then the ranks of all phases hold all of the ends.
-    """
-    found = _played(model, stacks, ends)
+    """Sets `holders` and `is_shared` of the end parameters. found: what `played` found; without it the ranks of all
+    phases hold all of the ends. spread: every rank holds what the tail uses."""
     stack_order = range(len(stacks)) if found is None else found.stacks
     ranks = [*(owners[s][0] for s in stack_order), owners[stack_order[-1]][-1]]
     everyone = tuple(range(num_ranks))
@@ -46,7 +43,16 @@ def place_ends(
         p.is_shared = len(phases) != 1 or len(p.holders) > 1
 
 
-def _played(model: nn.Module, stacks: Sequence[LayerStack], ends: Ends) -> Rehearsed | None:
+def tail_in_layers(found: Rehearsed | None, stacks: Sequence[LayerStack]) -> float:
+    """What head and loss cost in layers, by numbers of parameters: each is used about once a token."""
+    if found is None:
+        return 0.0
+    layer = sum(p.numel() for p in stacks[found.stacks[-1]].layers[0].parameters())
+    return sum(p.shape.numel() for p in found.uses[-1]) / layer if layer else 0.0
+
+
+def played(model: nn.Module, stacks: Sequence[LayerStack], ends: Ends) -> Rehearsed | None:
+    """The rehearsal of a forward on a small input; None, with a warning, where the model takes another one."""
     was_training = model.training
     try:
         with kept_streams(next(model.parameters()).device):

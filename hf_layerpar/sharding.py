@@ -21,9 +21,16 @@ from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.ode.ends import Ends
 from hf_layerpar.ode.pushing import ModelPush
 from hf_layerpar.ode.stack import LayerStack, intercept_root
-from hf_layerpar.placing import place_ends
+from hf_layerpar.placing import place_ends, played, tail_in_layers
 from hf_layerpar.plan.ladder import StackShape, exact_settings
-from hf_layerpar.plan.ownership import INTERLEAVED, V, contiguous_owner, interleaved_owner, two_blocks_owner
+from hf_layerpar.plan.ownership import (
+    INTERLEAVED,
+    V,
+    balanced_split,
+    contiguous_owner,
+    interleaved_owner,
+    two_blocks_owner,
+)
 from hf_layerpar.plan.schedules import SCHEDULES
 from hf_layerpar.plan.step import check_config, inner_grid, interval_points
 from hf_layerpar.run.first_rank import on_first_rank
@@ -51,8 +58,10 @@ def parallelize(
         model: a model from `convert_to_ode`, on its device.
         config: how the layers are solved; the exact pipeline by default. `LayerParallel.config` changes it later.
         group: the lp ranks. None: the default process group if one is initialised, else this process alone.
-        split: number of layers of each lp rank, the same for every stack; as even as possible by default. "interleaved"
-            deals each MGRIT interval out to all ranks, for the `aggregate` operator with `coarsening` = lp size.
+        split: number of layers of each lp rank, the same for every stack. By default as the schedule wants it, or
+            blocks as even as possible (fewer layers beside a head that costs as much as some). "interleaved": MGRIT
+            intervals dealt out to all ranks, for the `aggregate` operator with `coarsening` = lp size; of a pipeline
+            two blocks a rank. "v": two blocks a rank, there and back.
 
     Raises:
         UnsupportedModelError: the model isn't converted, or is parallelized already.
@@ -109,7 +118,14 @@ class LayerParallel:
         self._instead: LayerParallelConfig | None = None
         self.stacks = tuple(stacks)
         check_config(config, transport.size)
-        owners = [self._owner(config, stack, transport.size, split) for stack in stacks]
+        self.ends = Ends(model, stacks, transport.size)
+        found = played(model, self.stacks, self.ends)
+        last = found.stacks[-1] if found is not None else len(self.stacks) - 1
+        tail = tail_in_layers(found, self.stacks)
+        owners = [
+            self._owner(config, stack, transport.size, split, tail if i == last and config.ends != "spread" else 0.0)
+            for i, stack in enumerate(stacks)
+        ]
         for stack in stacks:
             self._check_grid(config, stack)
         state = {
@@ -136,8 +152,7 @@ class LayerParallel:
                     dense = tensor.data.contiguous()
                     transport.broadcast(dense, 0)
                     tensor.data.copy_(dense)
-        self.ends = Ends(model, stacks, transport.size)
-        place_ends(model, self.stacks, owners, self.ends, spread=config.ends == "spread", num_ranks=transport.size)
+        place_ends(found, self.stacks, owners, self.ends, spread=config.ends == "spread", num_ranks=transport.size)
         self.owner_of: dict[str, int] = {}
         self._place_layers(owners, {id(tensor): name for name, tensor in state.items()})
         self._drop_ends()
@@ -335,14 +350,21 @@ class LayerParallel:
     # ---- inside
     @staticmethod
     def _owner(
-        config: LayerParallelConfig, stack: LayerStack, num_ranks: int, split: Sequence[int] | str | None
+        config: LayerParallelConfig,
+        stack: LayerStack,
+        num_ranks: int,
+        split: Sequence[int] | str | None,
+        tail: float,
     ) -> tuple[int, ...]:
+        """The lp rank of every layer. tail: what head and loss cost, in layers."""
         num_layers, buffers = len(stack.layers), stack.settings.buffers
         with _naming(stack):
             boundaries = interval_points(config, num_layers, buffers)
             if split is None and config.strategy == "pipeline" and num_ranks > 1:
                 placement = getattr(SCHEDULES[config.schedule], "placement", "blocks")
                 split = None if placement == "blocks" else placement
+            if split is None and config.strategy == "pipeline" and num_ranks <= num_layers:
+                split = balanced_split(num_layers, num_ranks, 1.0, 0.0, tail)
             if isinstance(split, str) and config.strategy == "pipeline" and split in (INTERLEAVED, V):
                 return two_blocks_owner(num_layers, num_ranks, split)  # pyright: ignore[reportArgumentType]
             if isinstance(split, str):

@@ -249,9 +249,7 @@ class Stepper:
 
         return of_pass
 
-    def _agree(
-        self, batch: Any, config: LayerParallelConfig, seed: int | None, scale: float, ready: Prepared
-    ) -> None:
+    def _agree(self, batch: Any, config: LayerParallelConfig, seed: int | None, scale: float, ready: Prepared) -> None:
         tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
         self.transport.agree(
             {
@@ -265,9 +263,7 @@ class Stepper:
             self.device,
         )
 
-    def _finish(
-        self, ready: Prepared, outcome: Outcome, metrics: Mapping[tuple[int, int], Mapping[str, Any]]
-    ) -> Any:
+    def _finish(self, ready: Prepared, outcome: Outcome, metrics: Mapping[tuple[int, int], Mapping[str, Any]]) -> Any:
         """The loss, after the gradients that several phases or ranks have a part in are summed."""
         pieces, phases = ready.anatomy.tail_pieces, len(ready.anatomy.ranks)
         shared = self.ends.shared

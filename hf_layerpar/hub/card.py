@@ -12,13 +12,15 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from hf_layerpar.config import LayerParallelConfig
+
 Kind = Literal["plain", "folded", "code", "adapters"]
 
 MARK = "<!-- Written by hf_layerpar, anew at each push. Take this line out to keep what you write here. -->"
 TAGS = ("hf_layerpar", "layer-parallel", "neural-ode")
 _TEMPLATE = Path(__file__).with_name("card.md")
 _MOST_EVALUATIONS = 12
-_CHOSEN = ("coarse_operator", "coarsening", "forward_iterations", "backward_iterations", "damping")
+_CHOSEN = ("coarse_operator", "coarsening", "forward_iterations", "backward_iterations")
 """What a controller's settings say themselves."""
 _TIMING = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "jit_compilation_time")
 
@@ -122,12 +124,13 @@ def merged(made: ModelCard, there: ModelCard | None) -> ModelCard:
 def solver_facts(config: Mapping[str, Any], *, lp_size: int, **more: Any) -> dict[str, Any]:
     """`CardFacts.solver` of a `LayerParallelConfig.to_dict()`, without what had no part in the training."""
     more = {"lp_size": lp_size} | more
-    values = dict(config) | more
+    default = LayerParallelConfig().to_dict()
+    values = default | dict(config) | more
     names = ["strategy", "micro_batches"]
     if values["strategy"] == "mgrit":
-        names += ["coarse_operator", "levels", "coarsening", "relaxation", "forward_iterations", "backward_iterations"]
-        names += [name for name in ("damping",) if values.get(name)]
-    names += [name for name in ("increment_penalty", "sliced_ends", "stacked") if values.get(name)]
+        names += ["coarse_operator", "coarsening", "relaxation", "forward_iterations", "backward_iterations"]
+    unusual = ["ends", "increment_penalty", "stacked"] + ([] if values["strategy"] == "mgrit" else ["schedule"])
+    names += [name for name in unusual if values[name] != default[name]]
     return {name: values[name] for name in [*names, *more]}
 
 

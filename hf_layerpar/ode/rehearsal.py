@@ -96,8 +96,8 @@ class Player:
 def rehearse(
     closure: Closure, batch: Any, stacks: Sequence[LayerStack], ends: Ends, *, loss: bool, trains: bool = True
 ) -> Rehearsed:
-    """loss: the closure computes one; otherwise any output. trains: the forward will go backward. The random streams
-    are the caller's to keep."""
+    """loss: the closure computes one; otherwise any output, with or without a loss in it. trains: the forward will go
+    backward. The random streams are the caller's to keep."""
     found: list[tuple[int, list[list[tuple[int, int]]], set[int], set[EndParameter]]] = []
     leaves: list[Tensor] = []
     foreign: dict[int, tuple[int, ...]] = {}
@@ -131,7 +131,7 @@ def rehearse(
 
         with Player(stacks, reached).playing(trains), counting:
             output = closure(batch)
-        value, metrics = loss_and_metrics(output) if loss else (None, {})
+        value, metrics = loss_and_metrics(output) if loss else (loss_in(output), {})
         outputs = [t for t in tree_leaves(value if loss else output) if isinstance(t, Tensor) and t.requires_grad]
         of_passes, of_ends = look(outputs)
         made_of = None if value is None or not value.requires_grad else factors(value, counting)
@@ -150,6 +150,12 @@ def rehearse(
         output=output,
         metrics=tuple(sorted(metrics)),
     )
+
+
+def loss_in(output: Any) -> Tensor | None:
+    """The loss in a model's output, if there is one."""
+    value = output.get("loss") if isinstance(output, Mapping) else None
+    return value if isinstance(value, Tensor) and value.ndim == 0 else None
 
 
 def loss_and_metrics(output: Any) -> tuple[Tensor, Mapping[str, Any]]:
@@ -258,5 +264,3 @@ def _leaves_of(tensors: Iterable[Tensor]) -> list[Tensor]:
             found[id(node.variable)] = node.variable
         ahead += [below for below, _ in node.next_functions]
     return list(found.values())
-
-

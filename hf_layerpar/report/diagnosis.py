@@ -19,6 +19,7 @@ _WIDTH = 140
 """Least columns: what the tables need."""
 
 OPERATOR_COLOURS = {"rediscretize": "#2b6cb0", "aggregate": "#6b8e4e", "identity": "#c05621"}
+_OTHER_COLOUR = "#805ad5"  # of operators that users add
 ITERATION_MARKS = {(1, 1): "o", (2, 1): "s", (2, 2): "D", (0, 1): "^", (0, 2): "v"}
 
 
@@ -126,7 +127,7 @@ def draw_diagnosis(diagnosis: Diagnosis, path: Path | str) -> None:
             [prediction.share],
             [_distance(reading.cosine)],
             marker=ITERATION_MARKS[iterations],
-            color=OPERATOR_COLOURS[config.coarse_operator],
+            color=OPERATOR_COLOURS.get(config.coarse_operator, _OTHER_COLOUR),
             markersize=4 + config.factors[0] / 2,
             markeredgecolor="white",
             linestyle="none",
@@ -147,8 +148,10 @@ def draw_diagnosis(diagnosis: Diagnosis, path: Path | str) -> None:
     lower.set_xlabel(f"predicted step on {d.ranks} ranks, share of serial", fontsize=9)
     lower.set_ylabel("1 - cosine of the gradient", fontsize=9)
     lower.set_title("settings (larger mark: larger coarsening)", loc="left", fontsize=10, fontweight="bold")
-    for operator, colour in OPERATOR_COLOURS.items():
-        lower.plot([], [], marker="o", color=colour, linestyle="none", label=operator)
+    for operator in dict.fromkeys(reading.config.coarse_operator for reading in d.settings):
+        lower.plot(
+            [], [], marker="o", color=OPERATOR_COLOURS.get(operator, _OTHER_COLOUR), linestyle="none", label=operator
+        )
     for (forward, backward), mark in ITERATION_MARKS.items():
         lower.plot([], [], marker=mark, color="#718096", linestyle="none", label=f"{forward or 'exact'}/{backward}")
     lower.legend(frameon=False, fontsize=8, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -6,17 +6,22 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from hf_layerpar.plan.plan import Plan, Task
-from hf_layerpar.plan.simulate import StepTimeline
+from hf_layerpar.plan.simulate import Timeline
+from hf_layerpar.plan.tasks import Plan, Task
 from hf_layerpar.report.drawing import matplotlib_classes
 
 KINDS: dict[str, tuple[str, str]] = {
+    "front": ("E", "#2c7a7b"),
+    "middle": ("M", "#b83280"),
     "forward step": ("F", "#2b6cb0"),
     "coarse or early step": ("f", "#8ec5ee"),
+    "tail, both ways": ("T", "#d69e2e"),
     "final vjp": ("B", "#dd6b20"),
     "final vjp and weight gradients": ("X", "#9c4221"),
     "coarse or early vjp": ("b", "#fbd38d"),
     "weight gradients": ("W", "#6b8e4e"),
+    "middle backward": ("m", "#f687b3"),
+    "front backward": ("e", "#81e6d9"),
     "combine, residual": ("+", "#805ad5"),
 }
 """What a task is drawn as: its letter in text and its colour in pictures. Idle is "." and grey."""
@@ -25,29 +30,34 @@ _IDLE = "#edf0f3"
 
 
 def kind_of(task: Task, plan: Plan) -> str:
+    forward = task.direction == "forward"
     if task.kind == "weights":
         return "weight gradients"
+    if task.kind == "phase":
+        if task.place == len(plan.passes):
+            return "tail, both ways"
+        return ("middle" if task.place else "front") + ("" if forward else " backward")
     if task.kind != "step":
         return "combine, residual"
-    if plan.direction == "forward":
-        return "forward step" if task.final else "coarse or early step"
     if not task.final:
-        return "coarse or early vjp"
-    return "final vjp" if plan.split_weights else "final vjp and weight gradients"
+        return "coarse or early step" if forward else "coarse or early vjp"
+    if forward:
+        return "forward step"
+    apart = any(plan.values[v].kind == "pending" for v in task.outputs)
+    return "final vjp" if apart else "final vjp and weight gradients"
 
 
-def bars(step: StepTimeline) -> Iterator[tuple[int, str, int, float, float]]:
-    """(rank, kind, micro-batch, start, end) of every task that takes time, the backward after the forward."""
-    for sweep, offset in ((step.forward, 0.0), (step.backward, step.forward.makespan)):
-        for task, (start, end) in zip(sweep.plan.tasks, sweep.spans, strict=True):
-            if end > start:
-                yield task.rank, kind_of(task, sweep.plan), task.micro_batch, offset + start, offset + end
+def bars(step: Timeline) -> Iterator[tuple[int, str, int, float, float]]:
+    """(rank, kind, micro-batch, start, end) of every task that takes time."""
+    for task, (start, end) in zip(step.plan.tasks, step.spans, strict=True):
+        if end > start:
+            yield task.rank, kind_of(task, step.plan), task.micro_batch, start, end
 
 
-def as_text(step: StepTimeline, width: int = 96, max_rows: int = 32) -> str:
+def as_text(step: Timeline, width: int = 96, max_rows: int = 32) -> str:
     """One line a rank (of more than `max_rows`, every k-th) and `width` columns of time; a column shows what its rank
     does for most of it."""
-    num_ranks = step.forward.plan.num_ranks
+    num_ranks = step.plan.num_ranks
     scale = width / step.makespan
     shares: list[list[dict[str, float]]] = [[{} for _ in range(width)] for _ in range(num_ranks)]
     seen = set()
@@ -65,22 +75,20 @@ def as_text(step: StepTimeline, width: int = 96, max_rows: int = 32) -> str:
     return "\n".join([*lines, f"{legend}, . idle"])
 
 
-def draw(
-    steps: Mapping[str, StepTimeline], path: Path | str, *, unit: str = "layer forwards of the whole batch"
-) -> None:
+def draw(steps: Mapping[str, Timeline], path: Path | str, *, unit: str = "layer forwards of the whole batch") -> None:
     """Writes a PNG with one panel a step, titled by its name, all on one time axis.
 
     Micro-batches of a kind differ in shade. Raises LayerParallelError when matplotlib is missing.
     """
     figure_class, patch = matplotlib_classes()
-    ranks = [step.forward.plan.num_ranks for step in steps.values()]
+    ranks = [step.plan.num_ranks for step in steps.values()]
     heights = [max(0.9, min(0.26 * n, 6.0)) for n in ranks]  # inches; rows get thinner where there are many
     figure = figure_class(figsize=(10.0, sum(heights) + 0.62 * len(steps) + 0.9), dpi=150, layout="constrained")
     panels = figure.subplots(len(steps), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     longest = max(step.makespan for step in steps.values())
     seen: set[str] = set()
     for axes, (name, step), num_ranks in zip(panels, steps.items(), ranks, strict=True):
-        micro_batches = step.forward.plan.micro_batches
+        micro_batches = step.plan.micro_batches
         axes.barh(range(num_ranks), step.makespan, height=0.86, color=_IDLE, linewidth=0)
         rows: dict[tuple[int, str, int], list[tuple[float, float]]] = {}
         for rank, kind, micro_batch, start, end in bars(step):
@@ -91,7 +99,6 @@ def draw(
             colour = _shade(KINDS[kind][1], 0.45 * micro_batch / max(1, micro_batches - 1))
             edge = 0.35 if min(length for _, length in spans) > thin else 0.0
             axes.broken_barh(spans, (rank - 0.43, 0.86), facecolor=colour, edgecolor="white", linewidth=edge)
-        axes.axvline(step.forward.makespan, color="#1a202c", linewidth=0.9, linestyle=(0, (3, 2)))
         speedup = 1.0 / step.share
         axes.set_title(name, loc="left", fontsize=10, fontweight="bold")
         figures = f"predicted {100 * step.share:.0f} % of serial ({speedup:.2f}x), idle {100 * step.idle_share:.0f} %"
@@ -107,7 +114,7 @@ def draw(
     panels[-1].set_xlabel(f"time in {unit}", fontsize=9)
     legend = [patch(color=colour, label=kind) for kind, (_, colour) in KINDS.items() if kind in seen]
     legend.append(patch(color=_IDLE, label="idle"))
-    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False, fontsize=8)
+    figure.legend(handles=legend, loc="outside lower center", ncols=min(7, len(legend)), frameon=False, fontsize=8)
     figure.savefig(path)
 
 

@@ -29,6 +29,7 @@ from recipes.benchmarks.sides import (
     Place,
     Setting,
     Side,
+    Table,
     lone_settings,
     mgrit_settings,
     only_first,
@@ -89,8 +90,8 @@ def make_networks(num_layers: int, vocabulary: int = VOCABULARY) -> Networks:
     return Networks(converted, stock, batch, exact, {name: h for name in exact if name.endswith(folded)})
 
 
-def model_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
-    """All sides with ends, the stock model first, and the exact gradients by parameter name. Collective."""
+def model_sides(num_layers: int) -> Table:
+    """All sides with ends, the stock model first. Collective."""
     place, made = Place.here(), make_networks(num_layers)
     converted, batch = made.converted, made.batch
     entries = [
@@ -111,7 +112,7 @@ def model_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
         costs = model_costs(copy.deepcopy(converted), batch)
         settings = [*picked_settings(num_layers, place.size, costs), *mgrit_settings(with_ends=True)]
     entries += [Entry(s.name, s.facts, partial(our_side, converted, batch, s, costs)) for s in settings]
-    return entries, made.exact
+    return Table(entries, made.exact, costs)
 
 
 def stock_side(

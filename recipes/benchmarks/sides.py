@@ -80,6 +80,18 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Table:
+    """What stands in a table: its sides, the first one being what the others' times are divided by.
+
+    exact: gradients by parameter name. costs: what the settings were picked by, on several ranks.
+    """
+
+    entries: list[Entry]
+    exact: dict[str, Tensor]
+    costs: Costs | None = None
+
+
+@dataclass(frozen=True)
 class Place:
     """This rank among the ranks of the run."""
 
@@ -186,8 +198,8 @@ def lone_settings() -> list[Setting]:
     return [Setting("ours M=1", LayerParallelConfig()), Setting("mgrit rediscretize 2 levels 1/1 M=1", mgrit)]
 
 
-def stack_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
-    """All sides on the bare stack, serial first, and the exact gradients by parameter name. Collective."""
+def stack_sides(num_layers: int) -> Table:
+    """All sides on the bare stack, serial first. Collective."""
     place = Place.here()
     stack, upstream = make_stack(num_layers), make_state(seed=2)
     reference = serial_side(place, stack, upstream, threads=1, everywhere=True)
@@ -206,7 +218,7 @@ def stack_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
     # ours may change how layers run, and torch's sides must not notice
     ours = partial(our_side, place, copy.deepcopy(stack), upstream)
     if place.size == 1:
-        return [*entries, *(Entry(s.name, s.facts, partial(ours, s)) for s in lone_settings())], exact
+        return Table([*entries, *(Entry(s.name, s.facts, partial(ours, s)) for s in lone_settings())], exact)
     entries.append(Entry("ddp", {"method": "ddp"}, partial(_ddp, place, stack, upstream)))
     entries.append(Entry("tensor parallel", {"method": "tensor"}, partial(_tensor, place, stack, upstream)))
     for schedule, m in variants(MICRO_BATCHES):
@@ -222,7 +234,7 @@ def stack_sides(num_layers: int) -> tuple[list[Entry], dict[str, Tensor]]:
         setting = Setting("mgrit identity 2 levels 1/1 M=1 compiled layers", config)
         make = partial(_ours_compiled, place, stack, upstream, setting)
         entries.append(Entry(setting.name, setting.facts | {"compiled": True}, make))
-    return entries, exact
+    return Table(entries, exact, costs)
 
 
 def _leaf(upstream: Tensor, rows: slice = slice(None)) -> Tensor:

@@ -12,13 +12,14 @@ median of serial one-thread torch in the same processes. On two ranks:
 - MGRIT
 Beside every time stand the gradient's cosine with the exact one, its relative error and norm ratio over all layers, how
 much the memory of each rank grew in a step, and for ours the simulator's time. Written to
-recipes/benchmarks/results/speed.json when all is measured, each table with its command; tables that weren't asked for
-stay there. Takes some forty minutes on two quiet cores.
+recipes/benchmarks/results/speed.json after every depth, each table with its command; tables that weren't asked for stay
+there. Takes some forty minutes on two quiet cores.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gc
 import json
 import os
@@ -68,12 +69,14 @@ def run_rank(options: argparse.Namespace) -> None:
     found: dict[str, Any] = {}
     (num_layers,) = options.layers
     for table in options.tables:
-        entries, exact = TABLES[table](num_layers)
-        kept = [e for e in entries[1:] if not options.only or any(text in e.name for text in options.only)]
+        made = TABLES[table](num_layers)
+        kept = [e for e in made.entries[1:] if not options.only or any(text in e.name for text in options.only)]
         rounds = options.rounds if table == "stack" else (options.rounds + 1) // 2
-        sides = measure([entries[0], *kept], exact, rounds)
+        sides = measure([made.entries[0], *kept], made.exact, rounds)
         found[table] = {"rounds": rounds, "sides": sides}
-        del entries, exact, kept
+        if made.costs is not None:
+            found[table]["costs"] = dataclasses.asdict(made.costs)
+        del made, kept
         gc.collect()
     if not dist.is_initialized() or dist.get_rank() == 0:
         write_json(options.rank_output, found)
@@ -119,7 +122,6 @@ def main() -> None:
         run_rank(options)
         return
 
-    measured: dict[tuple[str, int, int], dict[str, Any]] = {}
     for num_layers in options.layers:
         for ranks in options.ranks:
             rounds = options.rounds or default_rounds(num_layers)
@@ -134,13 +136,17 @@ def main() -> None:
             how |= {"seconds": time.perf_counter() - began}  # of all tables of this depth and number of ranks
             for table, content in found.items():
                 what = {"table": table, "layers": num_layers, "ranks": ranks}
-                measured[table, num_layers, ranks] = what | how | content
+                add_table(options.output, what | how | content)
                 title = f"{table}, {num_layers} layers, {ranks} rank(s), {content['rounds']} rounds"
                 print_sides(title, content["sides"])
-    before = json.loads(options.output.read_text(encoding="utf-8"))["tables"] if options.output.exists() else []
-    tables = {(t["table"], t["layers"], t["ranks"]): t for t in before} | measured
-    result = {"sizes": SIZES, "ends": ENDS, "tables": list(tables.values()), "versions": versions()}
-    write_json(options.output, result)
+
+
+def add_table(path: Path, table: dict[str, Any]) -> None:
+    """Writes a table to the file, in the place of the one before."""
+    tables = json.loads(path.read_text(encoding="utf-8"))["tables"] if path.exists() else []
+    by_place = {(t["table"], t["layers"], t["ranks"]): t for t in [*tables, table]}
+    result = {"sizes": SIZES, "ends": ENDS, "tables": list(by_place.values()), "versions": versions()}
+    write_json(path, result)
 
 
 if __name__ == "__main__":
