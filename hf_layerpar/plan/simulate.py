@@ -106,9 +106,7 @@ def simulate(plan: Plan, costs: Costs | None = None, *, serial: float = 0.0) -> 
     costs: of one micro-batch (see `Costs.cut`). serial: the time on one rank, for shares of it.
     """
     costs = costs or Costs()
-    targets: dict[int, list[int]] = {}
-    for message in plan.messages:
-        targets.setdefault(message.value, []).append(message.target)
+    producer, targets = plan.producer, plan.targets
     flight = costs.state_bytes / costs.bandwidth
     made: dict[int, float] = {}
     arrived: dict[tuple[int, int], float] = {}
@@ -121,7 +119,9 @@ def simulate(plan: Plan, costs: Costs | None = None, *, serial: float = 0.0) -> 
             prepared.add((rank, task.place, task.micro_batch))
             start += costs.arguments if task.kind == "step" else 0.0
         for value in task.inputs:
-            start = max(start, made[value] if plan.producer[value] == rank else arrived[value, rank])
+            there = made[value] if producer[value] == rank else arrived[value, rank]
+            if there > start:
+                start = there
         free[rank] = end = start + costs.of(task, plan)
         spans.append((start, end))
         for value in task.outputs:

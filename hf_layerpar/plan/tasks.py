@@ -129,15 +129,25 @@ class Plan:
         return {v: t.rank for t in self.tasks for v in t.outputs}
 
     @cached_property
-    def messages(self) -> tuple[Message, ...]:
-        """Every value that is used away from home, once per using rank, in the order in which they are produced."""
-        wanted: dict[int, list[int]] = {}
+    def targets(self) -> dict[int, list[int]]:
+        """The ranks that use each value away from home, in the order in which they come to need it."""
+        producer, targets = self.producer, {}
         for task in self.tasks:
             for value in task.inputs:
-                if self.producer[value] != task.rank and task.rank not in wanted.setdefault(value, []):
-                    wanted[value].append(task.rank)
+                if producer[value] != task.rank:
+                    ranks = targets.setdefault(value, [])
+                    if task.rank not in ranks:
+                        ranks.append(task.rank)
+        return targets
+
+    @cached_property
+    def messages(self) -> tuple[Message, ...]:
+        """Every value that is used away from home, once per using rank, in the order in which they are produced."""
         return tuple(
-            Message(v, task.rank, target) for task in self.tasks for v in task.outputs for target in wanted.get(v, ())
+            Message(v, task.rank, target)
+            for task in self.tasks
+            for v in task.outputs
+            for target in self.targets.get(v, ())
         )
 
     def is_split(self, task: Task) -> bool:
