@@ -11,7 +11,7 @@ Shapes: a state is `[B, T, D]`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,8 +57,7 @@ class Calls:
         rows = batch_rows(kwargs if main in kwargs else batch, main)
         with kept_streams(stepper.device):
             rehearsed = self._rehearse(forward, batch, rows)
-        training = any(layer.training for stack in stepper.stacks for layer in stack.layers)
-        seed = int(torch.randint(2**62, (), dtype=torch.int64)) if training else None
+        seed = stepper.draw_seed()
         stepper.transport.agree(
             {
                 "a call of": type(forward.model).__name__,
@@ -81,19 +80,22 @@ class Calls:
     def _rehearse(self, forward: ModelForward, batch: Any, rows: int) -> Rehearsed:
         """What is known of such a call; a loss that can't be put together from parts has no terms in it."""
         model = forward.model
-        key = (id(model), signature_of(batch, rows), model.training, torch.is_grad_enabled())
+        key = (id(model), signature_of(batch, rows), rows > 1, model.training, torch.is_grad_enabled())
         found = self._rehearsed.get(key)
         if found is None:
             grad, stepper = torch.is_grad_enabled(), self.stepper
             found = rehearse(_runs(forward), batch, stepper.stacks, stepper.ends, loss=False, trains=grad)
             if found.terms is not None and not grad and rows > 1:
                 try:
-                    first = cut_rows(batch, rows, 2)[0]
-                    part = rehearse(_runs(forward), first, stepper.stacks, stepper.ends, loss=False, trains=False)
-                    check_parts(found, part, "micro_batches")
+                    halves = [
+                        rehearse(_runs(forward), half, stepper.stacks, stepper.ends, loss=False, trains=False)
+                        for half in cut_rows(batch, rows, 2)
+                    ]
+                    check_parts(found, halves, "micro_batches")
                 except ConfigurationError:
                     found = dataclasses.replace(found, terms=None)
-            self._rehearsed[key] = found = dataclasses.replace(found, output=tree_map(_kind_of, found.output))
+            kinds = tree_map(lambda leaf: _kind_of(leaf, rows), found.output)
+            self._rehearsed[key] = found = dataclasses.replace(found, output=kinds)
         return found
 
     # ---- without gradient, in micro-batches
@@ -104,9 +106,8 @@ class Calls:
         tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
         if pieces < 2 or caching or any(len(t) not in (1, rows) for t in tensors):
             return None
-        outputs = [leaf for leaf in tree_leaves(rehearsed.output) if isinstance(leaf, torch.Size)]
-        scalars = sum(len(size) == 0 for size in outputs)
-        if scalars > (rehearsed.terms is not None):
+        kinds = tree_leaves(rehearsed.output)
+        if "other" in kinds or kinds.count("scalar") > (rehearsed.terms is not None):
             return None
         return cut_rows(batch, rows, pieces)
 
@@ -143,8 +144,11 @@ def _runs(forward: ModelForward) -> Callable[[Any], Any]:
     return lambda batch: forward.run(*batch)
 
 
-def _kind_of(leaf: Any) -> Any:
-    return leaf.shape if isinstance(leaf, Tensor) else leaf
+def _kind_of(leaf: Any, rows: int) -> str:
+    """What can be put together from parts of a batch of so many rows: "rows" and "scalar" (a loss), not "other"."""
+    if not isinstance(leaf, Tensor):
+        return type(leaf).__name__
+    return ("rows" if len(leaf) == rows else "other") if leaf.ndim else "scalar"
 
 
 def _with_cache(forward: ModelForward, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -183,8 +187,8 @@ class _Call:
         )
         penalty = stepper.penalty(config, rehearsed, [rows], 1.0) if trains else None
         whole = RankPart.of(self.plan, self.rank)
-        no_phases: Any = None
-        self.step = Step(whole, no_phases, stepper.transport, common, device=stepper.device, penalty=penalty)
+        none: Any = None  # the model's own forward goes through its phases
+        self.step = Step(whole, none, stepper.transport, common, device=stepper.device, penalty=penalty)
         self.caches: list[Cache] = []
         self.anchor: Tensor | None = None
 
@@ -197,13 +201,12 @@ class _Call:
                 output = forward.run(args, kwargs)
         except Reached:
             pass
-        self.stepper.last = (self.step.outcome, self.plan, self.rehearsed.stacks)
-        self.step.settle()
+        self.stepper.last = (self.step.close(), self.plan, self.rehearsed.stacks)
         if self.stepper.transport.size == 1:
             return output
         if not self.trains:
             return _handed_out(output, self.stepper, source, self.caches[0] if self.caches else None)
-        shared = _handed_out(tree_map(_detached, output), self.stepper, source, None)
+        shared = _handed_out(output, self.stepper, source, None)
         return output if self.rank == source else _hung_on(shared, self.anchor)
 
     # ---- forward
@@ -331,10 +334,6 @@ def _hung_on(output: Any, anchor: Tensor | None) -> Any:
     return tree_map(hang, output)
 
 
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-
 def _joined(outputs: Sequence[Any]) -> Any:
     """Outputs of micro-batches as one: rows behind each other, losses added up."""
 
@@ -353,30 +352,14 @@ def _handed_out(output: Any, stepper: Stepper, source: int, cache: Cache | None)
     """The output of rank `source` on all ranks, each with its own KV cache in it."""
     transport = stepper.transport
     assert isinstance(transport, GroupTransport)
-    mine = transport.rank == source
-    sent = _without_caches(output) if mine else None
-    received = share(sent, transport.group, stepper.device, source)
-    return output if mine else _with_own_cache(received, cache)
+    where = (transport.group, stepper.device, source)
+    is_cache, mark = (lambda leaf: isinstance(leaf, Cache)), _Mark()
+    if transport.rank == source:
+        share(tree_map(lambda leaf: mark if is_cache(leaf) else leaf, output, is_leaf=is_cache), *where)
+        return output
+    received = share(None, *where)
+    return tree_map(lambda leaf: cache if isinstance(leaf, _Mark) else leaf, received)
 
 
-_CACHE = "the rank's own KV cache"
-
-
-def _without_caches(output: Any) -> Any:
-    if isinstance(output, Cache):
-        return _CACHE
-    if isinstance(output, Mapping):
-        return type(output)(**{k: _without_caches(v) for k, v in output.items()})
-    if isinstance(output, tuple | list):
-        return type(output)(_without_caches(v) for v in output)
-    return output
-
-
-def _with_own_cache(output: Any, cache: Cache | None) -> Any:
-    if isinstance(output, str) and output == _CACHE:
-        return cache
-    if isinstance(output, Mapping):
-        return type(output)(**{k: _with_own_cache(v, cache) for k, v in output.items()})
-    if isinstance(output, tuple | list):
-        return type(output)(_with_own_cache(v, cache) for v in output)
-    return output
+class _Mark:
+    """Stands for the KV cache, of which each rank has its own, in an output that travels."""

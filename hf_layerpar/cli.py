@@ -18,9 +18,9 @@ from hf_layerpar.config import Ends, LayerParallelConfig, OdeSettings, Relaxatio
 from hf_layerpar.errors import ConfigurationError, LayerParallelError
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.operators import OPERATORS
-from hf_layerpar.plan.ownership import INTERLEAVED, contiguous_owner, interleaved_owner, two_blocks_owner
+from hf_layerpar.plan.ownership import contiguous_owner, interleaved_owner, two_blocks_owner
 from hf_layerpar.plan.planner import Accuracy, Choice, plan_step, predict_step
-from hf_layerpar.plan.schedules import SCHEDULES
+from hf_layerpar.plan.schedules import SCHEDULES, Placement
 from hf_layerpar.plan.simulate import Timeline
 from hf_layerpar.plan.step import check_config, interval_points
 from hf_layerpar.report.command import add_report
@@ -167,7 +167,8 @@ def _owner(options: argparse.Namespace, config: LayerParallelConfig) -> Sequence
     if points and options.interleaved:
         return interleaved_owner(layers, ranks, points, buffers)
     if not points and not options.split and ranks > 1:
-        placement = INTERLEAVED if options.interleaved else getattr(SCHEDULES[config.schedule], "placement", "blocks")
+        placement: Placement = getattr(SCHEDULES[config.schedule], "placement", "blocks")
+        placement = "interleaved" if options.interleaved else placement
         if placement != "blocks":
             return two_blocks_owner(layers, ranks, placement)
     return contiguous_owner(layers, ranks, boundaries=points, split=options.split)

@@ -170,6 +170,7 @@ class LayerParallel:
         loss: Callable[[Mapping[str, Any]], Any] | None = None,
         *,
         scale: float = 1.0,
+        penalty_scale: float | None = None,
     ) -> Any:
         """One forward and backward of a batch, as `config` says. Collective over the lp ranks.
 
@@ -182,6 +183,8 @@ class LayerParallel:
                 `model(**batch).loss`. It may return (loss, metrics), a dict of scalars that are added up over the
                 parts and returned beside the loss.
             scale: what the loss is multiplied by before its backward, such as 1 over the accumulation steps.
+            penalty_scale: the same for the increment penalty; `scale` by default. It is a mean over the batch, so it is
+                1 over the accumulation steps also where the loss is divided by a count of all of them.
 
         Raises (on all ranks, before any waits for another):
             ConfigurationError: the batch is cut (micro_batches, ends="spread"), and its loss can't be put together
@@ -190,7 +193,9 @@ class LayerParallel:
             RankMismatchError: the lp ranks were given different batches or settings.
         """
         closure = loss or (lambda batch: _loss_of(self._model(**batch)))
-        return self.stepper.train(batch, closure, self.next_config, scale)
+        return self.stepper.train(
+            batch, closure, self.next_config, scale, scale if penalty_scale is None else penalty_scale
+        )
 
     @property
     def lp_size(self) -> int:

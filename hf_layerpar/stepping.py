@@ -6,10 +6,11 @@ Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from types import CellType
 from typing import Any, Literal
 
 import torch
@@ -102,7 +103,8 @@ class Stepper:
         self.model, self.stacks, self.owners = model, tuple(stacks), tuple(owners)
         self.ends, self.transport = ends, transport
         self.last: tuple[Outcome, Plan, tuple[int, ...]] | None = None
-        self._rehearsed: dict[tuple, Rehearsed] = {}
+        # with the losses, so that no other object takes the `id` of one
+        self._rehearsed: dict[tuple, tuple[Rehearsed, Closure]] = {}
         self._parts: dict[int, RankPart] = {}
         self.deferrable: set[int] = set()
         self._one_device = OneDevice()
@@ -111,16 +113,21 @@ class Stepper:
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    def draw_seed(self) -> int | None:
+        """One draw from the main stream per step keeps the ranks' streams in step; None in evaluation mode."""
+        training = any(layer.training for stack in self.stacks for layer in stack.layers)
+        return int(torch.randint(2**62, (), dtype=torch.int64)) if training else None
+
     # ---- a training step
-    def train(self, batch: Any, closure: Closure, config: LayerParallelConfig, scale: float) -> Any:
+    def train(
+        self, batch: Any, closure: Closure, config: LayerParallelConfig, scale: float, penalty_scale: float
+    ) -> Any:
         """The loss of the whole batch, alike on all ranks, with `.grad` of `scale` times it; and the metrics that the
         closure returned beside it, if any, summed over the parts. Collective."""
-        training = any(layer.training for stack in self.stacks for layer in stack.layers)
-        # one draw from the main stream per step keeps the ranks' streams in step
-        seed = int(torch.randint(2**62, (), dtype=torch.int64)) if training else None
+        seed = self.draw_seed()
         with kept_streams(self.device):
             ready = self._prepare(batch, closure, config)
-            self._agree(batch, config, seed, scale, ready)
+            self._agree(batch, config, seed, (scale, penalty_scale), ready)
             phases = self._phases(closure, ready, trains=True)
             common = Common(seed, any(stack.needs_recompute for stack in self.stacks), deferrable=self.deferrable)
             plan, make_layers = self._plan(config, ready, phases, common)
@@ -131,7 +138,7 @@ class Stepper:
                 common,
                 device=self.device,
                 scale=scale,
-                penalty=self.penalty(config, ready.rehearsed, ready.rows, scale),
+                penalty=self.penalty(config, ready.rehearsed, ready.rows, penalty_scale),
                 make_layers=make_layers,
             )
             outcome = step.run()
@@ -148,23 +155,24 @@ class Stepper:
         tail_pieces = min(self.transport.size, rows // pieces) if spread else 1
         parts = cut_rows(batch, rows, pieces)
         is_cut = pieces * tail_pieces > 1
-        function = getattr(closure, "__func__", closure)  # a loss is known by its code: a new lambda a step is no news
-        code = getattr(function, "__code__", None) or type(closure)
-        key = (code, signature_of(batch, rows), self.model.training, is_cut)
-        rehearsed = self._rehearsed.get(key)
+        bounds = [rows * m // pieces for m in range(pieces + 1)]
+        counts = [b - a for a, b in pairwise(bounds)]
+        key = (_known_as(closure), signature_of(batch, rows), self.model.training, pieces, tail_pieces)
+        rehearsed, _ = self._rehearsed.get(key, (None, None))
         if rehearsed is None:
             rehearsed = rehearse(closure, batch, self.stacks, self.ends, loss=True)
-            if is_cut:
-                first = cut_rows(batch, rows, max(2, pieces))[0]
-                why = f"micro_batches={pieces}" if pieces > 1 else "ends='spread'"
-                check_parts(rehearsed, rehearse(closure, first, self.stacks, self.ends, loss=True), why)
             self._refuse(rehearsed)
-            self._rehearsed[key] = rehearsed
+            if is_cut:
+                smallest = [part for p, n in zip(parts, counts, strict=True) for part in cut_rows(p, n, tail_pieces)]
+                of_parts = [rehearse(closure, part, self.stacks, self.ends, loss=True) for part in smallest]
+                check_parts(rehearsed, of_parts, f"micro_batches={pieces}" if pieces > 1 else "ends='spread'")
+            self._share(rehearsed)
+            if len(self._rehearsed) >= _MOST_REHEARSED:
+                self._rehearsed.clear()
+            self._rehearsed[key] = rehearsed, closure
         elif is_cut and any(term.count is not None for term in rehearsed.terms or ()):
             # this batch's counts
             rehearsed = rehearse(closure, batch, self.stacks, self.ends, loss=True)
-        bounds = [rows * m // pieces for m in range(pieces + 1)]
-        counts = [b - a for a, b in pairwise(bounds)]
         return Prepared(
             rehearsed, self.anatomy(rehearsed, tail_pieces), parts, counts, rehearsed.terms if is_cut else None
         )
@@ -176,6 +184,17 @@ class Stepper:
                 f"to parallelize, such as one of shape {rehearsed.foreign[0]}; only one rank would train them. "
                 "Parallelize a module that holds them too (a head belongs into the model)"
             )
+        passes = range(len(rehearsed.stacks))
+        if idle := [k for k in passes if not any(k in needs for needs in rehearsed.needs[k + 1 :])]:
+            raise UnsupportedModelError(
+                f"the loss calls the model but doesn't use what comes of it (passes {idle} of {len(passes)} through a "
+                "stack); leave these calls out of the step"
+            )
+
+    def _share(self, rehearsed: Rehearsed) -> None:
+        """What this step uses in several phases has its gradient summed in one order, as that of tied parameters."""
+        for p in self.ends:
+            p.is_shared |= sum(p in uses for uses in rehearsed.uses) > 1
 
     def anatomy(self, rehearsed: Rehearsed, tail_pieces: int = 1) -> Anatomy:
         """Where a rehearsed forward runs. Raises UnsupportedModelError for a phase whose parameters no rank has all."""
@@ -249,7 +268,7 @@ class Stepper:
 
         return of_pass
 
-    def _agree(self, batch: Any, config: LayerParallelConfig, seed: int | None, scale: float, ready: Prepared) -> None:
+    def _agree(self, batch: Any, config: LayerParallelConfig, seed: int | None, scale: Any, ready: Prepared) -> None:
         tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
         self.transport.agree(
             {
@@ -390,3 +409,23 @@ class Stepper:
             self.transport.all_reduce(total)
             penalty = float(total)
         return StepReport(sweeps, outcome.seconds, outcome.waited, penalty, any(task.wave >= 0 for task in plan.tasks))
+
+
+_MOST_REHEARSED = 64
+"""Rehearsals that are kept. More come of losses that are other objects in every step."""
+
+
+def _known_as(closure: Any, depth: int = 3) -> Any:
+    """What a loss is known by, also where a new function is made in every step: its code and the objects that it holds
+    on to. Tensors, numbers and containers are taken for data."""
+    if isinstance(closure, Tensor | int | float | str | Mapping | Sequence | Set | None):
+        return type(closure)
+    code = getattr(closure, "__code__", None)
+    if code is None and not isinstance(closure, partial):
+        return id(closure)
+    if code is None:
+        held = [closure.func, *closure.args, *closure.keywords.values()]
+    else:
+        held = [getattr(closure, "__self__", None), *(closure.__defaults__ or ())]
+        held += [cell.cell_contents for cell in closure.__closure__ or () if cell != CellType()]
+    return (code, *(_known_as(value, depth - 1) for value in held if depth))

@@ -109,7 +109,7 @@ def serial_results(layers: nn.ModuleList, x: Tensor, side: Sides = None, loss: L
 
 
 def leaves_of(layers: nn.ModuleList, x: Tensor, side: Sides = None) -> dict[str, Tensor]:
-    """The leaves that have a gradient: "x", "side" (or "side 0", ...), and the layers' parameters ("0.inner.weight")."""
+    """The leaves that have a gradient: "x", "side" (or "side 0", ...), and parameters ("0.inner.weight")."""
     sides = {"side": side} if isinstance(side, Tensor) else {f"side {n}": t for n, t in enumerate(side or ())}
     tensors = {"x": x, **sides, **dict(layers.named_parameters())}
     return {name: t for name, t in tensors.items() if t.requires_grad and t.is_leaf}

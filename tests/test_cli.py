@@ -21,21 +21,37 @@ def test_plan_prints_the_step(capsys):
     rows = [line for line in lines if line.startswith("rank ")]
     assert [row[:8] for row in rows] == ["rank 0 |", "rank 1 |", "rank 2 |"]
     assert len({len(row) for row in rows}) == 1
-    # forward (4 + 2) pieces of 4 layers, backward (4 + 2) of input-vjps and 4 of weight gradients: 6 + 10 of 12 * 4 / 4
-    assert "time    16: forward 6, backward 10" in lines
-    assert "serial  36 on one rank; predicted share of serial 0.444 (2.25x)" in lines
-    assert "idle    25.0 % of rank time (ranks 25.0 to 25.0 %)" in lines
+    # four micro-batches of four layers a rank: 12 units of work on each, and the last rank waits for 2
+    assert "time    14, on one rank 36; predicted share of serial 0.389 (2.57x)" in lines
+    assert "idle    14.3 % of rank time (ranks 14.3 to 14.3 %)" in lines
     assert "traffic 16 messages" in lines
-    assert lines[-1].startswith("memory  rank 0 holds 16 layer graphs")
+    assert lines[-1].startswith("memory  rank 0 holds 12 layer graphs")
+
+
+def test_schedules_and_ends(capsys):
+    gpipe = lines_of(capsys, *PIPELINE, "--schedule", "gpipe")
+    assert any(line.startswith("time    18, on one rank 36") for line in gpipe)  # (4 + 2) pieces of 1 + 2
+    assert gpipe[-1].startswith("memory  rank 0 holds 16 layer graphs")
+    one_block = lines_of(capsys, *PIPELINE, "--schedule", "1f1b")
+    two_blocks = lines_of(capsys, *PIPELINE, "--schedule", "1f1b", "--interleaved")
+    placed = lines_of(capsys, *PIPELINE, "--schedule", "zb_v")
+    assert {"traffic 16 messages"} & set(one_block)
+    assert {"traffic 40 messages"} & set(two_blocks)
+    assert {"traffic 32 messages"} & set(placed)  # the turn of the V is on one rank
+    head = ["--cost", "tail=12", "--cost", "front=1"]
+    rows = [line.split("|")[1] for line in lines_of(capsys, *MGRIT, *head)[:3]]
+    assert [("E" in row, "T" in row) for row in rows] == [(True, False), (False, False), (False, True)]
+    rows = [line.split("|")[1] for line in lines_of(capsys, *MGRIT, *head, "--ends", "spread")[:3]]
+    assert all("T" in row for row in rows)
 
 
 def test_costs_bytes_and_tasks(capsys):
     lines = lines_of(
         capsys, *MGRIT, "--cost", "state_bytes=8", "--cost", "final_vjp=5", "--cost", "weights=4", "--tasks"
     )
-    assert lines[0].startswith("forward plan: 12 layers, 3 ranks, 1 micro-batches")
+    assert lines[0].startswith("plan: 12 layers, 3 ranks, 1 micro-batches")
     assert any("= step 11(" in line for line in lines)
-    assert any(line.startswith("serial  72 on one rank") for line in lines)
+    assert any(line.startswith("time") and "on one rank 72;" in line for line in lines)
     assert any(line.startswith("traffic") and "bytes" in line for line in lines)
 
 
@@ -66,13 +82,13 @@ def test_png(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["--ranks", "13"], "lp_size=13 is more than the 12 layers of the stack"),
-        (["--strategy", "serial"], "use strategy='pipeline' for micro-batches"),
-        (["--strategy", "mgrit", "--levels", "5"], "is too deep for 12 steps"),
-        (["--strategy", "mgrit", "--coarsening", "4", "2"], "gives 2 factors for levels=2"),
+        (["--strategy", "mgrit", "--coarsening", "4", "4", "4"], "is too deep for 12 steps"),
+        (["--schedule", "gpip"], "schedule='gpip' is unknown; use one of gpipe, 1f1b"),
+        (["--coarse-operator", "mean"], "coarse_operator='mean' is unknown; use one of rediscretize"),
         (["--strategy", "mgrit", "--buffers", "6", "6"], "use fewer buffer layers"),
         (["--buffers", "-1", "0"], r"buffers[0]=-1"),
         (["--split", "6", "6"], "split=(6, 6) doesn't share 12 layers over 3 lp ranks"),
-        (["--interleaved"], "--interleaved needs the intervals of --strategy mgrit"),
+        (["--layers", "5", "--interleaved"], "split='interleaved' makes 6 blocks of 5 layers on 3 lp ranks"),
         (["--choose", "high", "--split", "4", "4", "4"], "leave --split out"),
         (["--cost", "price=1"], "'price' is unknown; use one of step, graph_step"),
         (["--cost", "step"], "'' is no number; write NAME=VALUE"),
@@ -88,7 +104,7 @@ def test_what_does_not_fit_is_refused_without_a_traceback(capsys, arguments, mes
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--layers", "0"], ["--strategy", "magic"], ["--levels", "two"]])
+@pytest.mark.parametrize("arguments", [["--layers", "0"], ["--strategy", "magic"], ["--micro-batches", "two"], ["--ends", "last"]])
 def test_malformed_arguments_exit_2(capsys, arguments):
     with pytest.raises(SystemExit) as end:
         main([*PIPELINE, *arguments])

@@ -128,12 +128,13 @@ class Bench:
         if not 1 < pieces <= rows:
             return None
         try:
-            first = cut_rows(inputs, rows, pieces)[0]
+            parts = cut_rows(inputs, rows, pieces)
             with kept_streams(self.device):
-                check_parts(self._rehearsed(inputs), self._rehearsed(first), f"micro_batches={pieces}")
+                whole = self._rehearsed(inputs)
+                check_parts(whole, [self._rehearsed(part) for part in parts], f"micro_batches={pieces}")
         except ConfigurationError:
             return None
-        return first
+        return parts[0]
 
     # ---- inside
     def _loss(self, batch: Mapping[str, Any]) -> Tensor:

@@ -69,11 +69,11 @@ class Ends:
         return [p for p in self.parameters if p.is_shared]
 
     @contextmanager
-    def stood_in(self) -> Iterator[dict[int, EndParameter]]:
-        """All parameters are stand-ins inside; yields whose, by their `id`."""
+    def stood_in(self) -> Iterator[dict[EndParameter, Tensor]]:
+        """All parameters are stand-ins inside, which it yields."""
         stand_ins = {p: p.stand_in() for p in self.parameters}
         with _shadowed((slot, stand_ins[p]) for p in self.parameters for slot in p.slots):
-            yield {id(t): p for p, t in stand_ins.items()}
+            yield stand_ins
 
     @contextmanager
     def of_phase(self, place: int) -> Iterator[None]:

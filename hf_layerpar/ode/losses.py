@@ -9,7 +9,7 @@ the rehearsal tells whether the loss is made of nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from hf_layerpar.errors import UnsupportedModelError
 
@@ -26,15 +27,19 @@ from hf_layerpar.errors import UnsupportedModelError
 class Term:
     """One call of a loss function.
 
-    count: what its mean divides by; None where the caller asked for the sum.
+    count: what its mean divides by; None where the caller asked for the sum. size: numbers in its input. classes: the
+    input's shape without the first dimension.
     """
 
     function: str
     count: float | None
+    size: int
+    classes: tuple[int, ...]
 
 
 class Counting(TorchFunctionMode):
-    """Inside, loss functions are counted, and give a scalar that hangs on their input; linear maps are not computed.
+    """Inside, loss functions are counted, and give a scalar that hangs on what they are given; linear maps are not
+    computed. What comes of what is noted by values too, also past `detach` and `no_grad`, and through integers.
 
     values: what the callers were given, one for each of `terms`.
     """
@@ -43,19 +48,53 @@ class Counting(TorchFunctionMode):
         super().__init__()
         self.terms: list[Term] = []
         self.values: list[Tensor] = []
+        self._origins = WeakTensorKeyDictionary()
+
+    def mark(self, tensor: Tensor, origin: Any) -> None:
+        """Everything that is made of `tensor` comes of `origin`."""
+        self._origins[tensor] = frozenset([origin])
+
+    def origins(self, tensors: Iterable[Any]) -> frozenset[Any]:
+        found = [self._origins.get(t) for t in tensors if isinstance(t, Tensor)]
+        return frozenset().union(*(f for f in found if f))
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
+        result = self._result(func, args, kwargs)
+        if _looks_at_shapes_alone(func):
+            return result
+        origins = self.origins(_flat((args, kwargs)))
+        if origins:
+            made = [args[0]] if func is Tensor.__setitem__ else _flat(result)
+            for tensor in made:
+                if isinstance(tensor, Tensor):
+                    self._origins[tensor] = origins | (self._origins.get(tensor) or frozenset())
+        return result
+
+    def _result(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         if func is functional.linear:
             return _shape_of_linear(*args, **kwargs)
         found = _reduction(func, args, kwargs)
-        if found is None:
-            return func(*args, **kwargs)
-        given, count = found
-        self.terms.append(Term(func.__name__, None if count is None else float(count)))
-        value = _Hangs.apply(given["input"])
-        self.values.append(value)  # type: ignore[arg-type]
-        return value.clone()  # type: ignore[union-attr]  # the caller may change it in place
+        if found is not None:
+            given, count = found
+            shape = given["input"].shape
+            number = None if count is None else float(count)
+            self.terms.append(Term(func.__name__, number, shape.numel(), tuple(shape[1:])))
+            value: Any = _Hangs.apply(given["input"], given["target"])
+            self.values.append(value)
+            return value.clone()  # the caller may change it in place
+        if func is Tensor.add and type(args[1]) in (int, float) and args[1] == 0:
+            return args[0].clone()  # `sum(losses)` starts from 0, which is no constant that every part would add
+        if args and isinstance(args[0], Tensor) and _is_hollow(args[0]):
+            if func in _CASTS:  # of one number, and not of memory that a linear map has not filled
+                return func(args[0][(0,) * args[0].ndim], *args[1:], **kwargs).expand(args[0].shape)
+            if func is Tensor.contiguous:
+                return args[0]
+            if func is Tensor.__setitem__:
+                return None
+            if _is_in_place(func):
+                return args[0]
+        return func(*args, **kwargs)
 
 
 class Whole(TorchFunctionMode):
@@ -83,7 +122,7 @@ class Whole(TorchFunctionMode):
         self.calls += 1
         if count is None or whole is None:
             return func(*args, **kwargs)
-        return func(**(given | {"reduction": "sum"})) / max(whole, 1.0)
+        return func(**(given | {"reduction": "sum"})) / whole  # no number where nothing counts, as in torch
 
 
 def factors(loss: Tensor, counting: Counting) -> list[float] | None:
@@ -118,16 +157,15 @@ _FACTORS = ("MulBackward0", "DivBackward0", "NegBackward0", "ToCopyBackward0", "
 
 
 class _Hangs(torch.autograd.Function):
-    """A scalar zero that depends on a tensor."""
+    """A scalar zero that depends on tensors."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        ctx.like = tensor
-        return torch.zeros((), dtype=tensor.dtype, device=tensor.device)
+    def forward(ctx: Any, *tensors: Tensor) -> Tensor:
+        return torch.zeros((), dtype=tensors[0].dtype, device=tensors[0].device)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return torch.zeros_like(ctx.like)
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        raise _own_backward()
 
 
 class _Linear(torch.autograd.Function):
@@ -141,11 +179,52 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        raise AssertionError("a rehearsal has no backward through linear maps")
+        raise _own_backward()
+
+
+def _own_backward() -> UnsupportedModelError:
+    return UnsupportedModelError(
+        "the loss goes backward by itself (torch.autograd.grad or .backward() inside of it), but in a training step the "
+        "layers are elsewhere while it is computed; take such gradients before the step"
+    )
 
 
 def _shape_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _Linear.apply(input, weight, bias)  # type: ignore[return-value]
+
+
+_CASTS = (Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type, Tensor.clone)
+
+
+_OPERATORS_IN_PLACE = {
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "pow", "mod", "and", "or", "xor")
+}
+
+
+def _is_hollow(tensor: Tensor) -> bool:
+    """One number, seen everywhere: what can't be written to."""
+    return tensor.numel() > 1 and not any(s for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1)
+
+
+def _is_in_place(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.startswith(("_", "requires_"))) or name in _OPERATORS_IN_PLACE
+
+
+def _looks_at_shapes_alone(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name.endswith("_like") or name.startswith("new_")
+
+
+def _flat(nest: Any) -> Iterator[Any]:
+    """The leaves of tuples, lists and dicts."""
+    if isinstance(nest, tuple | list):
+        for item in nest:
+            yield from _flat(item)
+    elif isinstance(nest, Mapping):
+        yield from _flat(list(nest.values()))
+    else:
+        yield nest
 
 
 # ---- the loss functions, and what their means divide by

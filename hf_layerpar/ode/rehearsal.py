@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ class Rehearsed:
 
     stacks: of each pass, the index of its stack. sides: of each pass, the places (layer, leaf of its arguments) of
     every tensor that depends on parameters or earlier passes.
-    needs: of each phase, the passes that its result depends on. uses: of each phase, the end parameters.
-    foreign: shapes of trained parameters outside the model that it depends on.
+    needs: of each phase, the passes that its result depends on, by gradients or by values alone. uses: of each phase,
+    the end parameters. foreign: shapes of trained parameters outside the model that it depends on.
     terms, factors: of the loss, where it is a sum of multiples of known loss functions; else None.
     metrics: names of what is returned beside the loss.
     """
@@ -99,25 +100,33 @@ def rehearse(
     """loss: the closure computes one; otherwise any output, with or without a loss in it. trains: the forward will go
     backward. The random streams are the caller's to keep."""
     found: list[tuple[int, list[list[tuple[int, int]]], set[int], set[EndParameter]]] = []
-    leaves: list[Tensor] = []
+    ends_of_passes: list[Tensor] = []  # kept alive, as they are known by id
     foreign: dict[int, tuple[int, ...]] = {}
     counting = Counting()
 
-    with torch.enable_grad(), ends.stood_in() as whose:
+    with torch.enable_grad(), ends.stood_in() as stand_ins:
+        known: dict[int, int | EndParameter] = {id(t): p for p, t in stand_ins.items()}
+        for p, stand_in in stand_ins.items():
+            counting.mark(stand_in, p)
 
         def look(tensors: Iterable[Tensor]) -> tuple[set[int], set[EndParameter]]:
-            of_passes, of_ends = set(), set()
+            tensors = list(tensors)
+            origins = set(counting.origins(tensors))
             for leaf in _leaves_of(tensors):
-                place = next((i for i, end in enumerate(leaves) if end is leaf), None)
-                if place is not None:
-                    of_passes.add(place)
-                elif id(leaf) in whose:
-                    of_ends.add(whose[id(leaf)])
+                if id(leaf) in known:
+                    origins.add(known[id(leaf)])
                 else:
                     foreign[id(leaf)] = tuple(leaf.shape)
-            return of_passes, of_ends
+            passes = {o for o in origins if isinstance(o, int)}
+            return passes, {o for o in origins if isinstance(o, EndParameter)}
 
         def reached(number: int, index: int, calls: Sequence[RecordedCall], x: Tensor) -> Tensor:
+            if trains and not torch.is_grad_enabled():
+                raise UnsupportedModelError(
+                    "a training step's loss calls the model without gradients (torch.no_grad), but its layers are "
+                    "evaluated later, when what was switched off for that call (adapters, dropout) may be on again. "
+                    "Call the model before the step, and put what comes of it into the batch"
+                )
             sides: dict[int, list[tuple[int, int]]] = {}
             tensors: dict[int, Tensor] = {}
             for layer, call in enumerate(calls):
@@ -126,14 +135,16 @@ def rehearse(
                         sides.setdefault(id(leaf), []).append((layer, j))
                         tensors[id(leaf)] = leaf
             found.append((index, list(sides.values()), *look([x, *tensors.values()])))
-            leaves.append(torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape).requires_grad_())
-            return leaves[-1]
+            end = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape).requires_grad_()
+            ends_of_passes.append(end)
+            known[id(end)] = number
+            counting.mark(end, number)
+            return end
 
         with Player(stacks, reached).playing(trains), counting:
             output = closure(batch)
         value, metrics = loss_and_metrics(output) if loss else (loss_in(output), {})
-        outputs = [t for t in tree_leaves(value if loss else output) if isinstance(t, Tensor) and t.requires_grad]
-        of_passes, of_ends = look(outputs)
+        of_passes, of_ends = look(t for t in tree_leaves(output) if isinstance(t, Tensor))
         made_of = None if value is None or not value.requires_grad else factors(value, counting)
     if not found:
         raise UnsupportedModelError(
@@ -147,7 +158,7 @@ def rehearse(
         foreign=tuple(foreign.values()),
         terms=None if made_of is None else tuple(counting.terms),
         factors=tuple(made_of or ()),
-        output=output,
+        output=tree_map(_detached, output),
         metrics=tuple(sorted(metrics)),
     )
 
@@ -175,10 +186,10 @@ def loss_and_metrics(output: Any) -> tuple[Tensor, Mapping[str, Any]]:
     return output, metrics
 
 
-def check_parts(whole: Rehearsed, part: Rehearsed, why: str) -> None:
+def check_parts(whole: Rehearsed, parts: Sequence[Rehearsed], why: str) -> None:
     """Raises ConfigurationError unless the losses of parts of the batch add up to that of the whole.
 
-    part: the rehearsal of the first one. why: the settings that cut the batch.
+    parts: the rehearsals of all. why: the settings that cut the batch.
     """
     if whole.terms is None:
         raise ConfigurationError(
@@ -186,18 +197,31 @@ def check_parts(whole: Rehearsed, part: Rehearsed, why: str) -> None:
             f"multiples of means or sums by {', '.join(LOSSES)} of torch.nn.functional. Use micro_batches=1 and "
             "ends='first_last'"
         )
-    alike = part.terms is not None and [(t.function, t.count is None) for t in part.terms] == [
-        (t.function, t.count is None) for t in whole.terms
-    ]
-    same = alike and all(
-        abs(a - b) <= 1e-5 * max(abs(a), abs(b)) for a, b in zip(whole.factors, part.factors, strict=True)
-    )
-    if not same:
+    kinds = [(t.function, t.count is None) for t in whole.terms]
+    for part in parts:
+        if part.terms is None or [(t.function, t.count is None) for t in part.terms] != kinds:
+            raise ConfigurationError(
+                f"{why} cuts the batch, but the loss of a part is computed by other functions than that of the whole; "
+                "use micro_batches=1 and ends='first_last'"
+            )
+        if not all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(whole.factors, part.factors, strict=True)):
+            raise ConfigurationError(
+                f"{why} cuts the batch, but the losses of its parts don't add up: the loss is a sum that is divided by "
+                "a number of each part's own (labels, rows). Divide by num_items_in_batch, use a mean of "
+                "torch.nn.functional, or use micro_batches=1 and ends='first_last'"
+            )
+    sizes = [sum(column) for column in zip(*([t.size for t in part.terms or ()] for part in parts), strict=True)]
+    classes = [[t.classes for t in part.terms or ()] for part in parts]
+    if sizes != [t.size for t in whole.terms] or any(c != [t.classes for t in whole.terms] for c in classes):
         raise ConfigurationError(
-            f"{why} cuts the batch, but the losses of its parts don't add up: the loss is a sum that is divided by a "
-            "number of each part's own (labels, rows). Divide by num_items_in_batch, use a mean of "
-            "torch.nn.functional, or use micro_batches=1 and ends='first_last'"
+            f"{why} cuts the batch, but its loss compares rows of the batch with each other (the input of a loss "
+            "function grows with more than the rows), which the parts don't see; use micro_batches=1 and "
+            "ends='first_last'"
         )
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 # ---- rows

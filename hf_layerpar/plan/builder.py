@@ -177,33 +177,35 @@ class PlanBuilder:
         for task in reversed(self.tasks):
             if not task.outputs or task.final or task.kind == "phase" or not wanted.isdisjoint(task.outputs):
                 wanted.update(task.inputs)
-                kept.append(dataclasses.replace(task))
-        kept.reverse()
+                kept.append(task)
         values = dict(self.values)
-        new = max(values, default=-1)
+        new = len(values)
         graphs: dict[tuple[int, int, int], int] = {}  # (pass, micro-batch, layer) -> the graph of its final step
         tasks: list[Task] = []
-        for task in kept:
-            tasks.append(task)
+        for task in reversed(kept):
             if task.kind != "step":
+                tasks.append(task)
                 continue
+            where, inputs, outputs = (task.place, task.micro_batch), task.inputs, task.outputs
             if task.direction == "forward":
-                if sides and (task.place, task.micro_batch) in sides:
-                    task.inputs += (sides[task.place, task.micro_batch],)
+                if sides and where in sides:
+                    inputs += (sides[where],)
                 if task.final and trains:
+                    values[new] = Value("graph", *where)
+                    outputs += (new,)
+                    graphs |= {(*where, n): new for n in task.layers}
                     new += 1
-                    values[new] = Value("graph", task.place, task.micro_batch)
-                    task.outputs += (new,)
-                    graphs |= {(task.place, task.micro_batch, n): new for n in task.layers}
-                continue
-            own = dict.fromkeys(graphs[task.place, task.micro_batch, n] for n in task.layers)
-            task.inputs += tuple(own)
-            if task.final and split is not None and split(task):
+            else:
+                inputs += tuple(dict.fromkeys(graphs[*where, n] for n in task.layers))
+            apart = task.final and task.direction == "backward" and split is not None and split(task)
+            if apart:
+                values[new] = Value("pending", *where)
+                outputs += (new,)
                 new += 1
-                values[new] = Value("pending", task.place, task.micro_batch)
-                task.outputs += (new,)
-                about: Any = (task.rank, task.place, task.micro_batch, (new,), (), task.layers)
-                tasks.append(Task("weights", "backward", *about))
+            about = (task.direction, task.rank, *where)
+            tasks.append(Task("step", *about, inputs, outputs, task.layers, task.final, wave=task.wave))
+            if apart:
+                tasks.append(Task("weights", *about, outputs[-1:], (), task.layers))
         return Plan(
             self.num_ranks,
             micro_batches,

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby, pairwise
+from itertools import groupby
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
@@ -250,55 +250,41 @@ def fused(plan: Plan) -> Plan:
     """The plan with runs as single tasks: one autograd graph instead of one for every layer, and one backward, as in
     the plain model, with no Python between the layers. Nothing else may need a state inside a run, in the forward or
     in the backward; runs with weight gradients apart stay as they are (the smaller the better)."""
-    tasks = list(plan.tasks)
+    tasks = plan.tasks
     uses: Counter[int] = Counter(v for t in tasks for v in t.inputs)
     joints: dict[Direction, set[Joint]] = {"forward": set(), "backward": set()}
     apart: set[Joint] = set()
-    for rank in range(plan.num_ranks):
-        mine = [t for t in tasks if t.rank == rank]
-        for a, b in pairwise(mine):
-            if _follow(a, b) and uses[a.output] == 1:
-                joints[a.direction].add(_joint(a, b))
+    before: dict[int, Task] = {}  # the last task of each rank
     for t in tasks:
-        if t.kind == "step" and t.direction == "backward" and (plan.is_split(t) or not t.final):
-            for n in t.layers:
-                apart |= {(t.place, t.micro_batch, n), (t.place, t.micro_batch, n - 1)}
+        a, before[t.rank] = before.get(t.rank), t
+        if a is not None and _follow(a, t) and uses[a.output] == 1:
+            joints[t.direction].add(_joint(a, t))
+        if t.kind == "step" and t.direction == "backward" and (not t.final or plan.is_split(t)):
+            apart |= {(t.place, t.micro_batch, n - above) for n in t.layers for above in (0, 1)}
     shared = joints["forward"] & joints["backward"] if plan.trains else joints["forward"]
     shared -= apart
     if not shared:
         return plan
-    merged: dict[int, Task] = {}  # rank -> the task that the next one may join
-    out: list[Task] = []
-    renamed: dict[int, int] = {}  # graph of a part of a run -> graph of the run
-    gone: set[int] = set()  # places in `out` that went into a later task
-    place: dict[int, int] = {}
-    for task in tasks:
-        task = dataclasses.replace(task, inputs=tuple(dict.fromkeys(renamed.get(v, v) for v in task.inputs)))
-        before = merged.get(task.rank)
-        if before is not None and _follow(before, task) and _joint(before, task) in shared:
-            gone.add(place[task.rank])
-            kept = [v for v in task.inputs[1:] if v not in before.inputs]
-            for old, new in zip(before.outputs[1:], task.outputs[1:], strict=True):
-                renamed[old] = new
-            inputs = (*before.inputs, *kept)
-            task = dataclasses.replace(task, inputs=inputs, layers=(*before.layers, *task.layers))
-        merged[task.rank], place[task.rank] = task, len(out)
-        out.append(task)
-    kept_tasks = [t for i, t in enumerate(out) if i not in gone]
-    final_names = _chased(renamed)
-    kept_tasks = [
-        dataclasses.replace(t, inputs=tuple(dict.fromkeys(final_names.get(v, v) for v in t.inputs))) for t in kept_tasks
-    ]
-    return dataclasses.replace(plan, tasks=tuple(kept_tasks))
-
-
-def _chased(renamed: dict[int, int]) -> dict[int, int]:
-    found = {}
-    for old, new in renamed.items():
-        while new in renamed:
-            new = renamed[new]
-        found[old] = new
-    return found
+    runs: list[list[Task]] = []
+    latest: dict[int, list[Task]] = {}  # the last run of each rank
+    for t in tasks:
+        run = latest.get(t.rank)
+        if run and _follow(run[-1], t) and _joint(run[-1], t) in shared:
+            run.append(t)
+        else:
+            latest[t.rank] = run = [t]
+            runs.append(run)
+    # graph of a part of a run -> graph of the run
+    names = {old: new for r in runs for t in r for old, new in zip(t.outputs[1:], r[-1].outputs[1:], strict=True)}
+    joined: dict[int, Task] = {}  # by the last task of the run
+    for run in runs:
+        given = (*run[0].inputs, *(v for t in run[1:] for v in t.inputs[1:]))
+        inputs = tuple(dict.fromkeys(names.get(v, v) for v in given))
+        last = run[-1]
+        if inputs != last.inputs:
+            last = dataclasses.replace(last, inputs=inputs, layers=tuple(n for t in run for n in t.layers))
+        joined[id(run[-1])] = last
+    return dataclasses.replace(plan, tasks=tuple(joined[id(t)] for t in tasks if id(t) in joined))
 
 
 def _follow(a: Task, b: Task) -> bool:

@@ -10,14 +10,14 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.step import Anatomy, build_step
 from hf_layerpar.plan.tasks import Pieces, Plan
 from hf_layerpar.run.increments import Increments
-from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, SidePlaces, autocast_of, sides_of
+from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, autocast_of, sides_of
 from hf_layerpar.run.step import LayersOf, Outcome, RankPart, Step
 from hf_layerpar.run.transport import Transport
 
@@ -33,14 +33,8 @@ class BareStack:
     def __init__(self, calls: Sequence[LayerCall], x: Tensor, loss: Callable[[Tensor, slice], Tensor]) -> None:
         self.calls, self.x, self.loss = calls, x, loss
         self.micro_batches = 1
-        places: dict[int, list[tuple[int, int]]] = {}
-        self._has_tensors = False
-        for layer, call in enumerate(calls):
-            for j, leaf in enumerate(tree_flatten((call.args, call.kwargs))[0]):
-                self._has_tensors |= isinstance(leaf, Tensor)
-                if isinstance(leaf, Tensor) and leaf.requires_grad:
-                    places.setdefault(id(leaf), []).append((layer, j))
-        self.sides: SidePlaces = tuple(map(tuple, places.values()))
+        self.sides = sides_of(calls)
+        self._has_tensors = any(isinstance(t, Tensor) for c in calls for t in tree_leaves((c.args, c.kwargs)))
 
     def rows(self, micro_batch: int) -> slice:
         bounds = [len(self.x) * m // self.micro_batches for m in range(self.micro_batches + 1)]
@@ -49,7 +43,7 @@ class BareStack:
     def enter(self, place: int, micro_batch: int, given: Sequence[Tensor | None], *, real: bool) -> Entry:
         rows = self.rows(micro_batch)
         if self.micro_batches == 1:
-            return Entry(self.x, self.calls, self.sides)
+            return Entry(self.x, self.calls, self.sides, autocast_of(self.x))
         cut: dict[int, Tensor] = {}  # what is one tensor for several layers stays one
 
         def part(leaf: object) -> object:
@@ -61,7 +55,7 @@ class BareStack:
             calls = self.calls
             if self._has_tensors:
                 calls = [_Cut(call, *tree_map(part, (call.args, call.kwargs))) for call in calls]
-            return Entry(self.x[rows], calls, self.sides)
+            return Entry(self.x[rows], calls, self.sides, autocast_of(self.x))
 
     def finish(self, micro_batch: int, piece: Pieces, given: Sequence[Tensor | None]) -> Tensor:
         (end,) = given

@@ -179,17 +179,20 @@ class Step:
     # ---- the loop
     def run(self) -> Outcome:
         """Works all tasks. Collective over the transport's ranks. Raises PeerLostError when another rank is gone."""
-        began = time.perf_counter()
         self.work(self.part)
+        return self.close()
+
+    def close(self) -> Outcome:
+        """Waits for what is still being sent."""
         self.settle()
         for k, increments in self.increments.items():
             if increments is not None:
                 self.outcome.penalties[k] = increments.penalty(self.device)
-        self.outcome.seconds += time.perf_counter() - began
         return self.outcome
 
     def work(self, part: RankPart, keep: Set[int] = frozenset()) -> None:
         """Works the tasks of `part`. keep: values to leave in `values`."""
+        began = time.perf_counter()
         plan = part.plan
         for i, group in enumerate(part.groups):
             for value, source in part.receives[i]:
@@ -216,6 +219,7 @@ class Step:
         for value in part.fetch:
             if value not in self.values:
                 self._await(value)
+        self.outcome.seconds += time.perf_counter() - began
 
     def _work_one(self, task: Task, plan: Plan) -> None:
         made = self._do(task, [self.values[v] for v in task.inputs], plan)

@@ -45,9 +45,7 @@ _OPTIMIZER = re.compile(r"optimizer-(\d{5})-of-(\d{5})\.pt")
 
 def is_training_state(name: str) -> bool:
     """Whether a file of a checkpoint serves to go on with the training, and not to use the model."""
-    return name in (EXACT_WEIGHTS, SCHEDULER_NAME, TRAINER_STATE_NAME) or name.startswith(
-        ("optimizer-", "rng_state_")
-    )
+    return name in (EXACT_WEIGHTS, SCHEDULER_NAME, TRAINER_STATE_NAME) or name.startswith(("optimizer-", "rng_state_"))
 
 
 # ---- directories
@@ -195,9 +193,7 @@ def save_optimizer(optimizer: Any, model: nn.Module, mesh: Mesh, directory: Path
     packed = optimizer.state_dict()
     owner_of = layer_parallel(model).owner_of
     flat = [name for group in names for name in group]
-    mine = {
-        flat[index]: state for index, state in packed["state"].items() if owner_of[flat[index]] == mesh.lp_rank
-    }
+    mine = {flat[index]: state for index, state in packed["state"].items() if owner_of[flat[index]] == mesh.lp_rank}
     options = [{k: v for k, v in group.items() if k != "params"} for group in packed["param_groups"]]
     groups = [{"options": o, "names": n} for o, n in zip(options, names, strict=True)]
     path = directory / f"optimizer-{mesh.lp_rank:05d}-of-{mesh.lp_size:05d}.pt"

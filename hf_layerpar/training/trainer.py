@@ -239,9 +239,9 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         if scaled is None:
             counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = counted or self.compute_loss_func is not None
-        steps = 1 if scaled else self.current_gradient_accumulation_steps
-        scale = 1 / (steps * self.accelerator.gradient_accumulation_steps)
-        value = self.layer_parallel.train_step(inputs, loss, scale=scale)
+        accumulated = self.current_gradient_accumulation_steps
+        steps, share = 1 if scaled else accumulated, 1 / self.accelerator.gradient_accumulation_steps
+        value = self.layer_parallel.train_step(inputs, loss, scale=share / steps, penalty_scale=share / accumulated)
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
             clear_device_cache()
         if self.accelerator.sync_gradients and self.mesh.dp_size > 1:

@@ -134,12 +134,11 @@ def train(
     torch.manual_seed(1)  # the same dropout masks in every run
     losses = []
     for inputs in batches:
-        loss = model(**inputs).loss
-        loss.backward()
+        loss = handle.train_step(inputs)
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(round(float(loss.detach()), 5))
+        losses.append(round(float(loss), 5))
     after = validate(model, validation)
     with torch.no_grad():
         for p, value in zip(params, before, strict=True):

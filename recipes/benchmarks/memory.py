@@ -2,9 +2,9 @@
 
     python recipes/benchmarks/memory.py
 
-Each rank counts the bytes of its layers, of their gradients and of their Adam state, and of everything else (the ends,
-which are replicated), and reads its peak resident memory over a few training steps from the kernel. Written to
-recipes/benchmarks/results/memory.json with the ratio of the largest rank of two to the one rank.
+Each rank counts the bytes of its layers, of their gradients and of their Adam state, and those of its ends (embeddings
+on the first rank, head on the last), and reads its peak resident memory over a few training steps from the kernel.
+Written to recipes/benchmarks/results/memory.json with the ratio of the largest rank of two to the one rank.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.ode.convert import convert_to_ode
 from hf_layerpar.sharding import parallelize
 from recipes.benchmarks.launch import RESULTS, launch
+from recipes.benchmarks.resident import bytes_of, restart_peak, status_bytes
 from recipes.results import print_table, versions, write_json
 
 MODEL: dict[str, Any] = {
@@ -40,19 +40,6 @@ MODEL: dict[str, Any] = {
 }
 ENDS: dict[str, Any] = {"vocab_size": 4096, "max_position_embeddings": 128}
 BATCH, TOKENS, STEPS = 8, 64, 3
-
-
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Storage bytes of the tensors, each storage counted once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def status_bytes(key: str) -> int:
-    """A size that the kernel keeps for this process: VmRSS (now) or VmHWM (the peak)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(key)
 
 
 def measure() -> dict[str, Any]:
@@ -74,12 +61,10 @@ def measure() -> dict[str, Any]:
         "attention_mask": torch.ones(BATCH, TOKENS, dtype=torch.long),
         "labels": torch.randint(0, 2, (BATCH,)),
     }
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is resident now
-    before_steps = status_bytes("VmHWM")
+    before_steps = restart_peak()
     for _ in range(STEPS):
         optimizer.zero_grad(set_to_none=False)
-        model(**batch).loss.backward()
+        handle.train_step(batch)
         optimizer.step()
     peak = status_bytes("VmHWM")
 

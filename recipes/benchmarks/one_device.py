@@ -28,14 +28,24 @@ import torch
 from torch import Tensor, nn
 
 from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.plan.step import Anatomy, build_step
+from hf_layerpar.plan.tasks import Plan
+from hf_layerpar.run.bare import BareStack
+from hf_layerpar.run.layers import Common, Layers
+from hf_layerpar.run.stackable import OneDevice
+from hf_layerpar.run.step import RankPart
+from hf_layerpar.run.transport import LocalTransport
 from recipes.benchmarks.alternate import measure
 from recipes.benchmarks.launch import RESULTS
 from recipes.benchmarks.sides import (
     OPERATORS,
+    Call,
     Entry,
     Place,
+    Setting,
     Side,
     init_ranks,
+    inner_product_with,
     our_side,
     serial_side,
     with_compiled_layers,
@@ -66,7 +76,12 @@ def device_sides(num_layers: int, device: torch.device) -> tuple[list[Entry], di
         return serial_side(place, stack, upstream, threads=1)
 
     def ours(config: LayerParallelConfig) -> Side:
-        return our_side(place, copy.deepcopy(stack).eval(), upstream, config, interleaved=False)
+        own = copy.deepcopy(stack).eval()
+        return (
+            stacked_side(own, upstream, config)
+            if config.stacked
+            else our_side(place, own, upstream, Setting("", config))
+        )
 
     settings: dict[str, Any] = {"method": "serial"}
     entries = [
@@ -79,7 +94,7 @@ def device_sides(num_layers: int, device: torch.device) -> tuple[list[Entry], di
             config = LayerParallelConfig(
                 strategy="mgrit",
                 coarsening=min(COARSENING, num_layers // 2),
-                coarse_operator=operator,  # type: ignore[arg-type]
+                coarse_operator=operator,
                 forward_iterations=forward,
                 backward_iterations=backward,
             )
@@ -98,6 +113,29 @@ def device_sides(num_layers: int, device: torch.device) -> tuple[list[Entry], di
                 graphs.append((f"{name}, CUDA graph", values, partial(ours, config)))
         entries += [Entry(name, values, partial(as_graph, make)) for name, values, make in graphs]
     return entries, exact
+
+
+def stacked_side(stack: nn.Sequential, upstream: Tensor, config: LayerParallelConfig) -> Side:
+    """As a step of a whole model goes on one device: whether layers can be stacked is looked at in each."""
+    x = make_state(seed=1).to(upstream.device).requires_grad_()
+    bare = BareStack([Call(layer) for layer in stack], x, inner_product_with(upstream))
+    anatomy, device = Anatomy.of_stack((0,) * len(stack)), OneDevice()
+    part: RankPart | None = None
+
+    def build(config: LayerParallelConfig, **more: Any) -> Plan:
+        return build_step(config, anatomy, 1, **more)
+
+    def step() -> None:
+        nonlocal part
+        found = device.plan(config, build, [Layers(bare.enter(0, 0, [], real=False), Common(), 0, 0)])
+        assert found is not None, "the layers can't be stacked"
+        plan, make_layers = found
+        if part is None or part.plan is not plan:
+            part = RankPart.of(plan, 0)
+        bare.step(plan, LocalTransport(), part=part, make_layers=make_layers)
+
+    answers = dict(stack.named_parameters())
+    return Side(step, [x, *answers.values()], answers)
 
 
 def as_graph(make: Callable[[], Side]) -> Side:

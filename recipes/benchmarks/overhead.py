@@ -1,9 +1,9 @@
-"""How much of a step the engine spends outside the layers: planning, combining states, posting messages, Python.
+"""How much of a step is spent outside the layers: combining states, posting messages, Python.
 
     python recipes/benchmarks/overhead.py [--layers 32] [--steps 10]
 
-Every layer forward, every vjp, every weight gradient taken later and every blocking call to another rank is timed where
-the engine makes it; what is left of the step is its own. Waiting for others is counted apart: it belongs to the
+Every layer forward, every backward, every weight gradient taken later and every blocking call to another rank is timed
+where a step makes it; what is left of the step is its own. Waiting for others is counted apart: it belongs to the
 schedule. On one rank nothing waits, so there the share is exact. Written to recipes/benchmarks/results/overhead.json.
 """
 
@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,18 +28,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.run.communicator import Communicator
-from hf_layerpar.run.engine import StackEngine
-from hf_layerpar.run.program import Program
+from hf_layerpar.run.bare import BareStack
+from hf_layerpar.run.layers import Layers
+from hf_layerpar.run.step import RankPart
+from hf_layerpar.run.transport import Transport
 from recipes.benchmarks.launch import RESULTS, launch
-from recipes.benchmarks.sides import Call, Fixed, Place, init_ranks, local_communicator, our_calls, owner_of
+from recipes.benchmarks.sides import (
+    Call,
+    Place,
+    init_ranks,
+    inner_product_with,
+    local_transport,
+    our_calls,
+    owner_of,
+)
 from recipes.benchmarks.stack import SIZES, make_stack, make_state
 from recipes.results import print_table, versions, write_json
 
 TARGET = 0.03
 CONFIGS = {
-    "serial": LayerParallelConfig(strategy="serial"),
-    "pipeline M=4": LayerParallelConfig(strategy="pipeline", micro_batches=4),
+    "exact": LayerParallelConfig(),
+    "exact M=4": LayerParallelConfig(micro_batches=4),
     "mgrit rediscretize 1/1": LayerParallelConfig(strategy="mgrit", coarse_operator="rediscretize"),
     "mgrit aggregate 2/1": LayerParallelConfig(strategy="mgrit", coarse_operator="aggregate", forward_iterations=2),
     "mgrit identity 1/1": LayerParallelConfig(strategy="mgrit", coarse_operator="identity"),
@@ -70,15 +79,15 @@ class TimedCall(Call):
         return y
 
 
-class TimedCommunicator:
-    """A communicator whose blocking calls are timed; posting a message stays the engine's own work."""
+class TimedTransport:
+    """A transport whose blocking calls are timed; posting a message stays the step's own work."""
 
-    def __init__(self, inner: Communicator, clock: Clock) -> None:
+    def __init__(self, inner: Transport, clock: Clock) -> None:
         self._inner, self._clock = inner, clock
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
-        if not callable(found) or name in ("send", "receive"):
+        if not callable(found) or name in ("send", "receive", "is_done"):
             return found
 
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -92,49 +101,43 @@ class TimedCommunicator:
 
 @contextmanager
 def timed_gradients(clock: Clock) -> Iterator[None]:
-    """Times the engine's vjps and the weight gradients that it left for later.
-
-    Backward passes inside another one are the engine's vjps; `backward` and `grad` both go through one function.
-    """
+    """Times all backwards (`backward` and `grad` both go through one function) and the weight gradients that were left
+    for later."""
     run: Callable[..., Any] = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
-    weights = Program.weights
-    depth = 0
+    weights = Layers.weights
 
     def timed_run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal depth
-        depth += 1
         began = time.perf_counter()
         try:
             return run(*args, **kwargs)
         finally:
-            depth -= 1
-            if depth == 1:
-                clock.layers += time.perf_counter() - began
-                clock.evaluations += 1
+            clock.layers += time.perf_counter() - began
+            clock.evaluations += 1
 
-    def timed_weights(program: Program, layer: int, micro_batch: int) -> None:
+    def timed_weights(of: Layers, layers: Sequence[int]) -> None:
         began = time.perf_counter()
-        weights(program, layer, micro_batch)
+        weights(of, layers)
         clock.layers += time.perf_counter() - began
 
     torch.autograd._engine_run_backward = timed_run  # type: ignore[attr-defined]
-    Program.weights = timed_weights  # type: ignore[method-assign]
+    Layers.weights = timed_weights  # type: ignore[method-assign]
     try:
         yield
     finally:
         torch.autograd._engine_run_backward = run  # type: ignore[attr-defined]
-        Program.weights = weights  # type: ignore[method-assign]
+        Layers.weights = weights  # type: ignore[method-assign]
 
 
 def measure(config: LayerParallelConfig, num_layers: int, steps: int) -> dict[str, Any]:
     """Medians over the steps of this rank's shares, after one step to warm up. Collective."""
-    place, clock, flags = Place.here(), Clock(), Fixed(config)
-    stack, upstream = make_stack(num_layers), make_state(seed=2)
-    owner = owner_of(config, num_layers, place.size, interleaved=False)
-    communicator: Any = TimedCommunicator(local_communicator(), clock)
-    engine = StackEngine(communicator, owner, (0, 0), flags, flags)
+    place, clock = Place.here(), Clock()
+    stack, x = make_stack(num_layers), make_state(seed=1).requires_grad_()
+    owner = owner_of(config, num_layers, place.size)
+    transport: Any = TimedTransport(local_transport(), clock)
     calls = [TimedCall(call.layer, clock=clock) for call in our_calls(stack, owner, place.rank)]
-    x = make_state(seed=1).requires_grad_()
+    bare = BareStack(calls, x, inner_product_with(make_state(seed=2)))
+    plan = bare.plan(config, owner, place.size)
+    part = RankPart.of(plan, place.rank)
     shares: list[tuple[float, float, float]] = []
     with timed_gradients(clock):
         for _ in range(steps + 1):
@@ -144,7 +147,7 @@ def measure(config: LayerParallelConfig, num_layers: int, steps: int) -> dict[st
                 dist.barrier()
             clock.reset()
             began = time.perf_counter()
-            engine(calls, x).backward(upstream)
+            bare.step(plan, transport, config=config, part=part)
             seconds = time.perf_counter() - began
             own = seconds - clock.layers - clock.waiting
             shares.append((own / seconds, clock.waiting / seconds, own / clock.evaluations))
@@ -164,7 +167,7 @@ def run_rank(options: argparse.Namespace) -> None:
     found = {
         name: measure(config, options.layers, options.steps)
         for name, config in CONFIGS.items()
-        if place.size > 1 or config.strategy != "pipeline"
+        if place.size > 1 or config.micro_batches == 1
     }
     write_json(options.rank_folder / f"{place.rank}.json", found)
     if dist.is_initialized():

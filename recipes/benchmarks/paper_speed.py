@@ -29,17 +29,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.plan.planner import predict_step
-from hf_layerpar.plan.simulate import Costs
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
 from hf_layerpar.ode.stack import RecordedCall
+from hf_layerpar.plan.costs import Costs
+from hf_layerpar.plan.planner import predict_step
 from hf_layerpar.run.calibrate import calibrate
 from recipes.benchmarks.alternate import measure
 from recipes.benchmarks.ends import our_side, stock_side
 from recipes.benchmarks.launch import RESULTS, launch
 from recipes.benchmarks.paper_networks import NETWORKS, SIZES, Batch, Network
 from recipes.benchmarks.paper_speed_picture import draw
-from recipes.benchmarks.sides import Entry, Place, init_ranks, local_communicator, owner_of
+from recipes.benchmarks.sides import Entry, Place, Setting, init_ranks, local_transport, owner_of
 from recipes.results import print_table, versions, write_json
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -60,7 +60,7 @@ def settings_of(network: Network) -> dict[str, LayerParallelConfig]:
         "pipeline M=1": LayerParallelConfig(),
         "pipeline M=4": LayerParallelConfig(micro_batches=4),
         f"rediscretize {iterations} c={c}, 2 levels": mgrit(),
-        f"rediscretize {iterations} c={c}, 3 levels": mgrit(levels=3),
+        f"rediscretize {iterations} c={c}, 3 levels": mgrit(coarsening=(c, c)),
         f"rediscretize {iterations} c={2 * c}, 2 levels": mgrit(coarsening=2 * c),
         f"identity 1/1 c={c}": mgrit(coarse_operator="identity", forward_iterations=1, backward_iterations=1),
     }
@@ -74,7 +74,7 @@ def measured_costs(converted: Any, batch: Batch) -> dict[str, Costs]:
     found: dict[str, Costs] = {}
 
     def solver(path: str, calls: Sequence[RecordedCall], x: Tensor) -> Tensor:
-        found[path] = calibrate(calls, x, local_communicator(), seconds=4.0)
+        found[path] = calibrate(calls, x, local_transport(), seconds=4.0)
         return x
 
     for stack in ode_view(converted).stacks:
@@ -97,7 +97,7 @@ def run_rank(options: argparse.Namespace) -> None:
     converted = convert_to_ode(copy.deepcopy(model))
     entries = [Entry(SERIAL, {}, partial(stock_side, place, model, batch))]
     entries += [
-        Entry(side, config.to_dict(), partial(our_side, place, converted, batch, config))
+        Entry(side, config.to_dict(), partial(our_side, converted, batch, Setting(side, config)))
         for side, config in settings_of(network).items()
     ]
     sides = measure(entries, exact, options.rounds)
@@ -112,7 +112,7 @@ def run_rank(options: argparse.Namespace) -> None:
 
 def stack_seconds(config: LayerParallelConfig, depth: int, ranks: int, costs: Costs) -> float:
     """The simulated step of one stack."""
-    return predict_step(config, owner_of(config, depth, ranks, interleaved=False), costs, num_ranks=ranks).makespan
+    return predict_step(config, owner_of(config, depth, ranks), costs, num_ranks=ranks).makespan
 
 
 def predictions(network: Network, found: dict[str, Any]) -> dict[str, Any]:

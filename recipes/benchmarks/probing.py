@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from transformers import TrainerCallback, default_data_collator
 
 from hf_layerpar.agreement import GradientProbe
-from hf_layerpar.config import Operator
 from hf_layerpar.plan.ladder import describe
+from hf_layerpar.plan.operators import OPERATORS
 from hf_layerpar.sharding import layer_parallel
 
 COARSENINGS = (4, 8)
 ITERATIONS = ((1, 1), (2, 1))
-WARM_UP = 8
 
 
 class GradientTable(TrainerCallback):
-    """Every `every` steps, and at the end: `rows` of step, settings, cosine, norm ratio and bias to noise.
-
-    The network trains exactly, so fitted operators first see `WARM_UP` batches without a step.
-    """
+    """Every `every` steps, and at the end: `rows` of step, settings, cosine, norm ratio and bias to noise."""
 
     def __init__(self, every: int) -> None:
         self.every = every
@@ -33,20 +29,11 @@ class GradientTable(TrainerCallback):
         if state.global_step % self.every:
             return
         rows, size = kwargs["train_dataloader"].dataset, args.per_device_train_batch_size
-        places = torch.randperm(len(rows), generator=torch.Generator().manual_seed(state.global_step))
-        batches = [
-            default_data_collator([rows[i] for i in places[k * size : (k + 1) * size].tolist()])
-            for k in range(1 + WARM_UP)
-        ]
+        places = torch.randperm(len(rows), generator=torch.Generator().manual_seed(state.global_step))[:size]
         handle = layer_parallel(model)
-        probe = GradientProbe(model, batches[0])
-        for c, operator in itertools.product(COARSENINGS, get_args(Operator)):
+        probe = GradientProbe(model, default_data_collator([rows[i] for i in places.tolist()]))
+        for c, operator in itertools.product(COARSENINGS, OPERATORS):
             start = dataclasses.replace(handle.config, strategy="mgrit", coarsening=c, coarse_operator=operator)
-            if operator in ("mean", "linear"):
-                with handle.using(start):
-                    for batch in batches[1:]:
-                        loss = model(**batch).loss
-                        torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
             for forward, backward in ITERATIONS:
                 settings = dataclasses.replace(start, forward_iterations=forward, backward_iterations=backward)
                 found = probe.compare(settings)

@@ -21,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checko
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from hf_layerpar.config import LayerParallelConfig, Operator
-from hf_layerpar.plan.ownership import contiguous_owner, interleaved_owner
+from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.plan.costs import Costs
+from hf_layerpar.plan.ownership import INTERLEAVED, V, contiguous_owner, interleaved_owner, two_blocks_owner
 from hf_layerpar.plan.planner import gpipe, one_forward_one_backward, predict_step
+from hf_layerpar.plan.simulate import Timeline
 from hf_layerpar.report.timeline import draw
 from recipes.benchmarks.launch import RESULTS
 from recipes.results import print_table, write_json
@@ -31,13 +33,13 @@ from recipes.results import print_table, write_json
 LAYERS = 128
 RANKS = (2, 4, 8, 16, 32, 64, 128)
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-OPERATORS: tuple[Operator, ...] = ("rediscretize", "identity", "aggregate")
+OPERATORS = ("rediscretize", "identity", "aggregate")
 ITERATIONS = ((1, 1), (2, 1))
-GPIPE, ONE_F_ONE_B, PIPELINE = "GPipe", "1F1B", "pipeline"
+GPIPE, ONE_F_ONE_B, PIPELINE = "GPipe", "1F1B", "pipeline"  # the first two by their formulas, ours as planned
 PIPELINES = (GPIPE, ONE_F_ONE_B, PIPELINE)
 
 
-def mgrit(operator: Operator, coarsening: int, iterations: tuple[int, int], micro_batches: int) -> LayerParallelConfig:
+def mgrit(operator: str, coarsening: int, iterations: tuple[int, int], micro_batches: int) -> LayerParallelConfig:
     return LayerParallelConfig(
         strategy="mgrit",
         coarse_operator=operator,
@@ -53,6 +55,11 @@ def dealt(num_layers: int, num_ranks: int) -> tuple[int, ...]:
     return interleaved_owner(num_layers, num_ranks, range(0, num_layers + 1, num_ranks), (0, 0))
 
 
+def predicted_step(config: LayerParallelConfig, owner: Sequence[int], num_ranks: int) -> Timeline:
+    """Scheduled by the prices that it is timed with."""
+    return predict_step(config, owner, Costs(), num_ranks=num_ranks)
+
+
 def cases(num_ranks: int, micro_batches: int) -> list[dict[str, Any]]:
     """The predictions for so many ranks and micro-batches. Graphs and states are those of one micro-batch."""
     found: list[dict[str, Any]] = []
@@ -63,16 +70,18 @@ def cases(num_ranks: int, micro_batches: int) -> list[dict[str, Any]]:
         found.append({"schedule": name, "share": share, "peak_graphs": round(reference.graphs * micro_batches)})
 
     def predicted(name: str, config: LayerParallelConfig, owner: Sequence[int], **more: Any) -> None:
-        step = predict_step(config, owner, num_ranks=num_ranks)
+        step = predicted_step(config, owner, num_ranks)
         most = {f"peak_{k}": max(getattr(p, k) for p in step.peaks) for k in ("graphs", "states")}
-        messages = sum(len(sweep.plan.messages()) for sweep in (step.forward, step.backward))
-        figures = {"share": step.share, "idle_share": step.idle_share, "messages": messages}
+        figures = {"share": step.share, "idle_share": step.idle_share, "messages": len(step.plan.messages)}
         found.append({"schedule": name, **more, **figures, **most})
 
     textbook(GPIPE, gpipe)
     textbook(ONE_F_ONE_B, one_forward_one_backward)
     blocks = contiguous_owner(LAYERS, num_ranks)
-    predicted(PIPELINE, LayerParallelConfig(micro_batches=micro_batches), blocks)
+    exact = LayerParallelConfig(micro_batches=micro_batches)
+    predicted(PIPELINE, exact, blocks, layers="blocks")
+    for placement in (INTERLEAVED, V) if 2 * num_ranks <= LAYERS else ():
+        predicted(PIPELINE, exact, two_blocks_owner(LAYERS, num_ranks, placement), layers=placement)
     # of c = P at least two intervals
     factors = sorted({4, 8} | ({num_ranks} if num_ranks <= LAYERS // 2 else set()))
     for operator in OPERATORS:
@@ -168,13 +177,13 @@ def draw_timeline(path: Path) -> None:
     layers, ranks = 32, 4
     blocks = contiguous_owner(layers, ranks)
     steps = {
-        "Serial over the ranks": (LayerParallelConfig(strategy="serial"), blocks),
-        "Exact pipeline, 4 micro-batches": (LayerParallelConfig(micro_batches=4), blocks),
+        "Exact, 1 micro-batch": (LayerParallelConfig(), blocks),
+        "Exact, 4 micro-batches": (LayerParallelConfig(micro_batches=4), blocks),
         "MGRIT aggregate 1/1, intervals of 4, interleaved": (mgrit("aggregate", 4, (1, 1), 1), dealt(layers, ranks)),
         "MGRIT rediscretize 1/1, intervals of 4": (mgrit("rediscretize", 4, (1, 1), 1), blocks),
         "MGRIT identity 1/1, intervals of 4": (mgrit("identity", 4, (1, 1), 1), blocks),
     }
-    draw({name: predict_step(config, owner, num_ranks=ranks) for name, (config, owner) in steps.items()}, path)
+    draw({name: predicted_step(config, owner, ranks) for name, (config, owner) in steps.items()}, path)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ FULL = CardFacts(
     tags=("extra",),
     ode=ODE,
     layers={"bert.encoder.layer": 19},
-    solver=solver_facts(LayerParallelConfig(strategy="mgrit", damping=0.125).to_dict(), lp_size=2, controller="raise"),
+    solver=solver_facts(LayerParallelConfig(strategy="mgrit", ends="spread").to_dict(), lp_size=2, controller="raise"),
     changes=((0, "mgrit c=4"), (500, "exact")),
     training={"max_steps": 100, "num_train_epochs": 3.0, "learning_rate": 1e-4},
     metrics={"validation": {"loss": 0.123456, "accuracy": 0.75}, "test": {"accuracy": 0.5}},
@@ -62,9 +62,20 @@ def test_text() -> None:
     assert "num_train_epochs" not in text
     assert "coarse_operator" not in text  # the controller chose others
     unchanged = make_card(dataclasses.replace(FULL, changes=())).text
-    for row in ("| coarse_operator | aggregate |", "| damping | 0.125 |"):
+    for row in ("| coarse_operator | aggregate |", "| ends | spread |"):
         assert f"\n{row}\n" in unchanged
     assert sum(line.startswith("| ") and line.count("|") == 3 and line[2].isdigit() for line in text.split("\n")) == 14
+
+
+def test_solver_settings_that_had_no_part_are_left_out() -> None:
+    pipeline = {"strategy": "pipeline", "micro_batches": 4}
+    assert solver_facts(LayerParallelConfig(micro_batches=4).to_dict(), lp_size=2) == pipeline | {"lp_size": 2}
+    unusual = {"schedule": "zb_v", "increment_penalty": 0.1}
+    found = solver_facts(LayerParallelConfig(micro_batches=4, coarsening=8, **unusual).to_dict(), lp_size=2)
+    assert found == pipeline | unusual | {"lp_size": 2}
+    mgrit = solver_facts(LayerParallelConfig(strategy="mgrit", schedule="zb_v").to_dict(), lp_size=1)
+    assert "schedule" not in mgrit
+    assert mgrit["coarsening"] == 4
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,11 @@ import pytest
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import LayerParallelError
+from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.ownership import contiguous_owner
 from hf_layerpar.plan.planner import predict_step
-from hf_layerpar.plan.simulate import Costs
+from hf_layerpar.plan.simulate import simulate
+from hf_layerpar.plan.step import Anatomy, Pass, build_step
 from hf_layerpar.report.timeline import KINDS, as_text, bars, draw
 
 
@@ -18,13 +20,34 @@ def step_of(num_ranks=2, costs=None, **settings):
 
 
 def test_text_of_a_pipeline():
-    """Two micro-batches of four layers a rank: 2 time units each, 6 forward and 10 backward, one column a unit."""
-    rows = as_text(step_of(micro_batches=2), width=16).splitlines()
+    """Two micro-batches of four layers a rank: 2 time units each way and for the weights, one column a unit."""
+    rows = as_text(step_of(micro_batches=2, schedule="1f1b"), width=18).splitlines()
     assert rows == [
-        "rank 0 |FFFF....BBBBWWWW|",
-        "rank 1 |..FFFFBBBBWWWW..|",
-        "F forward step, B final vjp, W weight gradients, . idle",
+        "rank 0 |FFFF....XXXX..XXXX|",
+        "rank 1 |..FFXXXXFFXXXX....|",
+        "F forward step, X final vjp and weight gradients, . idle",
     ]
+
+
+def test_text_of_the_ends_and_of_weight_gradients_apart():
+    """The front takes 1 forward and 2 backward for a micro-batch, the tail 2 both ways."""
+    costs = Costs(front=2, front_backward=4, tail=4)
+    rows = as_text(step_of(micro_batches=2, schedule="zb_h1", costs=costs), width=21).splitlines()
+    assert rows == [
+        "rank 0 |EFFEFF...BBeeWWBBeeWW|",
+        "rank 1 |...FFTTBBFFTTBBWWWW..|",
+        "E front, F forward step, T tail, both ways, B final vjp, W weight gradients, e front backward, . idle",
+    ]
+    rows = as_text(step_of(ends="spread", schedule="1f1b", costs=costs), width=32).splitlines()
+    assert rows[:2] == ["rank 0 |EEFFFF....TT........XXXXXXXXeeee|", "rank 1 |......FFFFTTXXXXXXXX............|"]
+
+
+def test_text_of_two_stacks():
+    """An encoder on rank 0 and a decoder on rank 1, which is given the encoder's states."""
+    anatomy = Anatomy((Pass((0, 0)), Pass((1, 1), sides=True)), (0, 1, 1), ((), (0,), (1,)))
+    plan = build_step(LayerParallelConfig(schedule="gpipe"), anatomy, 2)
+    rows = as_text(simulate(plan, Costs(front=1, front_backward=1, tail=1)), width=17).splitlines()
+    assert rows[:2] == ["rank 0 |EFF.........XXXXe|", "rank 1 |...MFFTXXXXm.....|"]
 
 
 def test_text_of_a_coarse_sweep():
@@ -63,7 +86,7 @@ def test_picture(tmp_path):
     draw({"pipeline": steps["pipeline"]}, tmp_path / "one.png")
     both, one = (imread(tmp_path / name) for name in ("both.png", "one.png"))
     assert both.shape[0] > one.shape[0]
-    for _, (_, colour) in [item for item in KINDS.items() if item[0] in ("forward step", "final vjp")]:
+    for _, (_, colour) in [item for item in KINDS.items() if item[0] in ("forward step", "weight gradients")]:
         wanted = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         assert (abs(one[:, :, :3] - wanted).max(-1) < 0.01).mean() > 0.005, f"{colour} is not in the picture"
 

@@ -31,9 +31,9 @@ class Layer(nn.Module):
 
 def gradients(layer, x, lam, deferred, autocast):
     record = Record()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast, cache_enabled=False):
-        with recording(record) if deferred else nullcontext():
-            y = layer(x)
+    cast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast, cache_enabled=False)
+    with cast, recording(record) if deferred else nullcontext():
+        y = layer(x)
     trainable = [p for p in layer.parameters() if p.requires_grad]
     record.wanted = True
     found = torch.autograd.grad(y, [x, *trainable], lam.to(y.dtype), allow_unused=True)

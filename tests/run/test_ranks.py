@@ -160,7 +160,8 @@ def mismatches():
     attempt("rows", lambda: handle.train_step(shorter))
     attempt("seed", lambda: handle.train_step(batch))
     attempt("loss scale", lambda: handle.train_step(batch, scale=1.0 + rank))
-    attempt("labels", lambda: handle.train_step(batch | ({"position_ids": batch["labels"]} if rank else {})))
+    more = {"position_ids": torch.arange(12).expand(4, 12)} if rank else {}
+    attempt("inputs", lambda: handle.train_step(batch | more))
     with handle.using(LayerParallelConfig(micro_batches=2 + rank)):
         attempt("settings", lambda: handle.train_step(batch))
     attempt("call", lambda: model(**batch) if rank else handle.train_step(batch))
@@ -173,7 +174,7 @@ def test_ranks_that_disagree_are_all_told():
         "rows": "'batch': [[((4, 12), 'torch.int64')",
         "seed": "'seed': [",
         "loss scale": "'loss scale': [1.0, 2.0",
-        "labels": "'batch': [",
+        "inputs": "'batch': [",
         "settings": "'settings': [",
         "call": "'a call of': [None, 'GPT2LMHeadModel'",
     }

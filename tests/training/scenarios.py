@@ -114,7 +114,7 @@ def train_for_the_best(output_dir: str, settings: dict[str, Any]) -> dict[str, A
         "best": run.state.best_model_checkpoint,
         "best_metric": run.state.best_metric,
         "eval_losses": losses,
-        "weights_at_2": hashes[0],
+        "weights_at_evaluations": hashes,
         "eval_loss_after": run.evaluate()["eval_loss"],
     }
 

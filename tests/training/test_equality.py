@@ -1,4 +1,7 @@
-"""The same training at every lp size: losses, gradient norms and final weights."""
+"""The same training at every lp size: losses, gradient norms and final weights.
+
+The logged losses are means over all processes, and a mean of equal numbers may round.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ def test_fifty_steps_are_the_same_at_every_lp_size(
     one = ranks1.run(runs.train, str(tmp_path), family, settings)[0]
     for pool in (ranks2, ranks3):
         many = pool.run(runs.train, str(tmp_path), family, settings | {"lp_size": pool.world})
-        assert many[0]["losses"] == one["losses"]
+        assert many[0]["losses"] == pytest.approx(one["losses"], abs=1e-6)
         assert many[0]["norms"] == one["norms"]
         assert many[0]["weights"] == one["weights"]
         assert len({r["copies"] for r in many} - {None}) == (family == "gpt2")  # tied embeddings
@@ -35,7 +38,7 @@ def test_data_parallel_times_layer_parallel(family: str, ranks2: RankPool, ranks
     settings = {"max_steps": 50, "gradient_accumulation_steps": 2, "max_grad_norm": 0.3}
     flat = ranks2.run(runs.train, str(tmp_path), family, settings)[0]
     grid = ranks4.run(runs.train, str(tmp_path), family, settings | {"lp_size": 2})[0]
-    assert grid["losses"] == flat["losses"]
+    assert grid["losses"] == pytest.approx(flat["losses"], abs=1e-6)
     assert grid["norms"] == flat["norms"]
     assert grid["weights"] == flat["weights"]
 
@@ -47,7 +50,7 @@ def test_encoder_decoder(family: str, ranks1: RankPool, ranks2: RankPool, ranks3
     one = ranks1.run(runs.train, str(tmp_path), family, settings)[0]
     for pool in (ranks2, ranks3):
         many = pool.run(runs.train, str(tmp_path), family, settings | {"lp_size": pool.world})
-        assert many[0]["losses"] == one["losses"]
+        assert many[0]["losses"] == pytest.approx(one["losses"], abs=1e-6)
         assert many[0]["weights"] == one["weights"]
         assert len({r["copies"] for r in many} - {None}) == 1
 
@@ -66,7 +69,7 @@ def test_settings_keep_the_lp_sizes_equal(settings: dict, ranks1: RankPool, rank
     settings = settings | {"max_steps": 6}
     one = ranks1.run(runs.train, str(tmp_path), "llama", settings)[0]
     two = ranks2.run(runs.train, str(tmp_path), "llama", settings | {"lp_size": 2})[0]
-    assert two["losses"] == one["losses"]
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-6)
     assert two["weights"] == one["weights"]
 
 
@@ -99,7 +102,7 @@ def test_local_item_counts(ranks2: RankPool, ranks4: RankPool, tmp_path) -> None
     settings = {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2}
     flat = ranks2.run(runs.train, str(tmp_path), "llama", settings)[0]
     grid = ranks4.run(runs.train, str(tmp_path), "llama", settings | {"lp_size": 2})[0]
-    assert grid["losses"] == flat["losses"]
+    assert grid["losses"] == pytest.approx(flat["losses"], abs=1e-6)
     assert grid["weights"] == flat["weights"]
 
 
@@ -140,9 +143,7 @@ def test_the_worst_stack_is_logged() -> None:
         ("bart", {"strategy": "mgrit", "coarsening": 2, "coarse_operator": "identity"}),
     ],
 )
-def test_spread_ends_train_as_those_of_the_last_rank(
-    family: str, settings: dict, ranks2: RankPool, tmp_path
-) -> None:
+def test_spread_ends_train_as_those_of_the_last_rank(family: str, settings: dict, ranks2: RankPool, tmp_path) -> None:
     settings = {"lp_size": 2, "max_steps": 6, "max_grad_norm": 0.5, "dropout": 0.0, "optim": "sgd"} | settings
     settings |= {"learning_rate": 0.1}
     whole = ranks2.run(runs.train, str(tmp_path), family, settings)
