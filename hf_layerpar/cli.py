@@ -18,7 +18,7 @@ from hf_layerpar.config import Ends, LayerParallelConfig, OdeSettings, Relaxatio
 from hf_layerpar.errors import ConfigurationError, LayerParallelError
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.operators import OPERATORS
-from hf_layerpar.plan.ownership import contiguous_owner, interleaved_owner, two_blocks_owner
+from hf_layerpar.plan.ownership import balanced_split, contiguous_owner, interleaved_owner, two_blocks_owner
 from hf_layerpar.plan.planner import Accuracy, Choice, plan_step, predict_step
 from hf_layerpar.plan.schedules import SCHEDULES, Placement
 from hf_layerpar.plan.simulate import Timeline
@@ -116,7 +116,7 @@ def _plan(options: argparse.Namespace) -> None:
             micro_batches=options.micro_batches,
         )
         check_config(config, options.ranks)
-        owner = _owner(options, config)
+        owner = _owner(options, config, costs)
     step = predict_step(config, owner, costs, num_ranks=options.ranks, buffers=buffers)
     if options.tasks:
         print(step.plan)
@@ -160,18 +160,20 @@ def _choose(options: argparse.Namespace, costs: Costs) -> tuple[LayerParallelCon
     return choices[0].config, choices[0].owner
 
 
-def _owner(options: argparse.Namespace, config: LayerParallelConfig) -> Sequence[int]:
+def _owner(options: argparse.Namespace, config: LayerParallelConfig, costs: Costs) -> Sequence[int]:
     """As `parallelize` shares the layers out, or as asked for."""
-    layers, ranks, buffers = options.layers, options.ranks, tuple(options.buffers)
+    layers, ranks, buffers, split = options.layers, options.ranks, tuple(options.buffers), options.split
     points = interval_points(config, layers, buffers)
     if points and options.interleaved:
         return interleaved_owner(layers, ranks, points, buffers)
-    if not points and not options.split and ranks > 1:
+    if not points and not split and ranks <= layers:
         placement: Placement = getattr(SCHEDULES[config.schedule], "placement", "blocks")
         placement = "interleaved" if options.interleaved else placement
-        if placement != "blocks":
+        if ranks > 1 and placement != "blocks":
             return two_blocks_owner(layers, ranks, placement)
-    return contiguous_owner(layers, ranks, boundaries=points, split=options.split)
+        tail = 0.0 if config.ends == "spread" else costs.tail
+        split = balanced_split(layers, ranks, costs.graph_step + costs.final_vjp, 0.0, tail)
+    return contiguous_owner(layers, ranks, boundaries=points, split=split)
 
 
 def _costs(settings: Sequence[str]) -> Costs:

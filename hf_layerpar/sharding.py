@@ -193,9 +193,8 @@ class LayerParallel:
             RankMismatchError: the lp ranks were given different batches or settings.
         """
         closure = loss or (lambda batch: _loss_of(self._model(**batch)))
-        return self.stepper.train(
-            batch, closure, self.next_config, scale, scale if penalty_scale is None else penalty_scale
-        )
+        penalty_scale = scale if penalty_scale is None else penalty_scale
+        return self.stepper.train(batch, closure, self.next_config, scale, penalty_scale)
 
     @property
     def lp_size(self) -> int:

@@ -104,7 +104,9 @@ def test_what_does_not_fit_is_refused_without_a_traceback(capsys, arguments, mes
     assert said.count("\n") == 1
 
 
-@pytest.mark.parametrize("arguments", [["--layers", "0"], ["--strategy", "magic"], ["--micro-batches", "two"], ["--ends", "last"]])
+@pytest.mark.parametrize(
+    "arguments", [["--layers", "0"], ["--strategy", "magic"], ["--micro-batches", "two"], ["--ends", "last"]]
+)
 def test_malformed_arguments_exit_2(capsys, arguments):
     with pytest.raises(SystemExit) as end:
         main([*PIPELINE, *arguments])

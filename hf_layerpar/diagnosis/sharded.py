@@ -29,7 +29,7 @@ def lipschitz_of_layers(handle: LayerParallel, forward: Callable[[], object], it
     offsets = list(accumulate((len(stack.layers) for stack in stacks), initial=0))
     found = torch.zeros(offsets[-1], device=device)
     with kept_streams(device), torch.no_grad():
-        rehearsed = rehearse(lambda _: forward(), None, stacks, handle.ends, loss=False)
+        rehearsed = rehearse(lambda _: forward(), None, stacks, handle.ends, loss=False, trains=False)
         anatomy = stepper.anatomy(rehearsed)
 
         def reached(number: int, index: int, calls: Sequence[RecordedCall], x: Tensor) -> Tensor:

@@ -184,8 +184,8 @@ class _Linear(torch.autograd.Function):
 
 def _own_backward() -> UnsupportedModelError:
     return UnsupportedModelError(
-        "the loss goes backward by itself (torch.autograd.grad or .backward() inside of it), but in a training step the "
-        "layers are elsewhere while it is computed; take such gradients before the step"
+        "the loss goes backward by itself (torch.autograd.grad or .backward() inside of it), but the layers of a "
+        "training step are not in its graph; take such gradients before the step"
     )
 
 
@@ -196,9 +196,7 @@ def _shape_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
 _CASTS = (Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type, Tensor.clone)
 
 
-_OPERATORS_IN_PLACE = {
-    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "div", "pow", "mod", "and", "or", "xor")
-}
+_OPERATORS_IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv div pow mod and or xor".split()}
 
 
 def _is_hollow(tensor: Tensor) -> bool:

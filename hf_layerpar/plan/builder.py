@@ -168,9 +168,9 @@ class PlanBuilder:
     ) -> Plan:
         """The plan without the tasks that nothing needs.
 
-        sides: by (pass, micro-batch), what its forward steps are given beside
-        the state. split: which final vjps leave their weight gradients to tasks of their own. No other rank waits for
-        these, so they can fill the gaps between the others.
+        sides: by (pass, micro-batch), what its forward steps are given beside the state. split: which final vjps leave
+        their weight gradients to tasks of their own. No other rank waits for these, so they can fill the gaps between
+        the others.
         """
         wanted: set[int] = set()
         kept: list[Task] = []

@@ -221,8 +221,8 @@ class _Room:
 
 
 def _after_each_other(plan: Plan) -> list[list[int]]:
-    """For each task those that may only start after it: as both add to the same gradients, whose sums must not depend on
-    the schedule; or as the final vjp spends a graph that it goes through too."""
+    """For each task those that may only start after it: as both add to the same gradients, whose sums must not depend
+    on the schedule; or as the final vjp spends a graph that it goes through too."""
     later: list[list[int]] = [[] for _ in plan.tasks]
     final = {v: i for i, t in enumerate(plan.tasks) if t.direction == "backward" and t.final for v in t.inputs}
     for i, task in enumerate(plan.tasks):

@@ -5,7 +5,7 @@ The names are those of torch.distributed.pipelining and the papers. A new schedu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,8 +33,8 @@ class Shape:
 
     @property
     def rounds(self) -> int:
-        """Of several blocks, each is worked on a round of micro-batches, as many as ranks, before the next one is; where
-        these don't come out even, the rounds are longer."""
+        """Of several blocks, each is worked on a round of micro-batches before the next one is: on as many as there are
+        ranks, or a few more where these rounds don't come out even."""
         return max(1, self.micro_batches // self.num_ranks)
 
 
@@ -122,17 +122,17 @@ RULES: tuple[Schedule, ...] = (
     Schedule(memory=first_rank),
     Schedule(backward_first, memory=first_rank),
 )
-"""What the list schedule tries. The first is 1F1B, or, split, ZB-H1; the second differs where a rank has several blocks;
-the others keep more in flight, which hides slow messages."""
+"""What the list schedule tries. The first is 1F1B, or, split, ZB-H1; the second differs where a rank has several
+blocks; the others keep more in flight, which hides slow messages."""
 
 
 def fastest(plan_of: PlanOf, shape: Shape, costs: Costs) -> Plan:
-    """The list schedule: the shortest found that holds no more than 1F1B's first rank, with weight gradients taken apart
-    where another rank waits for the rest.
+    """The list schedule: the shortest found that holds no more than 1F1B's first rank, with weight gradients taken
+    apart where another rank waits for the rest.
 
-    Starts from the rules with nothing and with everything split. Then of the shortest other splits: of the last
-    micro-batches alone, as behind them comes nothing else that would fill the gaps; and, in short plans, of one final
-    vjp more or less, as long as that shortens the step.
+    The rules are tried with nothing and with everything split; the best of them with the last micro-batches alone, as
+    behind these comes nothing else that would fill the gaps; and in short plans with one final vjp more or less, as
+    long as that shortens the step.
     """
     whole = plan_of(None)
     finals = [t for t in whole.tasks if t.kind == "step" and t.final and t.direction == "backward"]
@@ -145,9 +145,10 @@ def fastest(plan_of: PlanOf, shape: Shape, costs: Costs) -> Plan:
             yield simulate(plan, costs).makespan, plan, rule, apart
 
     rules = [r for r in RULES if shape.blocks > 1 or r.sequence is None]
-    best = min((t for apart in (set(), everything) for t in tried(rules, apart)), key=lambda t: t[0])
-    splits = [{_key(t) for t in finals if t.micro_batch >= m} for m in _halves(shape.micro_batches)]
-    for apart in splits:
+    starts: list[set[tuple]] = [set(), everything] if finals else [set()]
+    best = min((t for apart in starts for t in tried(rules, apart)), key=lambda t: t[0])
+    for first in _halves(shape.micro_batches) if finals else ():
+        apart = {_key(t) for t in finals if t.micro_batch >= first}
         best = min(best, *tried([best[2]], apart), key=lambda t: t[0])
     if len(finals) <= 64:
         for task in sorted(finals, key=lambda t: (-t.micro_batch, -t.rank)):
@@ -193,8 +194,16 @@ PRIORITIES: tuple[Priority, ...] = (as_written, earliest_micro_batch, final_step
 """Of equally short schedules the first is taken: as written, the steps of an interval follow each other."""
 
 
-def shortest(plan_of: PlanOf, costs: Costs, splits: Iterable[Split | None]) -> Plan:
-    """No rule is best everywhere, so each is tried and the shortest schedule kept."""
-    works = (Work(plan_of(split), costs) for split in splits)
-    plans = (work.ordered(Rule(priority)) for work in works for priority in PRIORITIES)
-    return min(plans, key=lambda p: simulate(p, costs).makespan)
+def shortest(plan_of: PlanOf, costs: Costs, splits: Sequence[Split | None]) -> Plan:
+    """No rule is best everywhere, so each is tried and the shortest schedule kept; of splits but the first, only what
+    is best for that one."""
+    best: tuple[float, Priority, Plan] | None = None
+    for split in splits:
+        work = Work(plan_of(split), costs)
+        for priority in PRIORITIES if best is None else [best[1]]:
+            plan = work.ordered(Rule(priority))
+            length = simulate(plan, costs).makespan
+            if best is None or length < best[0]:
+                best = (length, priority, plan)
+    assert best is not None
+    return best[2]

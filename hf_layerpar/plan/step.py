@@ -118,7 +118,7 @@ def build_step(
     if config.stacked and trains:
         plan = in_waves(writer.plan(None), kinds)
     elif writer.inexact:
-        splits = [None, schedules.always] if num_ranks > 1 else [None]
+        splits = [schedules.always, None] if num_ranks > 1 else [None]
         plan = schedules.shortest(writer.plan, costs or APART, splits)
     else:
         blocks = max(Counter(r for p in anatomy.passes for r, _ in groupby(p.owner)).values())
@@ -158,7 +158,8 @@ class _Writer:
             made = [Value("state", k, m), *([Value("sides", k, m)] if run.sides else [])]
             given = [ends[j] for j in self.anatomy.needs[k]]
             x, *sides = self.build.phase(k, "forward", m, self.anatomy.ranks[k], given, made)
-            self.sides |= {(k, m): value for value in sides}
+            if sides:
+                self.sides[k, m] = sides[0]
             ends.append(self._sweep(k, "forward", m, x))
         return ends
 
@@ -186,7 +187,6 @@ class _Writer:
             terms = [(1.0, value) for value in adjoints.get(k, ())]
             build.sweep(k, "backward", m, run.owner)
             lam = build.combine(terms, run.owner[-1])
-            self._finals: dict[int, int] = {}
             given = [self._sweep(k, "backward", m, lam)]
             if run.sides:
                 given.append(build.collect(k, m, run.owner, self._last_finals(k, m)))

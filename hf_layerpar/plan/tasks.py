@@ -1,8 +1,8 @@
 """A plan is data: the tasks of one training step, where each runs, and the values they pass.
 
 One plan holds both directions, the ends of the model and all micro-batches. A micro-batch goes through phases and
-passes in turn: phase 0 (the front: embeddings), pass 0 (its state through a stack), phase 1 (a middle, or the tail: head
-and loss), and so on; then back. An encoder-decoder has two passes, so three phases.
+passes in turn: phase 0 (the front: embeddings), pass 0 (its state through a stack), phase 1 (a middle, or the tail:
+head and loss), and so on; then back. An encoder-decoder has two passes, so three phases.
 
 A plan imports neither torch nor torch.distributed. The list order of its tasks is a topological order; every rank works
 its own tasks in that order, so a validated plan can't deadlock.
@@ -28,8 +28,8 @@ class Value:
     """What a value number stands for.
 
     kind: "state" (a state or an adjoint), "sides" (what a pass's layers are given beside the state and that depends on
-        parameters or earlier passes, or the gradient of that), "graph" (kept for the backward) or "pending" (what weight
-        gradients still need). The last two never travel.
+        parameters or earlier passes, or the gradient of that), "graph" (kept for the backward) or "pending" (what
+        weight gradients still need). The last two never travel.
     place: the pass that it belongs to.
     """
 

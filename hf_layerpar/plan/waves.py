@@ -18,7 +18,8 @@ def in_waves(plan: Plan, kinds: Sequence[Sequence[int]] | None = None) -> Plan:
     """The plan of one rank, written by a stacked `PlanBuilder`, wave after wave, every other task as soon as its inputs
     are made.
 
-    kinds: by pass, a number for each layer; a wave is cut into one for each kind in it. A step that is left alone has no wave.
+    kinds: by pass, a number for each layer; a wave is cut into one for each kind in it. A step that is left alone has
+    no wave.
     """
     made: dict[int, int] = {}  # value -> the wave after which it is there
     latest = -1
@@ -30,7 +31,8 @@ def in_waves(plan: Plan, kinds: Sequence[Sequence[int]] | None = None) -> Plan:
             slots.append((task.wave, 0, task.final, 0 if kinds is None else kinds[task.place][layer], layer, i))
         else:
             slots.append((max((made[v] for v in task.inputs), default=latest), 1, i))
-        made |= dict.fromkeys(task.outputs, slots[-1][0])
+        for value in task.outputs:
+            made[value] = slots[-1][0]
     order = sorted(range(len(plan.tasks)), key=slots.__getitem__)
     groups: dict[tuple, list[int]] = {}
     for i in order:

@@ -43,8 +43,7 @@ def kind_of(task: Task, plan: Plan) -> str:
         return "coarse or early step" if forward else "coarse or early vjp"
     if forward:
         return "forward step"
-    apart = any(plan.values[v].kind == "pending" for v in task.outputs)
-    return "final vjp" if apart else "final vjp and weight gradients"
+    return "final vjp" if plan.is_split(task) else "final vjp and weight gradients"
 
 
 def bars(step: Timeline) -> Iterator[tuple[int, str, int, float, float]]:

@@ -67,12 +67,22 @@ def recording(record: Record) -> Iterator[None]:
 def make_deferrable(layer: nn.Module) -> None:
     """Lets the linear modules inside a layer (torch's, and GPT-2's transposed ones) be recorded without their weights.
 
-    Outside of `recording` they stay as they are. Modules with a forward of their own are left alone.
+    Outside of `recording` they stay as they are. Modules with a forward of their own are left alone, and what is
+    compiled: there a module with another forward is compiled anew.
     """
-    for module in layer.modules():
+    for module in _uncompiled(layer):
         known = type(module) is nn.Linear or _is_transposed(module)
         if known and "forward" not in vars(module):
             module.__dict__["forward"] = _Forward(module)
+
+
+def _uncompiled(module: nn.Module) -> Iterator[nn.Module]:
+    """The module and those inside, without what torch.compile (`_orig_mod`) or its own `compile` made of any."""
+    held: Any = module
+    if held._compiled_call_impl is None and "_orig_mod" not in held._modules:
+        yield module
+        for child in module.children():
+            yield from _uncompiled(child)
 
 
 @dataclass(slots=True)
@@ -83,6 +93,8 @@ class _Forward:
 
     def __call__(self, x: Tensor) -> Tensor:
         module: Any = self.module
+        if torch.compiler.is_compiling():  # later than this was put here; code would leave out what is noted beside it
+            return type(module).forward(module, x)
         trainable = module.weight.requires_grad or (module.bias is not None and module.bias.requires_grad)
         # for an input that isn't contiguous autograd sums in another order: then it does it all itself
         record = _recording.get()

@@ -274,8 +274,11 @@ class Layers:
 
 
 def add_gradient(param: nn.Parameter, grad: Tensor) -> None:
-    """To `.grad`, in place where there is one."""
-    if param.grad is None:
+    """To `.grad`, in place where there is one; by autograd (and with a copy) where hooks wait for it."""
+    held: Any = param
+    if held._backward_hooks or held._post_accumulate_grad_hooks:
+        torch.autograd.backward(param, grad)
+    elif param.grad is None:
         param.grad = grad
     else:
         param.grad.add_(grad)

@@ -12,10 +12,13 @@ import torch
 from recipes.benchmarks.alternate import accuracy, measure
 from recipes.benchmarks.launch import ROOT
 from recipes.benchmarks.sides import Entry, Side
+from recipes.benchmarks.torch_pipelines import PIPELINES
 
 FOLDER = ROOT / "recipes" / "benchmarks"
-ONLY = ["2 threads", "ddp", "tensor", "gpipe M=2", "1f1b M=2", "ours", "rediscretize 2 levels 2/1", "3 levels", "c=2"]
+ONLY = ["2 threads", "ddp", "tensor", "M=2", "ours M", "rediscretize 2 levels 2/1", "3 levels", "spread", "c=2"]
 INTERLEAVED = "mgrit aggregate 2 levels 1/1 M=1 c=2 interleaved"
+TORCH = {f"{schedule} M=2" for schedule in PIPELINES}
+OURS = {f"ours M={m}" for m in (1, 2, 4, 8)}
 
 
 def run(script: str, *arguments: str) -> dict:
@@ -55,11 +58,20 @@ def test_every_side_stands_beside_its_accuracy(tmp_path):
                 assert side["gradient"]["relative_error"] < 2e-6, name
                 assert side["gradient"]["norm_ratio"] == pytest.approx(1, abs=1e-6), name
     two = tables["stack", 2]
-    assert {"ddp", "tensor parallel", "gpipe M=2", "1f1b M=2", "ours pipeline M=4"} < set(two)
+    assert {"ddp", "tensor parallel", *TORCH, *OURS, "ours blocks M=2", "ours v M=2"} < set(two)
     assert "error" not in two["tensor parallel"]
     assert 0.99 < two[INTERLEAVED]["gradient"]["cosine"] < 1 - 1e-6  # and what is inexact is seen to be
-    assert {"ddp", "ours pipeline M=4"} < set(tables["ends", 2])
-    assert "ours serial" in tables["ends", 1]
+    assert {"ddp", *TORCH, *OURS, "mgrit identity 2 levels 1/1 M=1 spread"} < set(tables["ends", 2])
+    for sides in (two, tables["ends", 2]):
+        for name in OURS:  # what the planner picked from costs that were measured
+            assert sides[name]["settings"]["schedule"] == "list"
+            assert sides[name]["settings"]["split"] in ("v", "interleaved", [1, 3], [2, 2], [3, 1])
+            measured, predicted = sides[name]["seconds"]["median"], sides[name]["predicted_seconds"]
+            assert sides[name]["predicted_over_measured"] == pytest.approx(predicted / measured)
+    for table in result["tables"]:
+        assert ("costs" in table) == (table["ranks"] == 2)
+        assert table["ranks"] == 1 or (table["costs"]["tail"] > 0) == (table["table"] == "ends")
+    assert "ours M=1" in tables["ends", 1]
 
 
 def test_overhead_is_a_share_of_the_step(tmp_path):
@@ -70,8 +82,9 @@ def test_overhead_is_a_share_of_the_step(tmp_path):
             assert 0 < found["overhead_share"] < 1
             assert 0 <= found["waiting_share"] < 1
     (alone,) = result["ranks"]["1"]
-    assert alone["serial"]["evaluations"] == 5  # four forwards, and one vjp of the run that they are
-    assert alone["serial"]["waiting_share"] < 0.01
+    # four forwards, one vjp of the run that they are, and the backwards of what is before and behind the stack
+    assert alone["exact"]["evaluations"] == 7
+    assert alone["exact"]["waiting_share"] < 0.01
 
 
 def test_one_device(tmp_path):
@@ -92,6 +105,35 @@ def test_one_device(tmp_path):
         alone = sides[name.replace("stacked", "one at a time")]["gradient"]
         assert side["gradient"]["cosine"] == pytest.approx(alone["cosine"], abs=1e-6)
     assert 0.9 < sides["mgrit identity 1/1, stacked"]["gradient"]["cosine"] < 1 - 1e-6
+
+
+def test_heavy_head(tmp_path):
+    """Where the ends are changes who computes what, and no gradient."""
+    arguments = ["--layers", "8", "--vocabulary", "500", "--rounds", "1", "--output", str(tmp_path / "found.json")]
+    result = run("heavy_head.py", *arguments)
+    assert result["head_in_layers"] > 0
+    sides = result["sides"]
+    for name, distance in result["gradient_distance_of_spread_ends"].items():
+        assert 0 < distance < 1e-6
+        apart = [sides[f"{name}, ends {ends}"]["gradient"]["relative_error"] for ends in ("first_last", "spread")]
+        assert apart[1] == pytest.approx(apart[0], abs=1e-6)
+        assert (apart[0] < 1e-6) == (name == "exact")
+        medians = [sides[f"{name}, ends {ends}"]["seconds"]["median"] for ends in ("first_last", "spread")]
+        assert result["spread_over_first_last"][name]["ratio"] == pytest.approx(medians[1] / medians[0])
+
+
+def test_a_big_vocabulary_is_on_the_ranks_of_the_ends(tmp_path):
+    words, width = 4000, 32
+    sizes = ["--vocabulary", str(words), "--width", str(width), "--layers", "4"]
+    ranks = run("big_vocabulary.py", *sizes, "--output", str(tmp_path / "found.json"))["ranks"]
+    assert [rank["layers"] for rank in ranks] == [[0], [1], [2], [3]]
+    assert [rank["embedding_rows"] for rank in ranks] == [words, 0, 0, words]
+    for rank in ranks:
+        table = 4 * width * rank["embedding_rows"]
+        assert rank["embedding_bytes"] == table
+        assert 0 < rank["parameter_bytes"] - table < 4 * words * width / 2
+        assert rank["gradient_bytes"] == rank["parameter_bytes"]
+        assert rank["step_growth_bytes"] > rank["gradient_bytes"] / 2
 
 
 def test_accuracy_tells_wrong_gradients():

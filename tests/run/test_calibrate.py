@@ -1,7 +1,6 @@
 """Measured unit costs: of layers whose time is known, and over two ranks."""
 
 import dataclasses
-import time
 
 import pytest
 import torch
@@ -14,39 +13,52 @@ from tests.multiproc import run_ranks
 from tests.problems import Call, blocks, calls_of, state
 
 
-class Sleeper(nn.Module):
+class Clock:
+    """Moves when it is told to."""
+
+    seconds = 0.0
+
+    def __call__(self, device):
+        return self.seconds
+
+
+class Ticking(torch.autograd.Function):
+    """The identity, which takes so long forward and as long backward."""
+
+    @staticmethod
+    def forward(ctx, x, clock, seconds):
+        ctx.clock, ctx.seconds = clock, seconds
+        clock.seconds += seconds
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.clock.seconds += ctx.seconds
+        return grad, None, None
+
+
+class Timed(nn.Module):
     """Takes `seconds`, and `per_row` more for each row of the batch."""
 
-    def __init__(self, seconds, per_row=0.0):
+    def __init__(self, clock, seconds, per_row):
         super().__init__()
-        self.weight, self.seconds, self.per_row = nn.Parameter(torch.ones(())), seconds, per_row
+        self.weight, self.clock, self.seconds, self.per_row = nn.Parameter(torch.ones(())), clock, seconds, per_row
 
     def forward(self, x):
-        time.sleep(self.seconds + self.per_row * x.shape[0])
-        return x * self.weight
+        return Ticking.apply(x, self.clock, self.seconds + self.per_row * len(x)) * self.weight
 
 
-def sleepers(*times):
-    return [Call(Sleeper(*times)) for _ in range(3)]
-
-
-def test_known_times():
-    x = state(batch=4)
-    for calls in (sleepers(0.004), sleepers(0.0, 0.001)):
-        costs = calibrate(calls, x, seconds=0.1)
-        assert costs.step >= 0.004
-        assert costs.graph_step >= 0.004
-        assert costs.latency == costs.send == 0.0
-        assert costs.fixed_share == 0.0  # nothing was measured at fewer rows
-
-
-def test_what_does_not_shrink_with_the_rows_is_read_off_a_part():
-    x = state(batch=4)
-    shares = [
-        calibrate(calls, x, part=(calls, x[:1]), seconds=0.2).fixed_share
-        for calls in (sleepers(0.02), sleepers(0.0, 0.005))
-    ]
-    assert 1 >= shares[0] > 0.5 > shares[1] >= 0  # the vjps, which don't sleep, and a busy machine blur it
+@pytest.mark.parametrize(("seconds", "per_row", "fixed_share"), [(4.0, 0.0, 1.0), (0.0, 1.0, 0.0), (3.0, 0.25, 0.75)])
+def test_known_times(monkeypatch, seconds, per_row, fixed_share):
+    clock, x = Clock(), state(batch=4)
+    monkeypatch.setattr("hf_layerpar.run.calibrate.now", clock)
+    calls = [Call(Timed(clock, seconds, per_row)) for _ in range(3)]
+    costs = calibrate(calls, x, part=(calls, x[:1]), seconds=0.01)
+    assert costs == dataclasses.replace(
+        costs, step=4.0, graph_step=4.0, vjp=4.0, final_vjp=4.0, weights=0.0, overhead=0.0, latency=0.0, send=0.0
+    )
+    assert costs.fixed_share == pytest.approx(fixed_share)
+    assert calibrate(calls, x, seconds=0.01).fixed_share == 0.0  # nothing was measured at fewer rows
 
 
 def test_every_price_is_measured():

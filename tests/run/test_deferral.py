@@ -142,6 +142,15 @@ def test_copies_and_modules_with_a_forward_of_their_own():
     assert "lambda" in layer.first.forward.__qualname__
 
 
+def test_what_is_compiled_is_left_alone():
+    layer = nn.Sequential(nn.Linear(6, 6), Layer(), torch.compile(Layer(), backend="eager"))
+    layer[1].compile(backend="eager")
+    make_deferrable(layer)
+    linear = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    assert len(linear) == 7
+    assert [name for name, module in linear.items() if "forward" in vars(module)] == ["0"]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_result_may_be_changed_in_place(bias):
     """DeBERTa scales a permuted view of it."""

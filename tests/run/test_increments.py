@@ -114,10 +114,10 @@ def parallel(**settings):
     return model, batch, parallelize(model, LayerParallelConfig(**settings))
 
 
-def model_step(scale: float = 1.0, micro_batches: int = 1) -> tuple[float, float, dict[str, Tensor]]:
+def model_step(micro_batches: int = 1, **scales: float) -> tuple[float, float, dict[str, Tensor]]:
     """Loss, penalty and gradients."""
     model, batch, handle = parallel(increment_penalty=ALPHA, micro_batches=micro_batches)
-    loss = float(handle.train_step(batch, scale=scale))
+    loss = float(handle.train_step(batch, **scales))
     return loss, handle.report().penalty, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
@@ -129,9 +129,22 @@ def test_the_penalty_is_scaled_as_the_loss():
     assert_same({name: 2 * grad for name, grad in half.items()}, whole, 1e-12)
 
 
+def test_the_penalty_may_be_scaled_apart():
+    (_, _, whole), (_, _, of_loss), (_, _, of_penalty) = (
+        model_step(),
+        model_step(penalty_scale=0.0),
+        model_step(scale=0.0, penalty_scale=1.0),
+    )
+    norm = sum(float(grad.square().sum()) for grad in whole.values()) ** 0.5
+    for name, grad in whole.items():
+        # the loss of causal heads is computed in float32
+        assert float((of_loss[name] + of_penalty[name] - grad).norm()) < 1e-6 * norm
+    assert max(float((of_loss[name] - grad).norm()) for name, grad in whole.items()) > 1e-3 * norm
+
+
 def test_micro_batches_are_penalised_as_the_batch():
     _, penalty, whole = model_step()
-    _, same_penalty, cut = model_step(micro_batches=2)
+    _, same_penalty, cut = model_step(2)
     assert same_penalty == pytest.approx(penalty, rel=1e-12)
     # the loss of causal heads is computed in float32
     norm = sum(float(grad.square().sum()) for grad in whole.values()) ** 0.5

@@ -14,6 +14,7 @@ from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.plan.step import Anatomy, build_step
 from hf_layerpar.run.bare import BareStack
 from hf_layerpar.run.layers import Common
+from hf_layerpar.run.stackable import OneDevice
 from hf_layerpar.run.step import RankPart, Step
 from hf_layerpar.run.transport import LocalTransport
 from tests import zoo
@@ -78,17 +79,51 @@ def test_frozen_layers_and_inputs():
     assert set(gradients_of(EXACT, layers, x).results) == {"y"}
 
 
-def test_hooks_of_parameters_and_layers_are_called():
+@pytest.mark.parametrize(
+    "config",
+    [
+        EXACT,
+        dataclasses.replace(SPLIT, micro_batches=1),
+        LayerParallelConfig(strategy="mgrit", coarsening=2, forward_iterations=2, backward_iterations=2, stacked=True),
+    ],
+    ids=["exact", "split", "stacked"],
+)
+def test_hooks_of_parameters_are_called(config):
+    """As in any backward: a hook changes the gradient before it is added, another one looks at the sum."""
     layers, x = blocks(4), state()
     expected = serial_results(layers, x)
+    weight, seen = layers[1].inner.weight, []
+    weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+    layers[1].inner.bias.register_hook(lambda grad: 2 * grad)
+    weight.register_hook(lambda grad: 2 * grad)
+    found = gradients_of(config, layers, x, device=OneDevice()).results
+    assert len(seen) == 1
+    for name in ("1.inner.weight", "1.inner.bias"):
+        expected[name] = 2 * expected[name]
+    assert_same(found, expected, 1e-12 if config.stacked else 0.0)
+    assert torch.equal(found["1.inner.weight"], seen[0])
+
+
+def test_layers_are_called_with_their_hooks():
+    layers, x = blocks(4), state()
     seen = []
-    layers[1].inner.weight.register_hook(lambda grad: 2 * grad)
-    layers[1].inner.weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
     layers[2].register_forward_hook(lambda module, args, output: seen.append(output.detach()))
-    found = gradients_of(EXACT, layers, x).results
-    assert torch.equal(seen[0], serial(layers[:3], x))
-    assert torch.equal(seen[1], 2 * expected["1.inner.weight"])
-    assert torch.equal(found["1.inner.weight"], seen[1])
+    gradients_of(EXACT, layers, x)
+    (output,) = seen
+    assert torch.equal(output, serial(layers[:3], x))
+
+
+@pytest.mark.parametrize(("config", "late"), [(EXACT, False), (SPLIT, False), (SPLIT, True)])
+def test_compiled_layers(config, late):
+    """They keep their weight gradients where others leave them for later; also if they did so before (late)."""
+    layers, x = blocks(3), state()
+    expected = {name: tensor.clone() for name, tensor in gradients_of(config, layers, x).results.items()}
+    torch._dynamo.reset()
+    fresh = copy.deepcopy(layers) if late else blocks(3)
+    for layer in fresh:
+        layer.compile(backend="aot_eager")
+    assert_same(gradients_of(config, fresh, x).results, expected, 1e-14)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("config", [EXACT, SPLIT, MGRIT], ids=["exact", "split", "mgrit"])
