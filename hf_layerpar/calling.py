@@ -22,7 +22,16 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.phases import ModelPhases, Reached, autocast_of
-from hf_layerpar.ode.rehearsal import Player, Rehearsed, batch_rows, check_parts, cut_rows, rehearse, signature_of
+from hf_layerpar.ode.rehearsal import (
+    Player,
+    Rehearsed,
+    batch_rows,
+    check_parts,
+    cut_rows,
+    plain,
+    rehearse,
+    signature_of,
+)
 from hf_layerpar.ode.stack import ModelForward, RecordedCall
 from hf_layerpar.plan.ladder import exact_settings
 from hf_layerpar.plan.step import Anatomy, build_step
@@ -52,6 +61,7 @@ class Calls:
         if stepper.transport.size == 1 and not inexact:
             return forward.run(args, kwargs)
         kwargs = _with_cache(forward, args, kwargs)
+        args, kwargs = tuple(map(plain, args)), plain(kwargs)
         batch = (args, kwargs)
         main = getattr(forward.model, "main_input_name", None)
         rows = batch_rows(kwargs if main in kwargs else batch, main)

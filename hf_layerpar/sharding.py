@@ -20,6 +20,7 @@ from hf_layerpar.hub.card import solver_facts
 from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.ode.ends import Ends
 from hf_layerpar.ode.pushing import ModelPush
+from hf_layerpar.ode.rehearsal import plain
 from hf_layerpar.ode.stack import LayerStack, intercept_root
 from hf_layerpar.placing import place_ends, played, tail_in_layers
 from hf_layerpar.plan.ladder import StackShape, exact_settings
@@ -194,7 +195,7 @@ class LayerParallel:
         """
         closure = loss or (lambda batch: _loss_of(self._model(**batch)))
         penalty_scale = scale if penalty_scale is None else penalty_scale
-        return self.stepper.train(batch, closure, self.next_config, scale, penalty_scale)
+        return self.stepper.train(plain(batch), closure, self.next_config, scale, penalty_scale)
 
     @property
     def lp_size(self) -> int:

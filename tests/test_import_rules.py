@@ -12,8 +12,8 @@ import hf_layerpar
 ROOT = Path(hf_layerpar.__file__).parent
 
 FORBIDDEN = {
-    "mgrit": ("torch", "transformers", "accelerate", "hf_layerpar.run", "hf_layerpar.ode", "hf_layerpar.training"),
-    "parallel": ("transformers", "accelerate", "hf_layerpar.ode", "hf_layerpar.training"),
+    "plan": ("torch", "transformers", "accelerate", "hf_layerpar.run", "hf_layerpar.ode", "hf_layerpar.training"),
+    "run": ("transformers", "accelerate", "hf_layerpar.ode", "hf_layerpar.training"),
     "ode": ("torch.distributed", "accelerate", "hf_layerpar.plan", "hf_layerpar.run", "hf_layerpar.training"),
     "hub": (
         *("torch", "accelerate", "hf_layerpar.plan", "hf_layerpar.ode", "hf_layerpar.run"),

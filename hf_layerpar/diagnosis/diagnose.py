@@ -67,7 +67,8 @@ def diagnose(
         ConfigurationError: no batch, no loss, nothing trainable in the layers, or a number out of range.
     """
     began = time.perf_counter()
-    batches = [batches] if isinstance(batches, Mapping) else list(batches)
+    # plain dicts, as pytrees take a tokenizer's BatchEncoding for a leaf
+    batches = [dict(batch) for batch in ([batches] if isinstance(batches, Mapping) else batches)]
     if not batches:
         raise ConfigurationError("0 batches were given; diagnose needs at least one, with labels")
     if ranks < 1:

@@ -196,7 +196,7 @@ def _shape_of_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) 
 _CASTS = (Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.type, Tensor.clone)
 
 
-_OPERATORS_IN_PLACE = {f"__i{name}__" for name in "add sub mul truediv div pow mod and or xor".split()}
+_OPERATORS_IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ipow__", "__imod__"}
 
 
 def _is_hollow(tensor: Tensor) -> bool:

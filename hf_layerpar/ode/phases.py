@@ -62,8 +62,9 @@ class ModelPhases:
             try:
                 self._play(self.micro_batches[micro_batch], given, stop=place)
             except Reached as reached:
-                sides = self.rehearsed.sides[place]
-                return self.make_entry(reached.x, reached.calls, sides, reached.autocast)
+                # of one layout on all ranks, or their sums over rows would round differently
+                x = reached.x.contiguous() if real else reached.x
+                return self.make_entry(x, reached.calls, self.rehearsed.sides[place], reached.autocast)
         raise self._strayed(f"ended before pass {place}")
 
     def finish(self, micro_batch: int, piece: tuple[int, int], given: Sequence[Tensor | None]) -> Tensor | None:

@@ -225,6 +225,11 @@ def _detached(leaf: Any) -> Any:
 
 
 # ---- rows
+def plain(batch: Any) -> Any:
+    """Mappings of any class (such as a collator's `BatchEncoding`) as dicts, which pytrees look into."""
+    return {key: plain(value) for key, value in batch.items()} if isinstance(batch, Mapping) else batch
+
+
 def batch_rows(batch: Any, main: str | None = None) -> int:
     """B of a batch: the first dimension of its main input, or else of its first tensor."""
     if isinstance(batch, Mapping) and main in batch and isinstance(batch[main], Tensor) and batch[main].ndim:

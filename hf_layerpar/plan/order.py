@@ -31,7 +31,7 @@ class Rule:
     priority: Priority
     sequence: Callable[[Task], tuple] | None = None
     flight: Callable[[int], int] | None = None
-    memory: Callable[[int], int] | None = None
+    memory: Callable[[int], float] | None = None
 
 
 def in_order(plan: Plan, rule: Rule, costs: Costs | None = None) -> Plan:
@@ -187,7 +187,7 @@ class _Room:
                     self.uses[value] += 1
         unlimited = len(plan.tasks) * max(layers, default=0)
         self.most_flights = [rule.flight(r) if rule.flight else unlimited for r in ranks]
-        self.most_layers = [rule.memory(r) * layers[r] if rule.memory else unlimited for r in ranks]
+        self.most_layers = [rule.memory(r) * layers[r] + 1e-9 if rule.memory else unlimited for r in ranks]
         self.flights, self.held = [0] * plan.num_ranks, [0] * plan.num_ranks
 
     def has(self, i: int) -> bool:

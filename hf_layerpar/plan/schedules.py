@@ -5,13 +5,14 @@ The names are those of torch.distributed.pipelining and the papers. A new schedu
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from hf_layerpar.plan.builder import Split
 from hf_layerpar.plan.costs import Costs
-from hf_layerpar.plan.order import Priority, Rule, Work, in_order
+from hf_layerpar.plan.order import Priority, Rule, Work
 from hf_layerpar.plan.simulate import simulate
 from hf_layerpar.plan.tasks import Plan, Task
 
@@ -51,6 +52,11 @@ def backward_first(task: Task, tail: float) -> tuple:
     return (task.kind == "weights", forward, -task.place, -_depth(task), task.micro_batch)
 
 
+def micro_batch_first(task: Task, tail: float) -> tuple:
+    """A forward as soon as there is one, of the first micro-batch that has one."""
+    return (task.kind == "weights", task.direction == "backward", task.micro_batch)
+
+
 def _depth(task: Task) -> int:
     return task.layers[0] if task.layers else 0
 
@@ -71,33 +77,40 @@ def one_forward_one_backward(rank: int, shape: Shape) -> int:
     return 2 * (shape.num_ranks - rank - 1) + (shape.blocks - 1) * longest + 1
 
 
-def first_rank(rank: int, shape: Shape) -> int:
-    """As many micro-batches as the first rank holds in 1F1B."""
+def as_one_per_rank(rank: int, shape: Shape) -> float:
+    """As many micro-batches as ranks: what the first rank holds in 1F1B with one block a rank."""
     return shape.num_ranks
+
+
+def first_rank(rank: int, shape: Shape) -> float:
+    """As many micro-batches as the first rank holds in 1F1B, in rounds of as many as ranks."""
+    even = dataclasses.replace(shape, micro_batches=shape.num_ranks)
+    return one_forward_one_backward(0, even) / shape.blocks
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """An exact schedule: see `Rule` for the parts.
+    """An exact schedule: the shortest by one of its rules (see `Rule` for their parts).
 
     split: whether backwards are split in two. placement: the blocks that it is made for.
     """
 
-    priority: Priority = forward_first
+    priorities: tuple[Priority, ...] = (forward_first,)
     sequence: Callable[[Task, Shape], tuple] | None = None
     flight: Callable[[int, Shape], int] | None = None
-    memory: Callable[[int, Shape], int] | None = None
+    memory: Callable[[int, Shape], float] | None = None
     split: bool = False
     placement: Placement = "blocks"
 
     def __call__(self, plan_of: PlanOf, shape: Shape, costs: Costs) -> Plan:
-        return in_order(plan_of(always if self.split else None), self.rule(shape), costs)
+        work = Work(plan_of(always if self.split else None), costs)
+        return min((work.ordered(rule) for rule in self.rules(shape)), key=lambda plan: simulate(plan, costs).makespan)
 
-    def rule(self, shape: Shape) -> Rule:
+    def rules(self, shape: Shape) -> list[Rule]:
         def of(function: Callable | None) -> Callable | None:
             return function and (lambda what: function(what, shape))
 
-        return Rule(self.priority, of(self.sequence), of(self.flight), of(self.memory))
+        return [Rule(p, of(self.sequence), of(self.flight), of(self.memory)) for p in self.priorities]
 
 
 def always(task: Task) -> bool:
@@ -106,7 +119,7 @@ def always(task: Task) -> bool:
 
 SCHEDULES: dict[str, Callable[[PlanOf, Shape, Costs], Plan]] = {
     # arXiv 1811.06965
-    "gpipe": Schedule(),
+    "gpipe": Schedule((forward_first, micro_batch_first)),
     # arXiv 1806.03377
     "1f1b": Schedule(sequence=in_rounds, flight=one_forward_one_backward),
     # arXiv 2104.04473
@@ -114,16 +127,20 @@ SCHEDULES: dict[str, Callable[[PlanOf, Shape, Costs], Plan]] = {
     # arXiv 2401.10241, the variant with the memory of 1F1B
     "zb_h1": Schedule(flight=one_forward_one_backward, memory=first_rank, split=True),
     # arXiv 2405.15362
-    "zb_v": Schedule(memory=first_rank, split=True, placement="v"),
+    "zb_v": Schedule((forward_first, backward_first), memory=as_one_per_rank, split=True, placement="v"),
 }
 RULES: tuple[Schedule, ...] = (
     Schedule(flight=one_forward_one_backward, memory=first_rank),
     Schedule(sequence=in_rounds, flight=one_forward_one_backward, memory=first_rank),
-    Schedule(memory=first_rank),
-    Schedule(backward_first, memory=first_rank),
+    Schedule((forward_first, backward_first), memory=first_rank),
 )
 """What the list schedule tries. The first is 1F1B, or, split, ZB-H1; the second differs where a rank has several
 blocks; the others keep more in flight, which hides slow messages."""
+
+
+WORTH = 0.95
+"""Weight gradients are taken apart for a step that is shorter by so much: later they find less in the caches than a
+simulation knows."""
 
 
 def fastest(plan_of: PlanOf, shape: Shape, costs: Costs) -> Plan:
@@ -138,15 +155,15 @@ def fastest(plan_of: PlanOf, shape: Shape, costs: Costs) -> Plan:
     finals = [t for t in whole.tasks if t.kind == "step" and t.final and t.direction == "backward"]
     everything = {_key(task) for task in finals}
 
-    def tried(rules: Iterable[Schedule], apart: set[tuple]) -> Iterator[tuple[float, Plan, Schedule, set[tuple]]]:
+    def tried(rules: Iterable[Rule], apart: set[tuple]) -> Iterator[tuple[float, Plan, Rule, set[tuple]]]:
         work = Work(plan_of(lambda task: _key(task) in apart) if apart else whole, costs)
         for rule in rules:
-            plan = work.ordered(rule.rule(shape))
+            plan = work.ordered(rule)
             yield simulate(plan, costs).makespan, plan, rule, apart
 
-    rules = [r for r in RULES if shape.blocks > 1 or r.sequence is None]
-    starts: list[set[tuple]] = [set(), everything] if finals else [set()]
-    best = min((t for apart in starts for t in tried(rules, apart)), key=lambda t: t[0])
+    rules = [rule for s in RULES if shape.blocks > 1 or s.sequence is None for rule in s.rules(shape)]
+    unsplit = min(tried(rules, set()), key=lambda t: t[0])
+    best = min(unsplit, *tried(rules, everything), key=lambda t: t[0]) if finals else unsplit
     for first in _halves(shape.micro_batches) if finals else ():
         apart = {_key(t) for t in finals if t.micro_batch >= first}
         best = min(best, *tried([best[2]], apart), key=lambda t: t[0])
@@ -155,7 +172,7 @@ def fastest(plan_of: PlanOf, shape: Shape, costs: Costs) -> Plan:
             other = next(tried([best[2]], best[3] ^ {_key(task)}))
             if other[0] < best[0] - 1e-9:
                 best = other
-    return best[1]
+    return best[1] if best[0] < WORTH * unsplit[0] else unsplit[1]
 
 
 def _halves(micro_batches: int) -> Iterator[int]:

@@ -71,8 +71,8 @@ def calibrate(
 
 
 def _layer_times(calls: Sequence[LayerCall], x: Tensor, chosen: Sequence[int], seconds: float) -> dict[str, float]:
-    """Medians. The weight gradients are what a final vjp and its "weights" task take beyond an input-only vjp;
-    `final_vjp` is both in one backward, as on one rank."""
+    """Medians. The weight gradients are what a step with weight gradients apart takes beyond a forward and an
+    input-only vjp; `final_vjp` is both in one backward."""
     common = Common(0 if any(call.layer.training for call in calls) else None)
     found: dict[str, list[float]] = {}
     lam = torch.ones_like(x, memory_format=torch.contiguous_format)
@@ -84,22 +84,22 @@ def _layer_times(calls: Sequence[LayerCall], x: Tensor, chosen: Sequence[int], s
         found.setdefault(name, []).append(now(x.device) - began)
 
     def measure() -> None:
-        # first all forwards, then all backwards, as a step does it: by then a graph has left the caches
+        # first all forwards, then all backwards, then all weight gradients, as a step does it: by then what they need
+        # has left the caches
         for split in (True, False):
             layers = _layers_of(calls, x, common)
             for n in chosen:
-                if split:
-                    timed("step", lambda n=n, p=layers: p.forward((n,), x))
-                    timed("graph_step", lambda n=n, p=layers: p.forward((n,), x, final=True, split=True))
-                else:
-                    layers.forward((n,), x, final=True)
+                timed(f"forward {split}", lambda n=n, p=layers, s=split: p.forward((n,), x, final=True, split=s))
             for n in reversed(chosen):
-                if not split:
-                    timed("final_vjp", lambda n=n, p=layers: p.backward((n,), lam, final=True))
-                    continue
-                timed("vjp", lambda n=n, p=layers: p.backward((n,), lam))
-                timed("final", lambda n=n, p=layers: p.backward((n,), lam, final=True, split=True))
+                timed(f"final {split}", lambda n=n, p=layers, s=split: p.backward((n,), lam, final=True, split=s))
+            for n in reversed(chosen) if split else ():
                 timed("weights", lambda n=n, p=layers: p.weights((n,)))
+        layers = _layers_of(calls, x, common)
+        for n in chosen:
+            timed("step", lambda n=n, p=layers: p.forward((n,), x))
+            layers.forward((n,), x, final=True)
+        for n in reversed(chosen):
+            timed("vjp", lambda n=n, p=layers: p.backward((n,), lam))
 
     try:
         for p in before:
@@ -114,8 +114,15 @@ def _layer_times(calls: Sequence[LayerCall], x: Tensor, chosen: Sequence[int], s
         for p, grad in before.items():
             p.grad = grad
     medians = {name: statistics.median(values) for name, values in found.items()}
-    medians["weights"] = max(0.0, medians["weights"] + medians.pop("final") - medians["vjp"])
-    return medians
+    # what taking the weight gradients apart costs in the other two halves is theirs
+    apart = medians["forward True"] + medians["final True"] + medians["weights"]
+    return {
+        "step": medians["step"],
+        "graph_step": medians["forward False"],
+        "vjp": medians["vjp"],
+        "weights": max(0.0, apart - medians["forward False"] - medians["vjp"]),
+        "final_vjp": medians["final False"],
+    }
 
 
 def _layers_of(calls: Sequence[LayerCall], x: Tensor, common: Common) -> Layers:

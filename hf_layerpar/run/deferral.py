@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.nn import functional
 
 
@@ -98,7 +99,7 @@ class _Forward:
         trainable = module.weight.requires_grad or (module.bias is not None and module.bias.requires_grad)
         # for an input that isn't contiguous autograd sums in another order: then it does it all itself
         record = _recording.get()
-        if record is None or not (trainable and torch.is_grad_enabled() and x.is_contiguous()):
+        if record is None or not (trainable and torch.is_grad_enabled() and x.is_contiguous()) or _is_checkpointed():
             return type(module).forward(module, x)
         weight = module.weight.detach()
         bias = None if module.bias is None else module.bias.detach()
@@ -130,6 +131,12 @@ class _InputOnly(torch.autograd.Function):
         if ctx.record.wanted:
             ctx.record.pending.append(PendingGradient(ctx.module, x.reshape(-1, x.shape[-1]), outputs))
         return (outputs.mm(weight).view(x.shape) if ctx.needs_input_grad[0] else None), None, None, None, None
+
+
+def _is_checkpointed() -> bool:
+    """Whether somebody handles what graphs save, as torch.utils.checkpoint does: it runs a layer's own parts again in
+    the backward, where nothing is recorded, and compares."""
+    return _top_saved_tensors_default_hooks(False) is not None
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from transformers import BatchEncoding
 
 from hf_layerpar import LayerParallelConfig, convert_to_ode, diagnose, gradient_agreement, ode_view, parallelize
 from hf_layerpar.diagnosis.diagnose import ITERATIONS
@@ -112,6 +113,11 @@ def test_noise_is_half_the_distance_of_the_halves():
     assert one_row.noise is None
     assert all(r.bias_to_noise is None for r in one_row.settings)
     assert one_row.pipeline.config.micro_batches == 1
+
+
+def test_a_tokenizers_batch_is_cut_as_any_other():
+    model, inputs = small("gpt2")
+    assert diagnose(model, BatchEncoding(inputs), costs=UNIT).pipeline.config.micro_batches == 2
 
 
 def test_what_is_suggested_was_measured_on_every_batch():

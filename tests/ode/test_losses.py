@@ -87,6 +87,7 @@ def check(loss_of: Loss, parts: int) -> Rehearsed:
     return whole
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")  # of kl_div
 @pytest.mark.parametrize("parts", [2, 3, 7])
 @pytest.mark.parametrize("name", ADDING_UP)
 def test_losses_of_parts_add_up(name: str, parts: int) -> None:
@@ -107,6 +108,7 @@ def test_losses_of_parts_add_up(name: str, parts: int) -> None:
     torch.testing.assert_close(mine.grad, whole.grad, rtol=1e-6 if name == "in place" else 1e-12, atol=1e-15)
 
 
+@pytest.mark.filterwarnings("ignore:size_average and reduce args")
 @pytest.mark.parametrize("name", NOT_OF_TERMS)
 def test_losses_that_are_no_sum_of_known_terms_are_refused(name: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^micro_batches=2 cuts the batch.*sum of multiples of means or sums"):

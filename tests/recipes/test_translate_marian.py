@@ -28,7 +28,7 @@ from recipes.bitext import Bitext, load_bitext
 from recipes.predictions import accuracy, likeliest
 from recipes.translation_metrics import bleu_of_generated, corpus_bleu
 from tests.multiproc import run_ranks
-from tests.recipes.launched import result_of
+from tests.recipes.launched import assert_train_alike, result_of
 
 PAPER = ROOT / "recipes" / "translate_marian_paper.yaml"
 VOCAB, LENGTH, TRAIN, VALIDATION = 600, 24, 6000, 24
@@ -55,22 +55,22 @@ def one(tmp_path_factory) -> tuple[dict[str, Any], Path]:
     return run(folder, 1), folder
 
 
-def test_two_processes_train_and_translate_as_one(one, tmp_path):
+def test_two_processes_train_and_translate_as_one(one, bitext, tmp_path):
     alone, _ = one
     two = run(tmp_path, 2)
     stacks = {"model.encoder.layers": [[0, 1], [2, 3]], "model.decoder.layers": [[0, 1], [2, 3]]}
     assert {path: [rank["layers"][path] for rank in two["ranks"]] for path in stacks} == stacks
     losses = [entry["loss"] for entry in alone["steps"]]
     assert len(losses) == 120
-    assert [entry["loss"] for entry in two["steps"]] == pytest.approx(losses, abs=1e-4)
+    assert_train_alike([entry["loss"] for entry in two["steps"]], losses, tight=10)
     assert [entry["step"] for entry in alone["evaluation"]] == [60, 120]
     for name in ("loss", "accuracy"):
         ours, theirs = ([entry[name] for entry in found["evaluation"]] for found in (two, alone))
-        assert ours == pytest.approx(theirs, abs=1e-4)
+        assert ours == pytest.approx(theirs, abs=0.1)
     assert alone["evaluation"][-1]["loss"] < losses[0] - 2, "it doesn't learn"
-    assert two["translations"] == alone["translations"]
     assert len({row["translation"] for row in two["translations"]}) > 2
-    assert two["bleu"] == alone["bleu"]
+    # what two processes translate is what one says with their weights
+    check_saved(two, tmp_path, bitext, M2M100ForConditionalGeneration)
 
 
 def test_result_and_logs(one, bitext):
@@ -131,34 +131,40 @@ def test_generating_while_training_with_mgrit(tmp_path):
     assert {entry["lp_backward_mode"] for entry in result["steps"]} == {"mgrit"}
 
 
-def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Of this rank's parameters, with the loss."""
-    loss = model(**batch).loss
-    loss.backward()
-    found = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    return found | {"loss": loss.detach().numpy()}
+def gradients(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def gradients_on_ranks(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    parallelize(model, LayerParallelConfig(micro_batches=2))
-    return gradients(model, batch)
+    """Of this rank's parameters, with the loss."""
+    loss = parallelize(model, LayerParallelConfig(micro_batches=2)).train_step(batch)
+    return gradients(model) | {"loss": loss.numpy()}
 
 
 @pytest.mark.parametrize("architecture", ["pre_ln", "marian"])
-def test_every_gradient_of_two_ranks_is_that_of_the_serial_model(architecture, bitext):
+def test_every_gradient_of_several_ranks_is_that_of_the_serial_model(architecture, bitext):
+    """And to the bit that of one rank: what several layers have a part in is summed in their order."""
     recipe, args = translate_marian.parse([*SMALL, "--architecture", architecture])
     model = translate_marian.build_model(recipe, bitext.tokenizer, args.seed)
     batch = dict(DataCollatorForSeq2Seq(bitext.tokenizer)([bitext.train[i] for i in range(4)]))
     assert (batch["attention_mask"] == 0).any()  # padded on both sides
     assert (batch["labels"] == -100).any()
-    expected = gradients(copy.deepcopy(model), batch)
+    serial = copy.deepcopy(model)
+    loss = serial(**batch).loss
+    loss.backward()
+    expected = gradients(serial) | {"loss": loss.detach().numpy()}
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {"model.decoder.layers.2.encoder_attn.k_proj.weight", "model.encoder.layers.0.fc1.weight"} < names
-    ranks = run_ranks(gradients_on_ranks, 2, model, batch)
-    assert set(ranks[0]) | set(ranks[1]) == set(expected) == names | {"loss"}
-    for found in ranks:
-        for name, gradient in found.items():
-            np.testing.assert_allclose(gradient, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    (one,) = run_ranks(gradients_on_ranks, 1, model, batch)
+    assert set(one) == set(expected) == names | {"loss"}
+    for name, gradient in one.items():
+        np.testing.assert_allclose(gradient, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    for world in (2, 3):
+        ranks = run_ranks(gradients_on_ranks, world, model, batch)
+        assert set().union(*ranks) == set(one)
+        for found in ranks:
+            for name, gradient in found.items():
+                np.testing.assert_array_equal(gradient, one[name], err_msg=name)
     for name in names:
         if not name.endswith("k_proj.bias"):  # which moves all scores of a query alike
             assert np.abs(expected[name]).max() > 1e-5, name
@@ -204,7 +210,7 @@ def test_network_of_the_paper(bitext):
     assert (model.config.encoder_layers, model.config.decoder_layers, model.config.encoder_ffn_dim) == (6, 6, 2048)
     assert model.config.dropout == model.config.attention_dropout == 0.1
     config = args.layer_parallel_config
-    assert (config.strategy, config.levels, config.coarsening) == ("mgrit", 2, 3)
+    assert (config.strategy, config.coarsening) == ("mgrit", 3)
     assert (args.per_device_train_batch_size, args.max_steps) == (8, 7)
     parallelize(model, config)  # the grid fits both stacks
 

@@ -39,15 +39,20 @@ SETTINGS = [
     {"strategy": "mgrit", "coarse_operator": "identity", "coarsening": 3, "micro_batches": 2, "increment_penalty": 0.5},
 ]
 
+RECOMPUTED = [
+    {"schedule": "zb_h1", "micro_batches": 3},
+    {"strategy": "mgrit", "coarse_operator": "rediscretize", "coarsening": 3, "micro_batches": 2},
+]
+
 
 def every_setting(split=None, owner=None, num_layers=LAYERS, batch=5, buffers=(1, 1)):
     """Per setting what this rank has: gradients, end state, residuals squared and penalty (dropout on)."""
     layers = blocks(num_layers, dropout=0.2).train()
     x, side = state(batch=batch), state(batch=batch, seed=4)
     results = []
-    for settings in SETTINGS:
-        config = LayerParallelConfig(**settings)
-        solved = gradients_of(config, layers, x, side, split=split, owner=owner, buffers=buffers, seed=3)
+    for settings, recompute in [*((s, False) for s in SETTINGS), *((s, True) for s in RECOMPUTED)]:
+        config, how = LayerParallelConfig(**settings), {"split": split, "owner": owner, "buffers": buffers}
+        solved = gradients_of(config, layers, x, side, **how, recompute=recompute, seed=3)
         tensors = {name: tensor.numpy() for name, tensor in solved.results.items()}
         squares = {key: found.tolist() for key, found in solved.outcome.residuals.items()}
         results.append((tensors, squares, solved.penalty or 0.0, solved.loss))
@@ -60,7 +65,7 @@ def owned(num_layers, owner, rank):
 
 
 def assert_like_one_rank(ranks, one, owner):
-    for i, settings in enumerate(SETTINGS):
+    for i, settings in enumerate([*SETTINGS, *RECOMPUTED]):
         tensors, squares, penalty, loss = one[i]
         for rank, found in enumerate(ranks):
             assert set(found[i][0]) == owned(len(owner), owner, rank), (settings, rank)

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hf_layerpar import convert_to_ode, parallelize
 from hf_layerpar.config import LayerParallelConfig
@@ -21,6 +22,7 @@ from tests import zoo
 from tests.problems import (
     F64,
     Block,
+    Call,
     assert_same,
     blocks,
     calls_of,
@@ -134,6 +136,31 @@ def test_recomputing_changes_nothing(config):
     assert_same(recomputed, kept)
 
 
+@pytest.mark.parametrize(
+    "config", [EXACT, SPLIT, enough(MGRIT), dataclasses.replace(enough(MGRIT), stacked=True)], ids=str
+)
+def test_one_layer_in_all_places(config):
+    layers, x = nn.ModuleList([*blocks(1)] * 9), state()
+    found = gradients_of(config, layers, x, device=OneDevice())
+    assert found.stacked == [config.stacked] * 2
+    assert_same(found.results, serial_results(layers, x), 1e-13)
+
+
+class Checkpointed(Block):
+    """Runs itself again in the backward."""
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("config", [EXACT, SPLIT, enough(MGRIT)], ids=["exact", "split", "mgrit"])
+def test_layers_that_are_checkpointed_by_themselves(config):
+    plain, x = blocks(8), state()
+    layers = nn.ModuleList(Checkpointed(6, 0.25) for _ in range(8)).to(F64)
+    layers.load_state_dict(plain.state_dict())
+    assert_same(gradients_of(config, layers, x).results, gradients_of(config, plain, x).results)
+
+
 # ---- batches and states
 @pytest.mark.parametrize("batch", [1, 3, 5])
 @pytest.mark.parametrize("micro_batches", [1, 2, 8])
@@ -220,6 +247,26 @@ def test_side_inputs_with_a_graph_behind_them():
     (expected,) = torch.autograd.grad(loss_of(serial(layers, x, torch.tanh(source))), source)
     gradients_of(EXACT, layers, x, torch.tanh(source))
     assert torch.equal(source.grad, expected)
+
+
+class Keywords(Block):
+    def forward(self, x, side=None, *, scale=1.0, more=None):
+        return super().forward(x, side) * (scale * more["factor"][0])
+
+
+@pytest.mark.parametrize("config", [EXACT, SPLIT, enough(MGRIT)], ids=["exact", "split", "mgrit"])
+def test_arguments_in_any_nest(config):
+    layers = nn.ModuleList(Keywords(6, 0.25) for _ in range(7)).to(F64)
+    x, side, factor = state(), state(seed=5), state(seed=6)
+    kwargs = {"scale": 1.5, "more": {"factor": (factor, None)}}
+    y = x
+    for layer in layers:
+        y = layer(y, side, **kwargs)
+    expected = torch.autograd.grad(loss_of(y), [x, side, factor])
+    stack = BareStack([Call(layer, (side,), kwargs) for layer in layers], x, lambda y, rows: loss_of(y, rows, 3))
+    stack.step(stack.plan(config, (0,) * 7, 1), LocalTransport())
+    for tensor, grad in zip((x, side, factor), expected, strict=True):
+        assert relative(tensor.grad, grad) < 1e-13
 
 
 def test_a_layer_that_changes_the_shape_is_refused():
