@@ -28,7 +28,6 @@ from hf_layerpar.ode.rehearsal import (
     batch_rows,
     check_parts,
     cut_rows,
-    plain,
     rehearse,
     signature_of,
 )
@@ -61,7 +60,6 @@ class Calls:
         if stepper.transport.size == 1 and not inexact:
             return forward.run(args, kwargs)
         kwargs = _with_cache(forward, args, kwargs)
-        args, kwargs = tuple(map(plain, args)), plain(kwargs)
         batch = (args, kwargs)
         main = getattr(forward.model, "main_input_name", None)
         rows = batch_rows(kwargs if main in kwargs else batch, main)

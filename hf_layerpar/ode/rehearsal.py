@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_is_leaf, tree_leaves, tree_map
 
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode.ends import EndParameter, Ends
@@ -226,8 +226,10 @@ def _detached(leaf: Any) -> Any:
 
 # ---- rows
 def plain(batch: Any) -> Any:
-    """Mappings of any class (such as a collator's `BatchEncoding`) as dicts, which pytrees look into."""
-    return {key: plain(value) for key, value in batch.items()} if isinstance(batch, Mapping) else batch
+    """Mappings that pytrees don't look into (such as a collator's `BatchEncoding`) as dicts."""
+    if isinstance(batch, dict):
+        return {key: plain(value) for key, value in batch.items()} if type(batch) is dict else batch
+    return plain(dict(batch)) if isinstance(batch, Mapping) and tree_is_leaf(batch) else batch
 
 
 def batch_rows(batch: Any, main: str | None = None) -> int:

@@ -6,6 +6,7 @@ The names are those of torch.distributed.pipelining and the papers. A new schedu
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -57,7 +58,10 @@ def micro_batch_first(task: Task, tail: float) -> tuple:
     return (task.kind == "weights", task.direction == "backward", task.micro_batch)
 
 
-def _depth(task: Task) -> int:
+def _depth(task: Task) -> float:
+    """How deep in its pass; what makes the end state of a pass, or its adjoint, is deepest."""
+    if task.kind in ("cut", "join", "combine"):
+        return math.inf
     return task.layers[0] if task.layers else 0
 
 
