@@ -251,7 +251,8 @@ def fused(plan: Plan) -> Plan:
     the plain model, with no Python between the layers. Nothing else may need a state inside a run, in the forward or
     in the backward; runs with weight gradients apart stay as they are (the smaller the better)."""
     tasks = plan.tasks
-    uses: Counter[int] = Counter(v for t in tasks for v in t.inputs)
+    # a "collect" only waits for the steps, and can wait for the run
+    uses: Counter[int] = Counter(v for t in tasks if t.kind != "collect" for v in t.inputs)
     joints: dict[Direction, set[Joint]] = {"forward": set(), "backward": set()}
     apart: set[Joint] = set()
     before: dict[int, Task] = {}  # the last task of each rank
@@ -274,8 +275,8 @@ def fused(plan: Plan) -> Plan:
         else:
             latest[t.rank] = run = [t]
             runs.append(run)
-    # graph of a part of a run -> graph of the run
-    names = {old: new for r in runs for t in r for old, new in zip(t.outputs[1:], r[-1].outputs[1:], strict=True)}
+    # state and graph of a part of a run -> those of the run
+    names = {old: new for r in runs for t in r for old, new in zip(t.outputs, r[-1].outputs, strict=True)}
     joined: dict[int, Task] = {}  # by the last task of the run
     for run in runs:
         given = (*run[0].inputs, *(v for t in run[1:] for v in t.inputs[1:]))

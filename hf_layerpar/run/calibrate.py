@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ def calibrate(
     layers: Sequence[int] | None = None,
     part: tuple[Sequence[LayerCall], Tensor] | None = None,
     ends: Callable[[], tuple[float, float, float, float]] | None = None,
+    block: bool = False,
     seconds: float = 1.0,
 ) -> Costs:
     """The costs of a stack for the whole batch `x` `[B, T, D]`, in seconds and bytes: medians over a few layers.
@@ -34,6 +36,8 @@ def calibrate(
     transport: the lp group, whose ranks all call this and get the same costs (means over them); messages are timed
         between neighbours. Without it a message costs nothing.
     layers: indices of layers that this rank holds (default all); at most eight of them, evenly spread, are evaluated.
+    block: instead all of `layers` in a row, as a pipeline runs them, with two micro-batches in flight: what is kept for
+        so long has left the caches, which makes weight gradients apart dearer than single layers show.
     part: calls and state of a micro-batch with fewer rows, at which `Costs.fixed_share` is read off; without it 0.
     ends: measures (front, front_backward, tail, arguments) of the whole batch.
     seconds: how long to measure the layers, roughly; each of them three times at least.
@@ -42,15 +46,16 @@ def calibrate(
     """
     transport = transport or LocalTransport()
     chosen = list(range(len(calls)) if layers is None else layers)
-    chosen = [chosen[i * len(chosen) // _SAMPLED_LAYERS] for i in range(_SAMPLED_LAYERS)]
-    chosen = list(dict.fromkeys(chosen))
+    if not block:
+        chosen = [chosen[i * len(chosen) // _SAMPLED_LAYERS] for i in range(_SAMPLED_LAYERS)]
+        chosen = list(dict.fromkeys(chosen))
     x = x.detach()
     with kept_streams(x.device):
-        times = _layer_times(calls, x, chosen, seconds / (1 if part is None else 2))
+        times = _layer_times(calls, x, chosen, block, seconds / (1 if part is None else 2))
         whole = times["graph_step"] + times["final_vjp"]
         fixed_share = 0.0
         if part is not None:
-            piece = _layer_times(part[0], part[1].detach(), chosen, seconds / 2)
+            piece = _layer_times(part[0], part[1].detach(), chosen, block, seconds / 2)
             # whole = fixed + rate B and piece = fixed + rate rows
             rate = (whole - piece["graph_step"] - piece["final_vjp"]) / (len(x) - len(part[1]))
             fixed_share = min(1.0, max(0.0, 1.0 - rate * len(x) / whole))
@@ -70,7 +75,9 @@ def calibrate(
     return _agreed(transport, prices, x)
 
 
-def _layer_times(calls: Sequence[LayerCall], x: Tensor, chosen: Sequence[int], seconds: float) -> dict[str, float]:
+def _layer_times(
+    calls: Sequence[LayerCall], x: Tensor, chosen: Sequence[int], block: bool, seconds: float
+) -> dict[str, float]:
     """Medians. The weight gradients are what a step with weight gradients apart takes beyond a forward and an
     input-only vjp; `final_vjp` is both in one backward."""
     common = Common(0 if any(call.layer.training for call in calls) else None)
@@ -78,28 +85,32 @@ def _layer_times(calls: Sequence[LayerCall], x: Tensor, chosen: Sequence[int], s
     lam = torch.ones_like(x, memory_format=torch.contiguous_format)
     before = {p: p.grad for n in chosen for p in calls[n].layer.parameters()}
 
-    def timed(name: str, work: Callable[[], object]) -> None:
+    runs = [tuple(chosen)] if block else [(n,) for n in chosen]
+
+    def timed(name: str, run: tuple[int, ...], work: Callable[[tuple[int, ...]], object]) -> None:
         began = now(x.device)
-        work()
-        found.setdefault(name, []).append(now(x.device) - began)
+        work(run)
+        found.setdefault(name, []).append((now(x.device) - began) / len(run))
 
     def measure() -> None:
         # first all forwards, then all backwards, then all weight gradients, as a step does it: by then what they need
         # has left the caches
         for split in (True, False):
-            layers = _layers_of(calls, x, common)
-            for n in chosen:
-                timed(f"forward {split}", lambda n=n, p=layers, s=split: p.forward((n,), x, final=True, split=s))
-            for n in reversed(chosen):
-                timed(f"final {split}", lambda n=n, p=layers, s=split: p.backward((n,), lam, final=True, split=s))
-            for n in reversed(chosen) if split else ():
-                timed("weights", lambda n=n, p=layers: p.weights((n,)))
+            in_flight = [_layers_of(calls, x, common) for _ in range(2 if block else 1)]
+            for layers in in_flight:
+                for r in runs:
+                    timed(f"forward {split}", r, partial(layers.forward, x=x, final=True, split=split))
+            for layers in in_flight:
+                for r in reversed(runs):
+                    timed(f"final {split}", r[::-1], partial(layers.backward, lam=lam, final=True, split=split))
+                for r in reversed(runs) if split else ():
+                    timed("weights", r, layers.weights)
         layers = _layers_of(calls, x, common)
-        for n in chosen:
-            timed("step", lambda n=n, p=layers: p.forward((n,), x))
+        for n in chosen[:_SAMPLED_LAYERS]:
+            timed("step", (n,), partial(layers.forward, x=x))
             layers.forward((n,), x, final=True)
-        for n in reversed(chosen):
-            timed("vjp", lambda n=n, p=layers: p.backward((n,), lam))
+        for n in reversed(chosen[:_SAMPLED_LAYERS]):
+            timed("vjp", (n,), partial(layers.backward, lam=lam))
 
     try:
         for p in before:

@@ -20,7 +20,10 @@ def launch(processes: int, script: Path, arguments: Sequence[str], timeout: floa
     """
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(CONFIGS / f"cpu_{processes}.yaml"), str(script), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # glibc gives large blocks back to the system when they are freed, and takes new pages, zeroed one by one, for the
+    # next graph: what is timed must not depend on how much a side frees at a time
+    memory = {"MALLOC_TRIM_THRESHOLD_": str(1 << 33), "MALLOC_MMAP_THRESHOLD_": str(1 << 33)}
+    environment = os.environ | memory | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
     )

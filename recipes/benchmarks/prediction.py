@@ -67,6 +67,5 @@ def model_costs(model: Any, batch: dict[str, Tensor], *, parts: int = 8, seconds
     x = torch.randn_like(entry.x)  # ranks without the embeddings have none of their own
     own = [n for n in range(len(stack.layers)) if n not in stack.foreign]
     transport = LocalTransport() if handle.group is None else GroupTransport(handle.group)
-    return calibrate(
-        entry.calls, x, transport, layers=own, part=(small.calls, x[: len(small.x)]), ends=ends_times, seconds=seconds
-    )
+    part = (small.calls, x[: len(small.x)])
+    return calibrate(entry.calls, x, transport, layers=own, part=part, ends=ends_times, block=True, seconds=seconds)

@@ -362,7 +362,7 @@ def stack_costs(place: Place, stack: nn.Sequential) -> Costs:
     """What layers and messages take here. Collective: all ranks work while costs are measured, as in a step."""
     layers, x = list(place.layers(len(stack))), make_state(seed=1)
     calls = our_calls(stack, contiguous_owner(len(stack), place.size), place.rank)
-    return calibrate(calls, x, local_transport(), layers=layers, part=(calls, x[: BATCH // 8]), seconds=4.0)
+    return calibrate(calls, x, local_transport(), layers=layers, part=(calls, x[: BATCH // 8]), block=True, seconds=4.0)
 
 
 def our_side(

@@ -46,7 +46,8 @@ def one(tmp_path_factory) -> tuple[dict[str, Any], Path]:
 def test_two_processes_train_as_one(one, tmp_path):
     alone, _ = one
     two = result_of("pretrain_bert", tmp_path, 2, *SMALL)
-    assert [rank["layers"]["roberta_prelayernorm.encoder.layer"] for rank in two["ranks"]] == [[0, 1, 2], [3, 4, 5]]
+    # as few as can be beside a head that costs as much as five
+    assert [rank["layers"]["roberta_prelayernorm.encoder.layer"] for rank in two["ranks"]] == [[0, 1, 2, 3, 4], [5]]
     assert [entry["step"] for entry in alone["evaluation"]] == [2, 4, 5]
     assert len(alone["steps"]) == 5
     assert_train_alike(losses(two, "steps"), losses(alone, "steps"))

@@ -58,7 +58,8 @@ def one(tmp_path_factory) -> tuple[dict[str, Any], Path]:
 def test_two_processes_train_and_translate_as_one(one, bitext, tmp_path):
     alone, _ = one
     two = run(tmp_path, 2)
-    stacks = {"model.encoder.layers": [[0, 1], [2, 3]], "model.decoder.layers": [[0, 1], [2, 3]]}
+    # fewer beside the head
+    stacks = {"model.encoder.layers": [[0, 1], [2, 3]], "model.decoder.layers": [[0, 1, 2], [3]]}
     assert {path: [rank["layers"][path] for rank in two["ranks"]] for path in stacks} == stacks
     losses = [entry["loss"] for entry in alone["steps"]]
     assert len(losses) == 120

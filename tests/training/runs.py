@@ -42,12 +42,12 @@ class Samples(Dataset):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def build(family: str, dropout: float | None = None) -> hf.PreTrainedModel:
+def build(family: str, dropout: float | None = None, layers: int = 4) -> hf.PreTrainedModel:
     if family == "bert_classifier":
         torch.manual_seed(0)
-        model: hf.PreTrainedModel = hf.BertForSequenceClassification(zoo.build("bert")[0].config)
+        model: hf.PreTrainedModel = hf.BertForSequenceClassification(zoo.config("bert", layers))
     else:
-        model = zoo.build(family)[0]
+        model = zoo.build(family, layers)[0]
     if dropout is not None:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -78,9 +78,9 @@ def arguments(output_dir: str, **settings: Any) -> LayerParallelTrainingArgument
 
 
 def trainer(output_dir: str, family: str, settings: dict[str, Any], **more: Any) -> LayerParallelTrainer:
-    """A trainer on a new tiny model; `settings` are training arguments, and `dropout` for the model."""
+    """A trainer on a new tiny model; `settings` are training arguments, and `dropout` and `layers` of the model."""
     settings = dict(settings)
-    model = build(family, settings.pop("dropout", None))
+    model = build(family, settings.pop("dropout", None), settings.pop("layers", 4))
     more = {"train_dataset": Samples(family, 64)} | more
     run = LayerParallelTrainer(model, arguments(output_dir, **settings), **more)
     run.remove_callback(hf.PrinterCallback)

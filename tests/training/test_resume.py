@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.multiproc import RankPool
 from tests.training import runs, scenarios
@@ -14,20 +15,60 @@ from tests.training import runs, scenarios
 SAVING = {"save_strategy": "steps", "max_steps": 6, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
 
 
-@pytest.mark.parametrize("family", ["bert_classifier", "llama"])
+def optimizer_states(checkpoint: Path) -> dict[str, dict]:
+    """The states in all files of a checkpoint, each of which is there once."""
+    states: dict[str, dict] = {}
+    for file in sorted(checkpoint.glob("optimizer-*.pt")):
+        found = torch.load(file, weights_only=True)["state"]
+        assert not states.keys() & found.keys(), f"{file.name} holds what another file holds"
+        states |= found
+    return states
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("bert_classifier", {}),
+        ("llama", {}),
+        ("gpt2", {"micro_batches": 2}),
+        ("bert", {}),
+        ("t5", {}),
+        ("bart", {"micro_batches": 2}),
+        ("gpt2", {"schedule": "zb_v", "micro_batches": 2, "layers": 6}),
+        ("llama", {"schedule": "interleaved_1f1b", "micro_batches": 4, "layers": 7}),
+    ],
+    ids=["classifier", "untied", "tied", "tied encoder", "t5", "bart", "v", "interleaved"],
+)
 def test_resume_at_another_lp_size(
-    family: str, ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, tmp_path: Path
+    family: str, settings: dict, ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, tmp_path: Path
 ) -> None:
-    whole = ranks1.run(runs.train, str(tmp_path / "whole"), family, SAVING | {"save_strategy": "no"})[0]
-    two = ranks2.run(runs.train, str(tmp_path), family, SAVING | {"lp_size": 2, "save_steps": 3})[0]
+    settings = SAVING | settings | {"save_steps": 3}
+    whole = ranks1.run(runs.train, str(tmp_path / "whole"), family, settings)[0]
+    two = ranks2.run(runs.train, str(tmp_path), family, settings | {"lp_size": 2})[0]
     assert two["weights"] == whole["weights"]
-    middle = str(tmp_path / "checkpoint-3")
+    middle = tmp_path / "checkpoint-3"
     assert {"optimizer-00000-of-00002.pt", "optimizer-00001-of-00002.pt", "rng_state_0.pth"} <= set(os.listdir(middle))
+    written, expected = optimizer_states(middle), optimizer_states(tmp_path / "whole" / "checkpoint-3")
+    assert written.keys() == expected.keys()
+    for name, state in expected.items():
+        assert all(torch.equal(written[name][key], value) for key, value in state.items()), name
     for pool in (ranks1, ranks2, ranks3):
-        settings = SAVING | {"lp_size": pool.world, "save_strategy": "no"}
-        again = pool.run(runs.train, str(tmp_path / f"lp{pool.world}"), family, settings, middle)[0]
+        other = settings | {"lp_size": pool.world, "save_strategy": "no"}
+        again = pool.run(runs.train, str(tmp_path / f"lp{pool.world}"), family, other, str(middle))[0]
         assert again["weights"] == whole["weights"], f"lp_size {pool.world}"
-        assert again["losses"] == pytest.approx(whole["losses"], abs=1e-7)
+        assert again["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+
+
+def test_resume_with_spread_ends(ranks1: RankPool, ranks2: RankPool, tmp_path: Path) -> None:
+    settings = SAVING | {"lp_size": 2, "ends": "spread", "save_steps": 3}
+    whole = ranks2.run(runs.train, str(tmp_path), "gpt2", settings)[0]
+    middle = tmp_path / "checkpoint-3"
+    assert len(optimizer_states(middle)) > 0
+    again = ranks2.run(runs.train, str(tmp_path / "b"), "gpt2", settings, str(middle))
+    assert again[0]["weights"] == whole["weights"]
+    assert again[0]["copies"] == again[1]["copies"] is not None
+    alone = ranks1.run(runs.train, str(tmp_path / "c"), "gpt2", settings | {"lp_size": 1}, str(middle))[0]
+    assert alone["losses"][3] == pytest.approx(whole["losses"][3], abs=1e-5)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
