@@ -28,6 +28,7 @@ from hf_layerpar.ode.rehearsal import (
     batch_rows,
     check_parts,
     cut_rows,
+    recount,
     rehearse,
     signature_of,
 )
@@ -133,8 +134,7 @@ class Calls:
         terms = rehearsed.terms
         if terms is not None and any(term.count is not None for term in terms):  # this batch's counts
             with kept_streams(stepper.device):
-                whole = rehearse(_runs(forward), batch, stepper.stacks, stepper.ends, loss=False, trains=False)
-            terms = whole.terms
+                terms = recount(_runs(forward), batch, stepper.stacks, stepper.ends, terms, trains=False)
         counts = [rows * (m + 1) // pieces - rows * m // pieces for m in range(pieces)]
         anatomy = stepper.anatomy(rehearsed)
         plan = build_step(config, anatomy, stepper.transport.size, len(parts), trains=False)

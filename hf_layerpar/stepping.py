@@ -28,6 +28,7 @@ from hf_layerpar.ode.rehearsal import (
     check_parts,
     cut_rows,
     loss_and_metrics,
+    recount,
     rehearse,
     signature_of,
 )
@@ -159,6 +160,7 @@ class Stepper:
         counts = [b - a for a, b in pairwise(bounds)]
         key = (_known_as(closure), signature_of(batch, rows), self.model.training, pieces, tail_pieces)
         rehearsed, _ = self._rehearsed.get(key, (None, None))
+        terms = rehearsed.terms if rehearsed is not None else None
         if rehearsed is None:
             rehearsed = rehearse(closure, batch, self.stacks, self.ends, loss=True)
             self._refuse(rehearsed)
@@ -170,12 +172,10 @@ class Stepper:
             if len(self._rehearsed) >= _MOST_REHEARSED:
                 self._rehearsed.clear()
             self._rehearsed[key] = rehearsed, closure
-        elif is_cut and any(term.count is not None for term in rehearsed.terms or ()):
-            # this batch's counts
-            rehearsed = rehearse(closure, batch, self.stacks, self.ends, loss=True)
-        return Prepared(
-            rehearsed, self.anatomy(rehearsed, tail_pieces), parts, counts, rehearsed.terms if is_cut else None
-        )
+            terms = rehearsed.terms
+        elif is_cut and any(term.count is not None for term in terms or ()):
+            terms = recount(closure, batch, self.stacks, self.ends, terms or ())
+        return Prepared(rehearsed, self.anatomy(rehearsed, tail_pieces), parts, counts, terms if is_cut else None)
 
     def _refuse(self, rehearsed: Rehearsed) -> None:
         if rehearsed.foreign and self.transport.size > 1:
@@ -420,12 +420,12 @@ def _known_as(closure: Any, depth: int = 3) -> Any:
     on to. Tensors, numbers and containers are taken for data."""
     if isinstance(closure, Tensor | int | float | str | Mapping | Sequence | Set | None):
         return type(closure)
-    code = getattr(closure, "__code__", None)
-    if code is None and not isinstance(closure, partial):
+    if isinstance(closure, partial):
+        code, held = partial, [closure.func, *closure.args, *closure.keywords.values()]
+    elif (code := getattr(closure, "__code__", None)) is None:
         return id(closure)
-    if code is None:
-        held = [closure.func, *closure.args, *closure.keywords.values()]
     else:
-        held = [getattr(closure, "__self__", None), *(closure.__defaults__ or ())]
-        held += [cell.cell_contents for cell in closure.__closure__ or () if cell != CellType()]
+        cells = getattr(closure, "__closure__", None) or ()
+        held = [getattr(closure, "__self__", None), *(getattr(closure, "__defaults__", None) or ())]
+        held += [cell.cell_contents for cell in cells if cell != CellType()]  # one that is empty still raises
     return (code, *(_known_as(value, depth - 1) for value in held if depth))

@@ -36,16 +36,22 @@ class Term:
     size: int
     classes: tuple[int, ...]
 
+    @property
+    def kind(self) -> tuple[str, bool]:
+        return self.function, self.count is None
+
 
 class Counting(TorchFunctionMode):
     """Inside, loss functions are counted, and give a scalar that hangs on what they are given; linear maps are not
-    computed. What comes of what is noted by values too, also past `detach` and `no_grad`, and through integers.
+    computed.
 
+    follows: what comes of what is noted by values too, also past `detach` and `no_grad`, and through integers.
     values: what the callers were given, one for each of `terms`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, follows: bool) -> None:
         super().__init__()
+        self.follows = follows
         self.terms: list[Term] = []
         self.values: list[Tensor] = []
         self._origins = WeakTensorKeyDictionary()
@@ -61,10 +67,7 @@ class Counting(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         result = self._result(func, args, kwargs)
-        if _looks_at_shapes_alone(func):
-            return result
-        origins = self.origins(_flat((args, kwargs)))
-        if origins:
+        if self.follows and not _looks_at_shapes_alone(func) and (origins := self.origins(_flat((args, kwargs)))):
             made = [args[0]] if func is Tensor.__setitem__ else _flat(result)
             for tensor in made:
                 if isinstance(tensor, Tensor):

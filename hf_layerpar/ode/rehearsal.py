@@ -102,7 +102,7 @@ def rehearse(
     found: list[tuple[int, list[list[tuple[int, int]]], set[int], set[EndParameter]]] = []
     ends_of_passes: list[Tensor] = []  # kept alive, as they are known by id
     foreign: dict[int, tuple[int, ...]] = {}
-    counting = Counting()
+    counting = Counting(follows=True)
 
     with torch.enable_grad(), ends.stood_in() as stand_ins:
         known: dict[int, int | EndParameter] = {id(t): p for p, t in stand_ins.items()}
@@ -135,7 +135,7 @@ def rehearse(
                         sides.setdefault(id(leaf), []).append((layer, j))
                         tensors[id(leaf)] = leaf
             found.append((index, list(sides.values()), *look([x, *tensors.values()])))
-            end = torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape).requires_grad_()
+            end = _end_like(x)
             ends_of_passes.append(end)
             known[id(end)] = number
             counting.mark(end, number)
@@ -161,6 +161,37 @@ def rehearse(
         output=tree_map(_detached, output),
         metrics=tuple(sorted(metrics)),
     )
+
+
+def recount(
+    closure: Closure,
+    batch: Any,
+    stacks: Sequence[LayerStack],
+    ends: Ends,
+    known: Sequence[Term],
+    *,
+    trains: bool = True,
+) -> tuple[Term, ...]:
+    """`known`, the terms of a loss that was rehearsed, with the counts of another batch.
+
+    Raises ConfigurationError where it computes another loss.
+    """
+    counting = Counting(follows=False)
+    player = Player(stacks, lambda number, index, calls, x: _end_like(x))
+    with torch.enable_grad(), ends.stood_in(), player.playing(trains), counting:
+        closure(batch)
+    if [t.kind for t in counting.terms] != [t.kind for t in known]:
+        raise ConfigurationError(
+            f"the loss is computed by {[t.function for t in counting.terms]} for this batch and by "
+            f"{[t.function for t in known]} for an earlier one, so that it can't be put together from parts; use "
+            "micro_batches=1 and ends='first_last'"
+        )
+    return tuple(counting.terms)
+
+
+def _end_like(x: Tensor) -> Tensor:
+    """What stands for the end state of a pass that was entered with x."""
+    return torch.zeros((), dtype=x.dtype, device=x.device).expand(x.shape).requires_grad_()
 
 
 def loss_in(output: Any) -> Tensor | None:
@@ -197,9 +228,9 @@ def check_parts(whole: Rehearsed, parts: Sequence[Rehearsed], why: str) -> None:
             f"multiples of means or sums by {', '.join(LOSSES)} of torch.nn.functional. Use micro_batches=1 and "
             "ends='first_last'"
         )
-    kinds = [(t.function, t.count is None) for t in whole.terms]
+    kinds = [t.kind for t in whole.terms]
     for part in parts:
-        if part.terms is None or [(t.function, t.count is None) for t in part.terms] != kinds:
+        if part.terms is None or [t.kind for t in part.terms] != kinds:
             raise ConfigurationError(
                 f"{why} cuts the batch, but the loss of a part is computed by other functions than that of the whole; "
                 "use micro_batches=1 and ends='first_last'"

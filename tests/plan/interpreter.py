@@ -63,7 +63,7 @@ class Run:
     """A plan worked on `batch`, cut along its rows.
 
     gradients: by parameter. ends: of the last pass, by micro-batch. residuals: (pass, direction, iteration) -> sum of
-    squares. losses: by (micro-batch, piece).
+    squares. losses: by (micro-batch, piece). values: by their numbers.
     """
 
     def __init__(self, plan: Plan, model: Toy, batch: Tensor) -> None:
@@ -73,13 +73,13 @@ class Run:
         self.ends: dict[int, Tensor] = {}
         self.losses: dict[tuple[int, int], Tensor] = {}
         self.residuals: dict[tuple[int, str, int], float] = {}
-        self._values: dict[int, Any] = {}
+        self.values: dict[int, Any] = {}
         self._phases: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
         self._side_grads: dict[tuple[int, int, int], list[Tensor]] = {}  # (pass, micro-batch, layer)
         model.zero_grad()
         for task in plan.tasks:
-            made = getattr(self, f"_{task.kind}")(task, [self._values[v] for v in task.inputs])
-            self._values.update(zip(task.outputs, made, strict=True))
+            made = getattr(self, f"_{task.kind}")(task, [self.values[v] for v in task.inputs])
+            self.values.update(zip(task.outputs, made, strict=True))
         self.gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         self.loss = float(sum(self.losses.values()))
 

@@ -68,8 +68,8 @@ def random_owner(rng: random.Random, num_layers: int, num_ranks: int, buffers: t
 def random_anatomy(rng: random.Random, num_ranks: int) -> Anatomy:
     buffers = rng.choice([(0, 0), (0, 0), (1, 2), (0, 1)])
     owners = [
-        random_owner(rng, rng.randint(max(num_ranks, 6), 4 * num_ranks + 6), num_ranks, buffers)
-        for _ in range(rng.choice([1, 1, 2, 3]))
+        random_owner(rng, rng.randint(6, 3 * num_ranks + 5), num_ranks, buffers)
+        for _ in range(rng.choice([1, 1, 1, 2, 3]))
     ]
     passes = tuple(Pass(owner, buffers, sides=rng.random() < 0.5) for owner in owners)
     ranks = (*(owner[0] for owner in owners), owners[-1][-1])
@@ -84,9 +84,8 @@ def random_anatomy(rng: random.Random, num_ranks: int) -> Anatomy:
 
 
 def random_config(rng: random.Random, num_ranks: int) -> LayerParallelConfig:
-    ends = "first_last"
-    if rng.random() < 0.6:
-        return LayerParallelConfig(schedule=rng.choice([*SCHEDULES]), ends=ends)
+    if rng.random() < 0.7:
+        return LayerParallelConfig(schedule=rng.choice([*SCHEDULES]))
     iterations = rng.choice([(1, 1), (2, 1), (0, 1), (0, 2), (1, 0), (3, 3)])
     return LayerParallelConfig(
         strategy="mgrit",
@@ -96,7 +95,6 @@ def random_config(rng: random.Random, num_ranks: int) -> LayerParallelConfig:
         forward_iterations=iterations[0],
         backward_iterations=iterations[1],
         stacked=num_ranks == 1 and rng.random() < 0.5,
-        increment_penalty=0.0,
     )
 
 

@@ -1,168 +1,198 @@
-"""The solver against exact solutions and the serial oracle, on one process in float64."""
+"""What plans say, worked out without processes on any number of ranks: MGRIT against the serial oracle, in float64."""
 
+from __future__ import annotations
+
+import dataclasses
 import itertools
 import math
+import random
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_layerpar.config import LayerParallelConfig
-from tests.problems import F64, Linear, blocks, engine, gradients, loss_of, relative, serial, solve, state
+from hf_layerpar.plan.builder import PlanBuilder
+from hf_layerpar.plan.operators import OPERATORS, CoarseOperator
+from hf_layerpar.plan.ownership import contiguous_owner
+from hf_layerpar.plan.step import Anatomy, Pass, build_step
+from tests.plan.interpreter import DIM, F64, Run, Toy, reference
+from tests.plan.shapes import random_anatomy, two_stacks
+from tests.problems import Linear, blocks, relative
 
-OPERATORS = ("rediscretize", "aggregate", "identity", "mean", "linear")
-GRIDS = ((2, 4), (2, 3), (3, (3, 2)), (3, 2), (4, 2))
+NAMES = ("rediscretize", "aggregate", "identity")
+BATCH = torch.randn(6, 3, DIM, dtype=F64, generator=torch.Generator().manual_seed(0))
 
 
-def config(iterations: int, **settings) -> LayerParallelConfig:
+def mgrit(iterations: int, **settings) -> LayerParallelConfig:
     both = {"forward_iterations": iterations, "backward_iterations": iterations}
     return LayerParallelConfig(**({"strategy": "mgrit"} | both | settings))
 
 
-def matrix(dim: int = 6) -> torch.Tensor:
-    a = torch.randn(dim, dim, dtype=F64, generator=torch.Generator().manual_seed(0))
-    return (a + a.T) / 4
+def dealt(num_layers: int, num_ranks: int) -> tuple[int, ...]:
+    return tuple(n % num_ranks for n in range(num_layers))
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("strategy", ["serial", "mgrit"])
-def test_linear_problem_has_its_closed_form(operator, strategy):
-    a, h, n = matrix(), 1 / 16, 16
-    layers = nn.ModuleList(Linear(a, h) for _ in range(n))
-    x = state()
-    y = solve(layers, x, engine(config(4, strategy=strategy, coarse_operator=operator), n))
-    values, vectors = torch.linalg.eigh(a)
-    exact = x @ vectors @ torch.diag((1 + h * values) ** n) @ vectors.T
-    assert relative(y, exact) < 1e-13
+def solve(config: LayerParallelConfig, model: Toy, num_ranks: int = 1, micro_batches: int = 1) -> Run:
+    return Run(build_step(config, model.anatomy, num_ranks, micro_batches), model, BATCH)
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+def same(run: Run, expected: dict[str, Tensor]) -> bool:
+    assert set(run.gradients) == set(expected)
+    return all(torch.equal(run.gradients[name], grad) for name, grad in expected.items())
+
+
+# ---- exactness
+@pytest.mark.parametrize("operator", NAMES)
 @pytest.mark.parametrize("relaxation", ["F", "FCF"])
-@pytest.mark.parametrize(("levels", "coarsening"), GRIDS)
-@pytest.mark.parametrize("num_layers", [16, 13])
-def test_exact_after_as_many_iterations_as_intervals(operator, relaxation, levels, coarsening, num_layers):
-    """n intervals: exact after n iterations (F) or ceil((n-1)/2)+1 (FCF), forward and adjoint; bit-equal, since a
-    converged interval is never combined with a correction of zero."""
-    layers, x = blocks(num_layers), state()
-    exact = serial(layers, x)
-    exact_grads = gradients(exact, [x, *layers.parameters()])
-    first = coarsening if isinstance(coarsening, int) else coarsening[0]
-    intervals = math.ceil(num_layers / first)
+@pytest.mark.parametrize("coarsening", [4, (3, 2), (2, 2, 2)])
+@pytest.mark.parametrize("owner", [contiguous_owner(13, 1), contiguous_owner(13, 3), dealt(13, 2)])
+def test_exact_after_as_many_iterations_as_intervals(operator, relaxation, coarsening, owner):
+    """n intervals: exact after n iterations (F) or ceil((n-1)/2)+1 (FCF), forward and adjoint, on any ranks; bit-equal,
+    since a converged interval is never combined with a correction of zero."""
+    config = LayerParallelConfig(coarsening=coarsening)
+    intervals = math.ceil(13 / config.factors[0])
     enough = intervals if relaxation == "F" else math.ceil((intervals - 1) / 2) + 1
-    settings = {"levels": levels, "coarsening": coarsening, "relaxation": relaxation, "coarse_operator": operator}
-    y = solve(layers, x, engine(config(enough, **settings), num_layers))
-    grads = gradients(y, [x, *layers.parameters()])
-    assert torch.equal(y, exact)
-    assert all(torch.equal(a, b) for a, b in zip(grads, exact_grads, strict=True))
-    inexact = solve(layers, x, engine(config(enough - 1, **settings), num_layers))
-    assert not torch.equal(inexact, exact)
+    settings = {"coarsening": coarsening, "relaxation": relaxation, "coarse_operator": operator}
+    model = Toy(Anatomy.of_stack(owner))
+    # exact in micro-batches too: the same ones
+    exact = solve(LayerParallelConfig(schedule="gpipe"), model, max(owner) + 1, 2)
+    expected = exact.gradients
+    assert max(relative(expected[n], g) for n, g in reference(model, BATCH).items()) < 1e-12
+    model.zero_grad()
+    run = solve(mgrit(enough, **settings), model, max(owner) + 1, 2)
+    assert same(run, expected)
+    assert all(torch.equal(run.ends[m], exact.ends[m]) for m in range(2))
+    inexact = solve(mgrit(enough - 1, **settings), model, max(owner) + 1, 2)
+    assert not any(torch.equal(inexact.ends[m], exact.ends[m]) for m in range(2))
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", NAMES)
 def test_each_iteration_makes_one_more_interval_exact(operator):
-    layers, x = blocks(12), state()
-    exact = [x]
-    for layer in layers:
-        exact.append(layer(exact[-1]))
+    layers = blocks(12, dim=DIM)
     for k in (1, 2, 3):  # layers that do nothing carry the state after interval k to the end
         idle = nn.ModuleList([*layers[: 4 * k], *(nn.Identity() for _ in range(12 - 4 * k))])
+        model = Toy(Anatomy.of_stack((0,) * 12), [idle])
+        with torch.no_grad():
+            exact = nn.Sequential(*idle)(model.enter(0, BATCH, ())[0])
         for iterations in (1, 2, 3):
-            y = solve(idle, x, engine(config(iterations, coarse_operator=operator), 12))
+            plan = build_step(mgrit(iterations, coarse_operator=operator, backward_iterations=0), model.anatomy, 1)
+            # idle layers have no vjp worth the name: the forward alone
+            tasks = tuple(t for t in plan.tasks if t.direction == "forward" and t.place == 0)
+            (end,) = (t.inputs[0] for t in plan.tasks if t.kind == "phase" and t.place == 1)
+            forward = Run(dataclasses.replace(plan, tasks=tasks), model, BATCH)
             # C-point k needs k corrections; the end of the last interval needs the C-point it starts at
-            assert (relative(y, exact[4 * k]) < 1e-14) == (iterations >= min(k + 1, 3))
+            assert (relative(forward.values[end], exact) < 1e-14) == (iterations >= min(k + 1, 3))
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-@pytest.mark.parametrize("relaxation", ["F", "FCF"])
-def test_residuals_and_factors_show_convergence(operator, relaxation):
-    layers, x = blocks(24, h=1 / 24), state()
-    solver = engine(config(4, relaxation=relaxation, coarse_operator=operator), 24)
-    y = solve(layers, x, solver)
-    loss_of(y).backward()
-    exact = serial(layers, x)
-    errors = [
-        relative(solve(layers, x, engine(config(k, relaxation=relaxation, coarse_operator=operator), 24)), exact)
-        for k in (1, 2, 3, 4)
-    ]
-    for direction in ("forward", "backward"):
-        report = solver.report(direction)
-        assert report is not None
-        assert report.mode == "mgrit"
-        assert len(report.residuals) == report.iterations == 4
-        observed = [b / a for a, b in itertools.pairwise(report.residuals)]
-        assert report.convergence_factors == pytest.approx(observed)
-        assert max(observed) < 0.5
+@pytest.mark.parametrize("operator", NAMES)
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_residuals_show_convergence(operator, micro_batches):
+    """Each iteration halves them and the error, or better."""
+    owner = contiguous_owner(24, 2)
+    model = Toy(Anatomy.of_stack(owner), [blocks(24, dim=DIM, h=1 / 24)])
+    expected = reference(model, BATCH)
+    errors = []
+    for iterations in (1, 2, 3, 4):
+        run = solve(mgrit(iterations, coarse_operator=operator), model, 2, micro_batches)
+        errors.append(max(relative(run.gradients[name], grad) for name, grad in expected.items()))
     assert all(b < 0.5 * a for a, b in itertools.pairwise(errors))
+    for direction in ("forward", "backward"):
+        found = [run.residuals[0, direction, i] for i in (1, 2, 3, 4)]
+        assert all(b < 0.25 * a for a, b in itertools.pairwise(found))
 
 
-def test_a_diverging_sweep_reports_factors_above_one():
-    """Layers far from one another at h = 1: rediscretised corrections grow, and the report says so."""
-    layers, x = blocks(32, h=2.0), state()
-    for layer in layers:
-        for p in layer.parameters():
-            p.data *= 2
-    solver = engine(config(3, coarse_operator="rediscretize"), 32)
-    solve(layers, x, solver)
-    report = solver.report("forward")
-    assert report is not None
-    assert max(report.convergence_factors) > 1
+def test_a_forward_that_diverges_shows_in_the_residuals():
+    """Layers far from one another at a large step: rediscretised corrections grow."""
+    layers = blocks(32, dim=DIM, h=4.0)
+    model = Toy(Anatomy.of_stack((0,) * 32), [layers])
+    run = solve(mgrit(3, coarse_operator="rediscretize"), model)
+    assert run.residuals[0, "forward", 2] > run.residuals[0, "forward", 1]
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", NAMES)
 @pytest.mark.parametrize("relaxation", ["F", "FCF"])
 @pytest.mark.parametrize("iterations", [1, 2])
-def test_adjoint_is_mgrit_on_the_reversed_transposed_stack(operator, relaxation, iterations):
-    """<adjoint(lam), v> = <lam, A v> where A is known: for linear layers the inexact adjoint sweep must be the same
-    MGRIT run forward on the reversed stack of transposed layers (alike within an interval, so that its first layer
-    is the first from both ends)."""
+def test_the_adjoint_is_mgrit_on_the_reversed_transposed_stack(operator, relaxation, iterations):
+    """For linear layers the inexact adjoint sweep is the same MGRIT run forward on the reversed stack of transposed
+    layers (alike within an interval, so that its first layer is the first from both ends)."""
     generator = torch.Generator().manual_seed(5)
-    interval = [torch.randn(6, 6, dtype=F64, generator=generator) / 3 for _ in range(4)]
+    interval = [torch.randn(DIM, DIM, dtype=F64, generator=generator) / 3 for _ in range(4)]
     matrices = [interval[n // 4] for n in range(16)]
-    layers = nn.ModuleList(Linear(a, 1 / 4) for a in matrices)
-    transposed = nn.ModuleList(Linear(a.T, 1 / 4) for a in reversed(matrices))
-    x, lam, v = state(seed=1), state(seed=2), state(seed=3)
+    owner = contiguous_owner(16, 2)
     settings = {"relaxation": relaxation, "coarse_operator": operator}
-    exact_forward = engine(config(0, backward_iterations=iterations, **settings), 16)
-    (adjoint,) = torch.autograd.grad(solve(layers, x, exact_forward), x, lam)
-    reversed_solve = solve(transposed, lam, engine(config(iterations, **settings), 16))
-    left, right = (adjoint * v).sum(), (reversed_solve * v).sum()
-    assert abs(left - right) <= 1e-12 * abs(right)
-    (exact,) = torch.autograd.grad(serial(layers, x), x, lam)
-    assert relative(adjoint, exact) > 1e-6  # inexact indeed
+
+    def sweep(matrices: list[Tensor], config: LayerParallelConfig) -> tuple[Toy, Run]:
+        model = Toy(Anatomy.of_stack(owner), [nn.ModuleList(Linear(a, 1 / 4) for a in matrices)])
+        with torch.no_grad():  # a front that adds nothing, and a loss whose gradient is twice the end state
+            for phase in model.phases:
+                phase.weight.copy_(torch.eye(DIM))
+                phase.bias.zero_()
+        return model, solve(config, model, 2)
+
+    # the adjoint of the entry state is the gradient of the front's bias, row by row
+    model, run = sweep(matrices, mgrit(0, backward_iterations=iterations, **settings))
+    lam = 2 * run.ends[0]
+    transposed, _ = sweep([a.T for a in reversed(matrices)], mgrit(0))
+    plan = build_step(mgrit(iterations, backward_iterations=0, **settings), transposed.anatomy, 2)
+    expected = Run(plan, transposed, lam).ends[0]
+    assert relative(model.phases[0].bias.grad, expected.sum((0, 1))) < 1e-12  # type: ignore[arg-type]
+    exact = reference(model, BATCH)["phases.0.bias"]
+    assert relative(expected.sum((0, 1)), exact) > 1e-6  # inexact indeed
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_adjoint_dot_product_identity_with_the_tangent(operator):
-    """<adjoint(lam), v> = <lam, J v>, with J v by forward-mode differentiation of the serial stack."""
-    layers, x, lam, v = blocks(10), state(seed=1), state(seed=2), state(seed=3)
-    _, tangent = torch.func.jvp(lambda t: serial(layers, t), (x.detach(),), (v.detach(),))
-    solver = engine(config(3, coarse_operator=operator), 10)
-    (adjoint,) = torch.autograd.grad(solve(layers, x, solver), x, lam)
-    left, right = (adjoint * v).sum(), (lam * tangent).sum()
-    assert abs(left - right) <= 1e-12 * abs(right)
+# ---- any anatomy
+def test_inexact_sweeps_of_one_direction_leave_the_other_exact():
+    anatomy = two_stacks(contiguous_owner(9, 2), contiguous_owner(7, 2))
+    model = Toy(anatomy)
+    exact = solve(LayerParallelConfig(schedule="gpipe"), model, 2)
+    ends, gradients = exact.ends, exact.gradients
+    backward = solve(mgrit(0, coarsening=2, backward_iterations=1), model, 2)
+    assert torch.equal(backward.ends[0], ends[0])
+    assert not same(backward, gradients)
+    forward = solve(mgrit(1, coarsening=2, backward_iterations=0), model, 2)
+    assert not torch.equal(forward.ends[0], ends[0])
 
 
-def test_damping_scales_the_correction():
-    layers, x = blocks(8), state()
-    plain, half, none = (
-        solve(layers, x, engine(config(2, coarse_operator="identity", damping=g), 8)) for g in (0.0, 0.5, 1 - 1e-12)
-    )
-    # with two intervals and two iterations the result is exact whatever the damping: interval 0 has converged
-    assert torch.equal(plain, half)
-    assert torch.equal(plain, none)
-    layers = blocks(12)
-    plain, half, none = (
-        solve(layers, x, engine(config(2, coarse_operator="identity", damping=g), 12)) for g in (0.0, 0.5, 1 - 1e-12)
-    )
-    assert relative(plain, half) > 1e-6
-    assert relative(half, none) > 1e-6
+def test_enough_iterations_are_exact_on_any_anatomy():
+    """Several passes, sides, buffers, dealt layers: the bits of the exact step, whatever the operator."""
+    rng = random.Random(0)
+    for _ in range(12):
+        num_ranks, micro_batches = rng.randint(1, 4), rng.randint(1, 2)
+        anatomy = dataclasses.replace(random_anatomy(rng, num_ranks), tail_pieces=1)
+        model = Toy(anatomy)
+        exact = solve(LayerParallelConfig(), model, num_ranks, micro_batches).gradients
+        config = mgrit(12, coarsening=rng.choice([2, 3]), coarse_operator=rng.choice(NAMES))
+        assert same(solve(config, model, num_ranks, micro_batches), exact)
 
 
-@pytest.mark.parametrize(
-    ("strategy", "micro_batches"), [("serial", 1), *itertools.product(["pipeline", "mgrit"], [1, 2, 3])]
-)
-def test_gradcheck(strategy, micro_batches):
-    layers = blocks(6, dim=3)
-    x = state(batch=3, tokens=2, dim=3)
-    solver = engine(config(3, strategy=strategy, coarsening=2, micro_batches=micro_batches), 6)
-    assert torch.autograd.gradcheck(lambda t: solve(layers, t, solver), (x,))
+# ---- your own operator
+class Halves(CoarseOperator):
+    """The first layer of an interval stands for its first half, the middle one for the rest."""
+
+    def terms(self, span: range) -> tuple[tuple[int, float], ...]:
+        half = len(span) // 2
+        return ((span[0], float(half)), (span[half], float(len(span) - half))) if half else ((span[0], 1.0),)
+
+
+class Relayed(CoarseOperator):
+    """Writes its own tasks: the first and the last layer of the interval one after the other."""
+
+    def emit(self, build: PlanBuilder, layers, x: int, *, interleaved: bool) -> int:
+        return build.step(layers[-1], build.step(layers[0], x)) if len(layers) > 1 else build.step(layers[0], x)
+
+
+@pytest.mark.parametrize("own", [Halves(), Relayed()], ids=["terms", "emit"])
+@pytest.mark.parametrize("owner", [contiguous_owner(12, 2), dealt(12, 3)], ids=["blocks", "dealt"])
+def test_an_operator_of_your_own(own, owner, monkeypatch):
+    monkeypatch.setitem(OPERATORS, "own", own)
+    model = Toy(Anatomy((Pass(owner, sides=True),), (0, owner[-1]), ((), (0,))), [blocks(12, dim=DIM, h=1 / 12)])
+    expected = reference(model, BATCH)
+    errors = []
+    for iterations in (1, 2, 3):
+        # cached plans know an operator by its name alone
+        plan = build_step.__wrapped__(mgrit(iterations, coarse_operator="own"), model.anatomy, max(owner) + 1)
+        gradients = Run(plan, model, BATCH).gradients
+        errors.append(max(relative(gradients[name], grad) for name, grad in expected.items()))
+    assert errors[1] < 0.5 * errors[0]
+    assert errors[2] < 1e-12  # three intervals

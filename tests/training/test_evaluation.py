@@ -35,6 +35,14 @@ def test_predictions_are_those_of_one_process(
     assert dp2 == pytest.approx(one["eval_loss"], abs=0.05), "not counted per dp rank"
 
 
+@pytest.mark.parametrize("family", ["bert_classifier", "llama"])
+def test_micro_batches_change_nothing(family: str, ranks1: RankPool, ranks2: RankPool, tmp_path) -> None:
+    one = ranks1.run(scenarios.evaluate, str(tmp_path), family, {}, 7)[0]
+    for rank in ranks2.run(scenarios.evaluate, str(tmp_path), family, {"lp_size": 2, "micro_batches": 2}, 7):
+        assert rank["eval_loss"] == pytest.approx(one["eval_loss"], abs=1e-5)
+        np.testing.assert_allclose(rank["predictions"], one["predictions"], atol=1e-5)
+
+
 def test_ragged_predictions(ranks1: RankPool, ranks4: RankPool, tmp_path) -> None:
     settings = {"per_device_eval_batch_size": 1}
     one = ranks1.run(scenarios.evaluate, str(tmp_path), "llama", settings, 9, True)[0]

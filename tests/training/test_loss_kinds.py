@@ -477,3 +477,40 @@ def test_a_module_of_ones_own(kind: type[Tagger], settings: dict, ranks1: RankPo
     assert one["losses"] == pytest.approx(stock["losses"], abs=1e-12)
     assert one["hits"] == stock["hits"]
     assert len(set(stock["losses"])) == 5
+
+
+class Judge(Tagger):
+    """Also returns a loss and what is no matter of rows."""
+
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        self.reduction = reduction
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Any = None) -> Any:  # pyright: ignore
+        logits = super().forward(input_ids, attention_mask)
+        if labels is None:
+            return {"logits": logits}
+        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction=self.reduction)
+        output = {"loss": loss if self.reduction == "mean" else loss.sum() / len(labels), "logits": logits}
+        return output | {"table": logits.mean(0)} if self.reduction == "none" else output
+
+
+def judged(reduction: str, settings: dict[str, Any]) -> tuple[float, ...]:
+    """How far each value of an evaluation in parts is from that of a plain one."""
+    torch.manual_seed(0)
+    stock = Judge(reduction).double().eval()
+    torch.manual_seed(0)
+    model = convert_to_ode(Judge(reduction).double().eval())  # pyright: ignore
+    parallelize(model, LayerParallelConfig(**settings))
+    ids = zoo.tokens(5, LENGTH)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": (ids % 3).where(ids % 5 > 0, -100)}
+    with torch.no_grad():
+        expected, found = stock(**batch), model(**batch)
+    return tuple(float((found[name] - value).norm()) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_evaluation_in_micro_batches(reduction: str, ranks2: RankPool) -> None:
+    """A mean of uneven parts is put together; what divides by a part's rows, or comes of nobody knows what, is not."""
+    for rank in ranks2.run(judged, reduction, CUT):
+        assert max(rank) < 1e-12
