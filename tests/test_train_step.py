@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import warnings
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from hf_layerpar import LayerParallelConfig, convert_to_ode, parallelize

@@ -21,7 +21,7 @@ from hf_layerpar.plan.tasks import Plan
 from hf_layerpar.run.bare import BareStack
 from hf_layerpar.run.layers import Common
 from hf_layerpar.run.step import RankPart, Step
-from tests.plan.shapes import UNIT, exact_step, makespan, two_stacks
+from tests.plan.shapes import exact_step, makespan, two_stacks
 from tests.problems import blocks, calls_of, state
 
 COSTS = Costs(
@@ -54,7 +54,7 @@ def spans_of(plan: Plan, rank: int) -> dict[str, tuple[float, float]]:
 
 
 def test_two_ranks_by_hand():
-    """A layer and an end each, two micro-batches. A message: send 0.25, flight 0.25, latency 0.5; a task: 0.125 more."""
+    """A layer and an end each, two micro-batches. A message: send 0.25, flight 0.25, latency 0.5."""
     plan = exact_step("gpipe", 2, 2, 2, COSTS)
     assert spans_of(plan, 0) == {
         "forward 0 0": (0.0, 0.125),
@@ -92,7 +92,7 @@ def test_ends_and_weights_have_prices_of_their_own():
 
 
 def test_a_rank_without_ends_makes_the_arguments_first():
-    """Once a micro-batch and pass, before its first layer; the time isn't waiting."""
+    """Once a micro-batch and pass, while it waits for the first state if it has to wait."""
     plan = exact_step("gpipe", 4, 2, 3)
     plain, late = (simulate(plan, Costs(arguments=a)) for a in (0.0, 1.0))
     assert late.makespan > plain.makespan
@@ -101,7 +101,7 @@ def test_a_rank_without_ends_makes_the_arguments_first():
         for t, (start, _) in zip(late.plan.tasks, late.spans, strict=True)
         if t.rank == 1 and t.kind == "step" and t.direction == "forward"
     }
-    assert starts == {0: 3.0, 1: 6.0, 2: 9.0}  # two layers before it, and the wait for the second message is over
+    assert starts == {0: 2.0, 1: 5.0, 2: 8.0}  # without: 2, 4, 6
 
 
 def test_timeline_accounts_for_every_unit():
@@ -231,8 +231,8 @@ def test_sides_are_held_from_their_making_to_their_last_use():
 @pytest.mark.parametrize(
     ("settings", "dealt", "gain"),
     [  # how much shorter the best of the rules is than the second one
-        ({"coarse_operator": "identity", "coarsening": 8, "forward_iterations": 2}, False, 0.05),
-        ({"coarse_operator": "rediscretize", "coarsening": 8, "forward_iterations": 3}, False, 0.03),
+        ({"coarse_operator": "identity", "coarsening": 8, "forward_iterations": 2}, False, 0.02),
+        ({"coarse_operator": "rediscretize", "coarsening": 8, "forward_iterations": 3}, False, 0.01),
         ({"coarse_operator": "aggregate", "coarsening": 8}, True, 0.05),
     ],
 )
