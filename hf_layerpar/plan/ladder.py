@@ -89,7 +89,7 @@ def cheapest_first(
     if not faster:
         raise ConfigurationError(
             f"no MGRIT setting with coarsening={config.coarsening} is predicted to beat the exact "
-            f" pipeline on {num_ranks} ranks; train with strategy='pipeline', or use more ranks (a controller "
+            f"pipeline on {num_ranks} ranks; train with strategy='pipeline', or use more ranks (a controller "
             f"can plan for more than it runs on: controller_ranks)"
         )
     return [*faster, exact]

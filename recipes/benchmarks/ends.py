@@ -19,10 +19,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_layerpar.ode.convert import convert_to_ode
 from hf_layerpar.ode.fold import BRANCH_OUTPUTS, folded_state_dict
-from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.simulate import simulate
 from hf_layerpar.sharding import parallelize
-from recipes.benchmarks.prediction import model_costs
+from recipes.benchmarks.prediction import Prices, model_prices
 from recipes.benchmarks.sides import (
     MICRO_BATCHES,
     Entry,
@@ -102,17 +101,17 @@ def model_sides(num_layers: int) -> Table:
         )
         for t in (1, 2)
     ]
-    costs, settings = None, lone_settings()
+    prices, settings = None, lone_settings()
     if place.size > 1:
         entries.append(Entry("ddp", {"method": "ddp"}, partial(_ddp, place, made.stock, batch["labels"], made.scale)))
         for schedule, m in variants(MICRO_BATCHES):
             facts = {"method": schedule, "micro_batches": m}
             make = partial(_pipelining, place, converted, batch["labels"], schedule, m)
             entries.append(Entry(f"{schedule} M={m}", facts, make))
-        costs = model_costs(copy.deepcopy(converted), batch)
-        settings = [*picked_settings(num_layers, place.size, costs), *mgrit_settings(with_ends=True)]
-    entries += [Entry(s.name, s.facts, partial(our_side, converted, batch, s, costs)) for s in settings]
-    return Table(entries, made.exact, costs)
+        prices = model_prices(copy.deepcopy(converted), batch)
+        settings = [*picked_settings(num_layers, place.size, prices), *mgrit_settings(with_ends=True)]
+    entries += [Entry(s.name, s.facts, partial(our_side, converted, batch, s, prices)) for s in settings]
+    return Table(entries, made.exact, prices)
 
 
 def stock_side(
@@ -180,8 +179,8 @@ def _pipelining(place: Place, converted: GPT2LMHeadModel, ids: Tensor, schedule:
     return Side(made.step, list(made.modules.parameters()), answers)
 
 
-def our_side(converted: nn.Module, batch: dict[str, Tensor], setting: Setting, costs: Costs | None = None) -> Side:
-    """A copy of the converted model, its layers on all ranks. costs: of the whole batch, to predict a step from."""
+def our_side(converted: nn.Module, batch: dict[str, Tensor], setting: Setting, prices: Prices | None = None) -> Side:
+    """A copy of the converted model, its layers on all ranks. prices: to predict a step by."""
     model: Any = copy.deepcopy(converted)
     handle = parallelize(model, setting.config, split=setting.split)
 
@@ -189,10 +188,11 @@ def our_side(converted: nn.Module, batch: dict[str, Tensor], setting: Setting, c
         handle.train_step(batch)
 
     def predict() -> float:
-        assert costs is not None
+        assert prices is not None
         assert handle.stepper.last is not None
-        return simulate(handle.stepper.last[1], costs.cut(setting.config.micro_batches)).makespan
+        config, (_, plan, _) = setting.config, handle.stepper.last
+        return simulate(plan, prices.of(config).cut(config.micro_batches)).makespan
 
     # of what several ranks hold one answers
     answers = {n: p for n, p in model.named_parameters() if handle.owner_of[n] == handle.lp_rank}
-    return Side(step, list(model.parameters()), answers, predict=None if costs is None else predict)
+    return Side(step, list(model.parameters()), answers, predict=None if prices is None else predict)

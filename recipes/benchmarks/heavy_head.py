@@ -31,7 +31,7 @@ from hf_layerpar.config import LayerParallelConfig
 from recipes.benchmarks.alternate import accuracy, measure
 from recipes.benchmarks.ends import ENDS, Networks, make_networks, our_side, stock_side
 from recipes.benchmarks.launch import RESULTS, launch
-from recipes.benchmarks.prediction import model_costs
+from recipes.benchmarks.prediction import model_prices
 from recipes.benchmarks.sides import Entry, Place, Setting, init_ranks
 from recipes.benchmarks.speed import machine, print_sides
 from recipes.benchmarks.stack import SIZES
@@ -66,14 +66,15 @@ def run_rank(options: argparse.Namespace) -> None:
     """What each started process does."""
     init_ranks()
     place, made = Place.here(), make_networks(options.layers, options.vocabulary)
-    costs = model_costs(copy.deepcopy(made.converted), made.batch)
+    prices = model_prices(copy.deepcopy(made.converted), made.batch)
     settings = [setting(name, ends) for name in CONFIGS for ends in PLACEMENTS]
     entries = [Entry("stock, 1 process", {}, partial(stock_side, place, made.stock, made.batch, made.scale))]
-    entries += [Entry(s.name, s.facts, partial(our_side, made.converted, made.batch, s, costs)) for s in settings]
+    entries += [Entry(s.name, s.facts, partial(our_side, made.converted, made.batch, s, prices)) for s in settings]
     sides = measure(entries, made.exact, options.rounds)
     distances = {name: distance(made, name) for name in CONFIGS}
     if place.rank == 0:
-        content = {"sides": sides, "gradient_distance_of_spread_ends": distances, "costs": dataclasses.asdict(costs)}
+        costs = prices.layers
+        content = {"sides": sides, "gradient_distance_of_spread_ends": distances, "costs": dataclasses.asdict(prices)}
         write_json(options.rank_output, content | {"head_in_layers": costs.tail / (costs.graph_step + costs.final_vjp)})
     dist.barrier()
     dist.destroy_process_group()

@@ -1,9 +1,10 @@
-"""What the layers and the ends of a model cost in these processes: what the simulator's predictions start from."""
+"""What the layers and the ends of a model cost in these processes: what settings are picked and predicted by."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,15 +15,34 @@ from hf_layerpar.ode.phases import ModelPhases
 from hf_layerpar.ode.rehearsal import cut_rows, rehearse
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.run.calibrate import calibrate, now
-from hf_layerpar.run.layers import Entry, kept_streams
+from hf_layerpar.run.layers import Entry, LayerCall, kept_streams
 from hf_layerpar.run.transport import GroupTransport, LocalTransport
 from hf_layerpar.sharding import parallelize
 
 REPEATS = 9
 
 
-def model_costs(model: Any, batch: dict[str, Tensor], *, parts: int = 8, seconds: float = 4.0) -> Costs:
-    """The costs of a converted model with one stack for the whole batch. Collective; the model is used up.
+@dataclass(frozen=True)
+class Prices:
+    """Costs of the whole batch.
+
+    blocks: of all layers of a rank in a row, as a pipeline runs them. layers: of single ones, as MGRIT does.
+    """
+
+    blocks: Costs
+    layers: Costs
+
+    def of(self, config: LayerParallelConfig) -> Costs:
+        return self.layers if config.strategy == "mgrit" else self.blocks
+
+
+def measured_prices(calls: Sequence[LayerCall], x: Tensor, **more: Any) -> Prices:
+    """Collective: all ranks work while costs are measured, as in a step. more: as `calibrate` takes it."""
+    return Prices(calibrate(calls, x, block=True, **more), calibrate(calls, x, **more))
+
+
+def model_prices(model: Any, batch: dict[str, Tensor], *, parts: int = 8, seconds: float = 4.0) -> Prices:
+    """Those of a converted model with one stack. Collective; the model is used up.
 
     parts: pieces of the batch that costs are measured of too, for `Costs.fixed_share`.
     """
@@ -68,4 +88,5 @@ def model_costs(model: Any, batch: dict[str, Tensor], *, parts: int = 8, seconds
     own = [n for n in range(len(stack.layers)) if n not in stack.foreign]
     transport = LocalTransport() if handle.group is None else GroupTransport(handle.group)
     part = (small.calls, x[: len(small.x)])
-    return calibrate(entry.calls, x, transport, layers=own, part=part, ends=ends_times, block=True, seconds=seconds)
+    more = {"transport": transport, "layers": own, "part": part, "ends": ends_times, "seconds": seconds}
+    return measured_prices(entry.calls, x, **more)

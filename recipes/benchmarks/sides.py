@@ -22,15 +22,14 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.ownership import INTERLEAVED, V, contiguous_owner, interleaved_owner, two_blocks_owner
 from hf_layerpar.plan.planner import Split, plan_step
 from hf_layerpar.plan.simulate import simulate
 from hf_layerpar.plan.step import interval_points
 from hf_layerpar.run.bare import BareStack
-from hf_layerpar.run.calibrate import calibrate
 from hf_layerpar.run.step import RankPart
 from hf_layerpar.run.transport import GroupTransport, LocalTransport, Transport
+from recipes.benchmarks.prediction import Prices, measured_prices
 from recipes.benchmarks.stack import BATCH, make_stack, make_state
 from recipes.benchmarks.torch_pipelines import pipelining, variants
 
@@ -83,12 +82,12 @@ class Entry:
 class Table:
     """What stands in a table: its sides, the first one being what the others' times are divided by.
 
-    exact: gradients by parameter name. costs: what the settings were picked by, on several ranks.
+    exact: gradients by parameter name. prices: what the settings were picked by, on several ranks.
     """
 
     entries: list[Entry]
     exact: dict[str, Tensor]
-    costs: Costs | None = None
+    prices: Prices | None = None
 
 
 @dataclass(frozen=True)
@@ -138,11 +137,14 @@ class Setting:
         return self.config.to_dict() | {"method": "ours", "split": self.split}
 
 
-def picked_settings(num_layers: int, num_ranks: int, costs: Costs) -> list[Setting]:
+def picked_settings(num_layers: int, num_ranks: int, prices: Prices) -> list[Setting]:
     """For each number of micro-batches the exact setting that the planner predicts to be fastest."""
     found = []
     for m in MICRO_BATCHES:
-        choice = plan_step(num_layers, num_ranks, costs, accuracy="exact", micro_batches=(m,), interleaved=True)[0]
+        choices = plan_step(
+            num_layers, num_ranks, prices.blocks, accuracy="exact", micro_batches=(m,), interleaved=True
+        )
+        choice = choices[0]
         found.append(Setting(f"ours M={m}", choice.config, choice.split))
     return found
 
@@ -225,16 +227,16 @@ def stack_sides(num_layers: int) -> Table:
         settings = {"method": schedule, "micro_batches": m}
         make = partial(_pipelining, place, stack, upstream, schedule, m)
         entries.append(Entry(f"{schedule} M={m}", settings, make))
-    costs = stack_costs(place, copy.deepcopy(stack).eval())
-    settings_of_ours = [*picked_settings(num_layers, place.size, costs), *placed_settings(), *mgrit_settings()]
+    prices = stack_prices(place, copy.deepcopy(stack).eval())
+    settings_of_ours = [*picked_settings(num_layers, place.size, prices), *placed_settings(), *mgrit_settings()]
     settings_of_ours.append(interleaved_setting(place.size))
-    entries += [Entry(s.name, s.facts, partial(ours, s, costs=costs)) for s in settings_of_ours]
+    entries += [Entry(s.name, s.facts, partial(ours, s, prices=prices)) for s in settings_of_ours]
     if num_layers <= COMPILED_UP_TO:
         config = LayerParallelConfig(strategy="mgrit", coarse_operator="identity")
         setting = Setting("mgrit identity 2 levels 1/1 M=1 compiled layers", config)
         make = partial(_ours_compiled, place, stack, upstream, setting)
         entries.append(Entry(setting.name, setting.facts | {"compiled": True}, make))
-    return Table(entries, exact, costs)
+    return Table(entries, exact, prices)
 
 
 def _leaf(upstream: Tensor, rows: slice = slice(None)) -> Tensor:
@@ -358,22 +360,23 @@ def our_calls(stack: nn.Sequential, owner: tuple[int, ...], rank: int) -> list[C
     return [Call(layer if home == rank else nn.Module().eval()) for layer, home in zip(stack, owner, strict=True)]
 
 
-def stack_costs(place: Place, stack: nn.Sequential) -> Costs:
-    """What layers and messages take here. Collective: all ranks work while costs are measured, as in a step."""
-    layers, x = list(place.layers(len(stack))), make_state(seed=1)
+def stack_prices(place: Place, stack: nn.Sequential) -> Prices:
+    """What layers and messages take here. Collective."""
+    x = make_state(seed=1)
     calls = our_calls(stack, contiguous_owner(len(stack), place.size), place.rank)
-    return calibrate(calls, x, local_transport(), layers=layers, part=(calls, x[: BATCH // 8]), block=True, seconds=4.0)
+    layers, part = list(place.layers(len(stack))), (calls, x[: BATCH // 8])
+    return measured_prices(calls, x, transport=local_transport(), layers=layers, part=part, seconds=4.0)
 
 
 def our_side(
-    place: Place, stack: nn.Sequential, upstream: Tensor, setting: Setting, *, costs: Costs | None = None
+    place: Place, stack: nn.Sequential, upstream: Tensor, setting: Setting, *, prices: Prices | None = None
 ) -> Side:
-    """costs: of the whole batch, to schedule by."""
+    """prices: to schedule and predict by."""
     config = setting.config
     owner = owner_of(config, len(stack), place.size, setting.split)
     x = _leaf(upstream)
     bare = BareStack(our_calls(stack, owner, place.rank), x, inner_product_with(upstream))
-    piece = None if costs is None else costs.cut(config.micro_batches)
+    piece = None if prices is None else prices.of(config).cut(config.micro_batches)
     plan, transport = bare.plan(config, owner, place.size, costs=piece), local_transport()
     part = RankPart.of(plan, place.rank)
 

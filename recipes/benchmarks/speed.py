@@ -74,8 +74,8 @@ def run_rank(options: argparse.Namespace) -> None:
         rounds = options.rounds if table == "stack" else (options.rounds + 1) // 2
         sides = measure([made.entries[0], *kept], made.exact, rounds)
         found[table] = {"rounds": rounds, "sides": sides}
-        if made.costs is not None:
-            found[table]["costs"] = dataclasses.asdict(made.costs)
+        if made.prices is not None:
+            found[table]["costs"] = dataclasses.asdict(made.prices)
         del made, kept
         gc.collect()
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -1,5 +1,7 @@
 """The orders in which a controller moves through settings."""
 
+from __future__ import annotations
+
 import dataclasses
 
 import pytest
@@ -14,9 +16,10 @@ from hf_layerpar.plan.ladder import (
     exact_settings,
     predicted_share,
 )
+from hf_layerpar.plan.operators import OPERATORS, Rediscretize
 
 GPT = (StackShape(20, (2, 2)),)
-START = LayerParallelConfig(strategy="mgrit", levels=3, coarsening=(4, 2), coarse_operator="rediscretize")
+START = LayerParallelConfig(strategy="mgrit", coarsening=(4, 2), coarse_operator="rediscretize")
 
 
 def test_escalation_changes_one_thing_a_step():
@@ -29,6 +32,7 @@ def test_escalation_changes_one_thing_a_step():
         "mgrit aggregate 2/2 c=2",
         "pipeline",
     ]
+    assert [s.levels for s in steps[:3]] == [3, 3, 2]
 
 
 def test_escalation_leaves_out_what_changes_nothing():
@@ -38,6 +42,14 @@ def test_escalation_leaves_out_what_changes_nothing():
         "mgrit aggregate exact/2 c=2",
         "pipeline",
     ]
+
+
+def test_the_exact_step_keeps_all_else():
+    config = dataclasses.replace(START, micro_batches=3, schedule="1f1b", ends="spread", increment_penalty=0.5)
+    exact = exact_settings(config)
+    assert exact == escalation(config)[-1] == exact_settings(exact)
+    assert exact == LayerParallelConfig(micro_batches=3, schedule="1f1b", ends="spread", increment_penalty=0.5)
+    assert not exact_settings(dataclasses.replace(START, stacked=True)).stacked
 
 
 def test_cheapest_first_is_sorted_by_predicted_time_and_ends_exact():
@@ -51,6 +63,11 @@ def test_cheapest_first_is_sorted_by_predicted_time_and_ends_exact():
     assert len(set(ladder)) == len(ladder)
 
 
+def test_an_operator_of_your_own_is_a_rung(monkeypatch):
+    monkeypatch.setitem(OPERATORS, "own", Rediscretize())
+    assert any(settings.coarse_operator == "own" for settings in cheapest_first(LayerParallelConfig(), GPT, 4))
+
+
 def test_two_stacks_are_predicted_one_after_the_other():
     config = LayerParallelConfig(strategy="mgrit")
     one, two = (StackShape(16, (0, 0)),), (StackShape(16, (0, 0)), StackShape(32, (0, 0)))
@@ -59,13 +76,14 @@ def test_two_stacks_are_predicted_one_after_the_other():
 
 
 def test_nothing_to_choose_from():
-    with pytest.raises(
-        ConfigurationError, match=r"no MGRIT setting with coarsening=4 .* on 1 ranks; .*controller_ranks"
-    ):
+    message = (
+        r"no MGRIT setting with coarsening=4 is predicted to beat the exact pipeline on 1 ranks; .*controller_r"
+    )
+    with pytest.raises(ConfigurationError, match=message):
         cheapest_first(LayerParallelConfig(), GPT, 1)
 
 
 def test_names():
-    config = LayerParallelConfig(strategy="mgrit", relaxation="FCF", damping=0.25, backward_iterations=0)
-    assert describe(config) == "mgrit aggregate 1/exact c=4 FCF damping 0.25"
-    assert describe(dataclasses.replace(config, strategy="serial")) == "serial"
+    config = LayerParallelConfig(strategy="mgrit", relaxation="FCF", backward_iterations=0)
+    assert describe(config) == "mgrit aggregate 1/exact c=4 FCF"
+    assert describe(exact_settings(config)) == "pipeline"

@@ -70,7 +70,8 @@ def test_every_side_stands_beside_its_accuracy(tmp_path):
             assert sides[name]["predicted_over_measured"] == pytest.approx(predicted / measured)
     for table in result["tables"]:
         assert ("costs" in table) == (table["ranks"] == 2)
-        assert table["ranks"] == 1 or (table["costs"]["tail"] > 0) == (table["table"] == "ends")
+        for costs in table.get("costs", {}).values():
+            assert (costs["tail"] > 0) == (table["table"] == "ends")
     assert "ours M=1" in tables["ends", 1]
 
 
