@@ -126,10 +126,14 @@ class Stepper:
         """The loss of the whole batch, alike on all ranks, with `.grad` of `scale` times it; and the metrics that the
         closure returned beside it, if any, summed over the parts. Collective."""
         seed = self.draw_seed()
+
+        def play(part: Any) -> Any:
+            return closure(part.copy() if isinstance(part, dict) else part)  # losses may take labels out of it
+
         with kept_streams(self.device):
-            ready = self._prepare(batch, closure, config)
+            ready = self._prepare(batch, play, config, _known_as(closure))
             self._agree(batch, config, seed, (scale, penalty_scale), ready)
-            phases = self._phases(closure, ready, trains=True)
+            phases = self._phases(play, ready, trains=True)
             common = Common(seed, any(stack.needs_recompute for stack in self.stacks), deferrable=self.deferrable)
             plan, make_layers = self._plan(config, ready, phases, common)
             step = Step(
@@ -146,7 +150,7 @@ class Stepper:
         self.last = (outcome, plan, ready.rehearsed.stacks)
         return self._finish(ready, outcome, phases.metrics)
 
-    def _prepare(self, batch: Any, closure: Closure, config: LayerParallelConfig) -> Prepared:
+    def _prepare(self, batch: Any, closure: Closure, config: LayerParallelConfig, known_as: Any) -> Prepared:
         main = getattr(self.model, "main_input_name", None)
         rows = batch_rows(batch, main)
         if rows < 1:
@@ -158,7 +162,7 @@ class Stepper:
         is_cut = pieces * tail_pieces > 1
         bounds = [rows * m // pieces for m in range(pieces + 1)]
         counts = [b - a for a, b in pairwise(bounds)]
-        key = (_known_as(closure), signature_of(batch, rows), self.model.training, pieces, tail_pieces)
+        key = (known_as, signature_of(batch, rows), self.model.training, pieces, tail_pieces)
         rehearsed, _ = self._rehearsed.get(key, (None, None))
         terms = rehearsed.terms if rehearsed is not None else None
         if rehearsed is None:

@@ -49,7 +49,7 @@ class Counting(TorchFunctionMode):
     values: what the callers were given, one for each of `terms`.
     """
 
-    def __init__(self, *, follows: bool) -> None:
+    def __init__(self, *, follows: bool = True) -> None:
         super().__init__()
         self.follows = follows
         self.terms: list[Term] = []

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -102,7 +102,7 @@ def rehearse(
     found: list[tuple[int, list[list[tuple[int, int]]], set[int], set[EndParameter]]] = []
     ends_of_passes: list[Tensor] = []  # kept alive, as they are known by id
     foreign: dict[int, tuple[int, ...]] = {}
-    counting = Counting(follows=True)
+    counting = Counting()
 
     with torch.enable_grad(), ends.stood_in() as stand_ins:
         known: dict[int, int | EndParameter] = {id(t): p for p, t in stand_ins.items()}
@@ -265,31 +265,42 @@ def plain(batch: Any) -> Any:
 
 def batch_rows(batch: Any, main: str | None = None) -> int:
     """B of a batch: the first dimension of its main input, or else of its first tensor."""
-    if isinstance(batch, Mapping) and main in batch and isinstance(batch[main], Tensor) and batch[main].ndim:
-        return len(batch[main])
+    value = batch[main] if isinstance(batch, Mapping) and main in batch else None
+    if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim):
+        return len(value)
     return next((len(t) for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim), 0)
 
 
 def cut_rows(batch: Any, rows: int, parts: int) -> list[Any]:
-    """The batch in so many parts: every tensor with `rows` rows is cut, the rest is given to all.
+    """The batch in so many parts: every tensor with `rows` rows and every list of as many items is cut, the rest is
+    given to all.
 
-    Raises ConfigurationError for a tensor that has neither as many rows nor one.
+    Raises ConfigurationError for a tensor that has neither as many rows nor one, and for what hides tensors.
     """
     if parts == 1:
         return [batch]
-    for leaf in tree_leaves(batch):
+
+    def is_column(node: Any) -> bool:
+        return isinstance(node, list) and len(node) == rows
+
+    for leaf in tree_leaves(batch, is_leaf=is_column):
+        fault = None
         if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) not in (1, rows):
+            fault = f"a tensor of shape {tuple(leaf.shape)}, whose first dimension is neither 1 nor {rows}"
+        elif isinstance(leaf, Mapping) or is_dataclass(leaf):
+            fault = f"a {type(leaf).__name__}, which isn't looked into (a dict is)"
+        if fault is not None:
             raise ConfigurationError(
-                f"a batch of {rows} rows can't be cut into {parts} parts: it holds a tensor of shape "
-                f"{tuple(leaf.shape)}, whose first dimension is neither 1 nor {rows}; use micro_batches=1 and "
+                f"a batch of {rows} rows can't be cut into {parts} parts: it holds {fault}; use micro_batches=1 and "
                 "ends='first_last'"
             )
 
     def part(start: int, stop: int) -> Any:
         def cut(leaf: Any) -> Any:
-            return leaf[start:stop] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows else leaf
+            is_cut = is_column(leaf) or (isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows)
+            return leaf[start:stop] if is_cut else leaf
 
-        return tree_map(cut, batch)
+        return tree_map(cut, batch, is_leaf=is_column)
 
     bounds = [rows * i // parts for i in range(parts + 1)]
     return [part(a, b) for a, b in pairwise(bounds)]

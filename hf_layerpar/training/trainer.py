@@ -41,6 +41,8 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
     - `args` must be `LayerParallelTrainingArguments`. A model that is not converted is converted at step size 1.
     - The lp ranks of one dp rank share one batch (that of lp rank 0), so batch sizes, token counts, the loss average
       and gathered predictions count dp ranks.
+    - `compute_loss` should only compute: it is called for every micro-batch, on several lp ranks (each as far as its
+      layers), and now and then to see how the loss is made. What is costly in it (a teacher) comes after the model.
     - A model whose loss ignores `num_items_in_batch` is recognised by computing the loss of its first batch twice
       (stock trusts the signature of `forward` and scales such gradients wrongly).
     - A push to the Hub is one commit, with a card that says how the layers were solved.

@@ -76,9 +76,7 @@ def test_two_stacks_are_predicted_one_after_the_other():
 
 
 def test_nothing_to_choose_from():
-    message = (
-        r"no MGRIT setting with coarsening=4 is predicted to beat the exact pipeline on 1 ranks; .*controller_r"
-    )
+    message = r"no MGRIT setting with coarsening=4 is predicted to beat the exact pipeline on 1 ranks; .*controller_r"
     with pytest.raises(ConfigurationError, match=message):
         cheapest_first(LayerParallelConfig(), GPT, 1)
 

@@ -81,7 +81,10 @@ def test_bars_are_the_busy_time():
 def test_picture(tmp_path):
     from matplotlib.image import imread
 
-    steps = {"pipeline": step_of(micro_batches=2, schedule="zb_h1"), "identity": step_of(strategy="mgrit", coarse_operator="identity")}
+    steps = {
+        "pipeline": step_of(micro_batches=2, schedule="zb_h1"),
+        "identity": step_of(strategy="mgrit", coarse_operator="identity"),
+    }
     draw(steps, tmp_path / "both.png")
     draw({"pipeline": steps["pipeline"]}, tmp_path / "one.png")
     both, one = (imread(tmp_path / name) for name in ("both.png", "one.png"))

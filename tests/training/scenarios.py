@@ -123,7 +123,7 @@ def train_from_model_init(output_dir: str, settings: dict[str, Any]) -> dict[str
     run = LayerParallelTrainer(
         args=arguments(output_dir, **settings),
         train_dataset=Samples("llama", 64),
-        model_init=functools.partial(build, "llama", 0.0),
+        model_init=lambda: build("llama", 0.0),
     )
     run.remove_callback(hf.PrinterCallback)
     run.train()

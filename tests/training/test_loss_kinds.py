@@ -318,10 +318,18 @@ def sampled(model: Any, batch: Any) -> Tensor:
     return model(**batch | {"input_ids": ids}).loss
 
 
+def popping(model: Any, batch: Any) -> Tensor:
+    """Takes things out of the batch; a column is a list."""
+    labels, names = batch.pop("labels"), batch.pop("names")
+    assert names == [str(int(row[0])) for row in batch["input_ids"]]
+    return functional.cross_entropy(model(**batch).logits.flatten(0, 1), labels.flatten())
+
+
 TAKEN: dict[str, tuple[str, Callable[..., Tensor]]] = {
     "in place": ("gpt2", in_place),
     "values alone": ("llama", self_taught),
     "no label": ("bert", no_label),
+    "popping": ("bert", popping),
     "one of two": ("llama", lambda model, batch: of_kind(model, "squares", batch)),
     "the other one": ("llama", lambda model, batch: of_kind(model, "labels", batch)),
 }
@@ -333,8 +341,10 @@ def deviations(names: list[str], settings: dict[str, Any]) -> dict[str, Any]:
     handles: dict[str, Any] = {}
     for name in names:
         family, loss = TAKEN[name]
-        stock, batch = build(family), batch_of(family)
-        expected = loss(stock, batch)
+        stock, batch = build(family), hf.BatchEncoding(batch_of(family))
+        if name == "popping":
+            batch["names"] = [str(int(row[0])) for row in batch["input_ids"]]
+        expected = loss(stock, hf.BatchEncoding(dict(batch)))
         expected.backward()
         if family not in handles:
             model = convert_to_ode(build(family))
