@@ -89,8 +89,8 @@ def make_networks(num_layers: int, vocabulary: int = VOCABULARY) -> Networks:
     return Networks(converted, stock, batch, exact, {name: h for name in exact if name.endswith(folded)})
 
 
-def model_sides(num_layers: int) -> Table:
-    """All sides with ends, the stock model first. Collective."""
+def model_sides(num_layers: int, cost_seconds: float = 4.0) -> Table:
+    """All sides with ends, the stock model first. Collective. cost_seconds: how long to measure costs, roughly."""
     place, made = Place.here(), make_networks(num_layers)
     converted, batch = made.converted, made.batch
     entries = [
@@ -108,7 +108,7 @@ def model_sides(num_layers: int) -> Table:
             facts = {"method": schedule, "micro_batches": m}
             make = partial(_pipelining, place, converted, batch["labels"], schedule, m)
             entries.append(Entry(f"{schedule} M={m}", facts, make))
-        prices = model_prices(copy.deepcopy(converted), batch)
+        prices = model_prices(copy.deepcopy(converted), batch, seconds=cost_seconds)
         settings = [*picked_settings(num_layers, place.size, prices), *mgrit_settings(with_ends=True)]
     entries += [Entry(s.name, s.facts, partial(our_side, converted, batch, s, prices)) for s in settings]
     return Table(entries, made.exact, prices)

@@ -1,12 +1,12 @@
 """Time of a step where the head costs as much as eight layers: ends on the first and last rank, and spread over all.
 
-    python recipes/benchmarks/heavy_head.py [--layers 32] [--vocabulary 8192] [--rounds 9]
+    python recipes/benchmarks/heavy_head.py [--layers 32] [--vocabulary 12288] [--rounds 9]
 
-A GPT-2 around the stack of `stack.py` on two gloo processes of one thread each; what its head and loss cost in layers
-is measured there. MGRIT with one micro-batch (and the exact step beside it) with both placements of the ends, all sides
-alive at once and in alternation, over the stock model in one process. Beside every time the gradient's relative error,
-and how far the gradient with spread ends is from that of the same setting with ends on the first and last rank. Written
-to recipes/benchmarks/results/heavy_head.json.
+A GPT-2 around the stack of `stack.py`, whose head has as many weights as eight layers, on two gloo processes of one
+thread each; what head and loss really take, in layers, is measured there. MGRIT with one micro-batch (and the exact step
+beside it) with both placements of the ends, all sides alive at once and in alternation, over the stock model in one
+process. Beside every time the gradient's relative error, and how far the gradient with spread ends is from that of the
+same setting with ends on the first and last rank. Written to recipes/benchmarks/results/heavy_head.json.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def spread_over_first_last(sides: dict[str, Any], name: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--vocabulary", type=int, default=8192, help="words; 8192 make a head of about eight layers")
+    parser.add_argument("--vocabulary", type=int, default=12288, help="words; 12288: as many weights as eight layers")
     parser.add_argument("--rounds", type=int, default=9, help="timed steps of each side")
     parser.add_argument("--output", type=Path, default=RESULTS / "heavy_head.json")
     parser.add_argument("--rank_output", type=Path, help=argparse.SUPPRESS)  # given to the ranks this script starts

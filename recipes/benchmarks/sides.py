@@ -200,8 +200,8 @@ def lone_settings() -> list[Setting]:
     return [Setting("ours M=1", LayerParallelConfig()), Setting("mgrit rediscretize 2 levels 1/1 M=1", mgrit)]
 
 
-def stack_sides(num_layers: int) -> Table:
-    """All sides on the bare stack, serial first. Collective."""
+def stack_sides(num_layers: int, cost_seconds: float = 4.0) -> Table:
+    """All sides on the bare stack, serial first. Collective. cost_seconds: how long to measure costs, roughly."""
     place = Place.here()
     stack, upstream = make_stack(num_layers), make_state(seed=2)
     reference = serial_side(place, stack, upstream, threads=1, everywhere=True)
@@ -227,7 +227,7 @@ def stack_sides(num_layers: int) -> Table:
         settings = {"method": schedule, "micro_batches": m}
         make = partial(_pipelining, place, stack, upstream, schedule, m)
         entries.append(Entry(f"{schedule} M={m}", settings, make))
-    prices = stack_prices(place, copy.deepcopy(stack).eval())
+    prices = stack_prices(place, copy.deepcopy(stack).eval(), cost_seconds)
     settings_of_ours = [*picked_settings(num_layers, place.size, prices), *placed_settings(), *mgrit_settings()]
     settings_of_ours.append(interleaved_setting(place.size))
     entries += [Entry(s.name, s.facts, partial(ours, s, prices=prices)) for s in settings_of_ours]
@@ -360,12 +360,12 @@ def our_calls(stack: nn.Sequential, owner: tuple[int, ...], rank: int) -> list[C
     return [Call(layer if home == rank else nn.Module().eval()) for layer, home in zip(stack, owner, strict=True)]
 
 
-def stack_prices(place: Place, stack: nn.Sequential) -> Prices:
+def stack_prices(place: Place, stack: nn.Sequential, seconds: float) -> Prices:
     """What layers and messages take here. Collective."""
     x = make_state(seed=1)
     calls = our_calls(stack, contiguous_owner(len(stack), place.size), place.rank)
     layers, part = list(place.layers(len(stack))), (calls, x[: BATCH // 8])
-    return measured_prices(calls, x, transport=local_transport(), layers=layers, part=part, seconds=4.0)
+    return measured_prices(calls, x, transport=local_transport(), layers=layers, part=part, seconds=seconds)
 
 
 def our_side(

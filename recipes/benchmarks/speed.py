@@ -69,7 +69,7 @@ def run_rank(options: argparse.Namespace) -> None:
     found: dict[str, Any] = {}
     (num_layers,) = options.layers
     for table in options.tables:
-        made = TABLES[table](num_layers)
+        made = TABLES[table](num_layers, options.cost_seconds)
         kept = [e for e in made.entries[1:] if not options.only or any(text in e.name for text in options.only)]
         rounds = options.rounds if table == "stack" else (options.rounds + 1) // 2
         sides = measure([made.entries[0], *kept], made.exact, rounds)
@@ -113,6 +113,7 @@ def main() -> None:
         help="timed steps of each side, half as many with ends (default: 9 at 32 layers, 7 at 64, 5 at 128)",
     )
     parser.add_argument("--ranks", type=int, nargs="+", choices=(1, 2), default=[1, 2])
+    parser.add_argument("--cost_seconds", type=float, default=4.0, help="how long to measure costs, roughly, each time")
     parser.add_argument("--tables", nargs="+", choices=tuple(TABLES), default=list(TABLES))
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="sides whose name contains one of these")
     parser.add_argument("--output", type=Path, default=RESULTS / "speed.json")
@@ -130,6 +131,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 output = Path(folder) / "found.json"
                 arguments = ["--layers", str(num_layers), "--rounds", str(rounds), "--rank_output", str(output)]
+                arguments += ["--cost_seconds", str(options.cost_seconds)]
                 arguments += ["--tables", *options.tables, *(["--only", *options.only] if options.only else [])]
                 launch(ranks, Path(__file__), arguments, timeout=3 * 3600.0)
                 found = json.loads(output.read_text())

@@ -75,6 +75,20 @@ def test_summary_counts_steps_in_each_setting():
     assert all(0 < share < limit for share, limit in zip(run["predicted_share"], exact, strict=True))
 
 
+def test_runs_of_operators_that_are_gone_are_read():
+    old = made_up("pure mean c=4 1/1", 0, 3.0, operator="mean")
+    old["settings"]["layer_parallel"] |= {"levels": 2, "damping": 0.0, "sliced_ends": False}
+    checks = [check(0, "mgrit linear exact/2 c=4"), check(200, "pipeline")]
+    adaptive = made_up("adaptive", 0, 2.0, checks)
+    sides = controller.summarise([*RUNS, old, adaptive])["h=1"]["sides"]
+    identity = controller.predicted_share(
+        LayerParallelConfig(strategy="mgrit", coarse_operator="identity"), [controller.SHAPE], 8
+    )
+    assert sides["pure mean c=4 1/1"]["predicted_share"][controller.RANKS.index(8)] == pytest.approx(identity)
+    (run,) = sides["adaptive"]["runs"]
+    assert run["settings"] == {"mgrit linear exact/2 c=4": 0.5, "pipeline": 0.5}
+
+
 def test_picture(tmp_path):
     path = tmp_path / "found.png"
     draw({"summary": controller.summarise(RUNS), "runs": RUNS}, path)

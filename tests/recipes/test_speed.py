@@ -31,7 +31,8 @@ def run(script: str, *arguments: str) -> dict:
 
 
 def test_every_side_stands_beside_its_accuracy(tmp_path):
-    arguments = ["--layers", "4", "--rounds", "1", "--only", *ONLY, "--output", str(tmp_path / "speed.json")]
+    arguments = ["--layers", "4", "--rounds", "1", "--cost_seconds", "0.2", "--only", *ONLY]
+    arguments += ["--output", str(tmp_path / "speed.json")]
     other = {"table": "stack", "layers": 999, "ranks": 1}
     (tmp_path / "speed.json").write_text(json.dumps({"tables": [other]}))
     result = run("speed.py", *arguments)

@@ -83,6 +83,16 @@ def train_converted(
     return outcome(run)
 
 
+def train_frozen(output_dir: str, family: str, settings: dict[str, Any], part: str) -> dict[str, Any]:
+    """part: of the model, "encoder" or "input_embeddings"."""
+    model = build(family)
+    getattr(model, f"get_{part}")().requires_grad_(False)
+    run = LayerParallelTrainer(model, arguments(output_dir, **settings), train_dataset=Samples(family, 64))
+    run.remove_callback(hf.PrinterCallback)
+    run.train()
+    return outcome(run)
+
+
 def resume_with_a_tensor_lost(checkpoint: str, settings: dict[str, Any]) -> str:
     """The error of resuming a ViT from a checkpoint that lacks its last norm."""
     run = trainer(checkpoint, "vit", settings)

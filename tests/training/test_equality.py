@@ -73,6 +73,15 @@ def test_settings_keep_the_lp_sizes_equal(settings: dict, ranks1: RankPool, rank
     assert two["weights"] == one["weights"]
 
 
+@pytest.mark.parametrize(("family", "part"), [("bart", "encoder"), ("t5", "encoder"), ("gpt2", "input_embeddings")])
+def test_frozen_parts(family: str, part: str, ranks1: RankPool, ranks2: RankPool, tmp_path) -> None:
+    settings = {"max_steps": 4, "micro_batches": 2}
+    one = ranks1.run(scenarios.train_frozen, str(tmp_path), family, settings, part)[0]
+    two = ranks2.run(scenarios.train_frozen, str(tmp_path), family, settings | {"lp_size": 2}, part)[0]
+    assert two["weights"] == one["weights"]
+    assert len(set(one["losses"])) == 4
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("settings", [{}, {"label_smoothing_factor": 0.1}], ids=["plain", "label smoothing"])
 def test_as_the_stock_trainer(family: str, settings: dict, ranks1: RankPool, ranks2: RankPool, tmp_path) -> None:

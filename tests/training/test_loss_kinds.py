@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -368,6 +369,55 @@ def test_losses_given_to_a_step(settings: dict, ranks1: RankPool, ranks2: RankPo
             for name, (loss, gradient) in rank.items():
                 assert loss < 1e-12, name
                 assert gradient < 1e-12, name
+
+
+def heads() -> dict[str, tuple[type, dict[str, Any], dict[str, Tensor]]]:
+    """(class, values of its config, labels of five rows) by the loss that it computes."""
+    ids, random = zoo.tokens(5, LENGTH), torch.Generator().manual_seed(3)
+    sequence = hf.BertForSequenceClassification
+    three, regression = {"num_labels": 3}, {"num_labels": 3, "problem_type": "regression"}
+    few = (ids % 3).where(ids % 5 > 0, -100)
+    return {
+        "single label": (sequence, three, {"labels": torch.tensor([0, 2, 1, 1, 0])}),
+        "regression": (sequence, {"num_labels": 1}, {"labels": torch.randn(5, generator=random).double()}),
+        "regression of many": (sequence, regression, {"labels": torch.randn(5, 3, generator=random).double()}),
+        "multi-label": (sequence, three, {"labels": torch.randint(0, 2, (5, 3), generator=random).double()}),
+        "tokens": (hf.BertForTokenClassification, three, {"labels": few}),
+        "answers": (  # the second one ends outside of the text and is ignored
+            hf.BertForQuestionAnswering,
+            {},
+            {"start_positions": torch.tensor([1, 2, 3, 4, 5]), "end_positions": torch.tensor([3, 40, 5, 4, 5])},
+        ),
+        "two losses": (
+            hf.BertForPreTraining,
+            {},
+            {"labels": ids.where(few >= 0, -100), "next_sentence_label": torch.tensor([0, 1, -100, 0, 1])},
+        ),
+    }
+
+
+def deviations_of_heads(settings: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    found = {}
+    for name, (head, values, labels) in heads().items():
+        torch.manual_seed(0)
+        stock = head(zoo.config("bert", 3, **values)).double().eval()
+        model = copy.deepcopy(stock)
+        batch = {"input_ids": zoo.tokens(5, LENGTH)} | labels
+        expected = stock(**batch).loss
+        expected.backward()
+        grads = {n: p.grad for n, p in stock.named_parameters() if p.grad is not None}
+        loss = parallelize(convert_to_ode(model), LayerParallelConfig(**settings)).train_step(batch)
+        errors = [float((p.grad - grads[n]).norm()) for n, p in model.named_parameters() if p.grad is not None]
+        found[name] = abs(float(loss) - float(expected.detach())), max(errors)
+    return found
+
+
+@pytest.mark.parametrize("settings", [CUT, CUT | {"ends": "spread"}], ids=["cut", "spread"])
+def test_losses_of_heads(settings: dict, ranks2: RankPool) -> None:
+    for rank in ranks2.run(deviations_of_heads, settings):
+        for name, (loss, gradient) in rank.items():
+            assert loss < 1e-12, name
+            assert gradient < 1e-12, name
 
 
 def refusals() -> dict[str, str]:
