@@ -377,7 +377,8 @@ class Step:
 
 
 def _grad_of(leaf: Tensor) -> Tensor:
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    # contiguous as what arrives by a message: kernels may sum other layouts in another order
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.contiguous()
 
 
 def combine(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

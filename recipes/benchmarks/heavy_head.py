@@ -3,9 +3,9 @@
     python recipes/benchmarks/heavy_head.py [--layers 32] [--vocabulary 12288] [--rounds 9]
 
 A GPT-2 around the stack of `stack.py`, whose head has as many weights as eight layers, on two gloo processes of one
-thread each; what head and loss really take, in layers, is measured there. MGRIT with one micro-batch (and the exact step
-beside it) with both placements of the ends, all sides alive at once and in alternation, over the stock model in one
-process. Beside every time the gradient's relative error, and how far the gradient with spread ends is from that of the
+thread each; what head and loss really take, in layers, is measured there. MGRIT with one micro-batch (and the exact
+step beside it) with both placements of the ends, all sides alive at once and in alternation, over the stock model in
+one process. Beside every time the gradient's relative error, and how far the gradient with spread ends is from that of the
 same setting with ends on the first and last rank. Written to recipes/benchmarks/results/heavy_head.json.
 """
 

@@ -78,9 +78,10 @@ def arguments(output_dir: str, **settings: Any) -> LayerParallelTrainingArgument
 
 
 def trainer(output_dir: str, family: str, settings: dict[str, Any], **more: Any) -> LayerParallelTrainer:
-    """A trainer on a new tiny model; `settings` are training arguments, and `dropout` and `layers` of the model."""
+    """A trainer on a new tiny model; `settings` are training arguments, and `dropout`, `layers` and `dtype` of it."""
     settings = dict(settings)
-    model = build(family, settings.pop("dropout", None), settings.pop("layers", 4))
+    dtype = settings.pop("dtype", "float32")
+    model = build(family, settings.pop("dropout", None), settings.pop("layers", 4)).to(getattr(torch, dtype))
     more = {"train_dataset": Samples(family, 64)} | more
     run = LayerParallelTrainer(model, arguments(output_dir, **settings), **more)
     run.remove_callback(hf.PrinterCallback)
@@ -115,11 +116,14 @@ def outcome(run: LayerParallelTrainer) -> dict[str, Any]:
 
 def train_stock(output_dir: str, family: str, settings: dict[str, Any]) -> dict[str, Any]:
     """The stock Trainer in one process, without dropout."""
+    settings = dict(settings)
+    dtype = settings.pop("dtype", "float32")
     ours = arguments(output_dir, **settings)
     own = {f.name for f in dataclasses.fields(LayerParallelTrainingArguments)}
     own -= {f.name for f in dataclasses.fields(hf.TrainingArguments)}
     values = {f.name: getattr(ours, f.name) for f in dataclasses.fields(ours) if f.init and f.name not in own}
-    run = hf.Trainer(build(family, 0.0), hf.TrainingArguments(**values), train_dataset=Samples(family, 64))
+    model = build(family, 0.0).to(getattr(torch, dtype))
+    run = hf.Trainer(model, hf.TrainingArguments(**values), train_dataset=Samples(family, 64))
     run.remove_callback(hf.PrinterCallback)
     run.train()
     logs = [entry for entry in run.state.log_history if "loss" in entry]

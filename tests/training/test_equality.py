@@ -85,7 +85,7 @@ def test_frozen_parts(family: str, part: str, ranks1: RankPool, ranks2: RankPool
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("settings", [{}, {"label_smoothing_factor": 0.1}], ids=["plain", "label smoothing"])
 def test_as_the_stock_trainer(family: str, settings: dict, ranks1: RankPool, ranks2: RankPool, tmp_path) -> None:
-    settings = settings | {"max_steps": 10, "max_grad_norm": 0.5}
+    settings = settings | {"max_steps": 10, "max_grad_norm": 0.5, "dtype": "float64"}
     stock = ranks1.run(runs.train_stock, str(tmp_path), family, settings)[0]
     ours = ranks2.run(runs.train, str(tmp_path), family, settings | {"lp_size": 2, "dropout": 0.0})[0]
     assert ours["losses"] == pytest.approx(stock["losses"], abs=1e-5)
@@ -97,7 +97,7 @@ def test_accumulation_is_one_big_batch(
     family: str, ranks1: RankPool, ranks2: RankPool, ranks4: RankPool, tmp_path
 ) -> None:
     """8 samples a step: in one batch; in two at lp=2; in two on each of two dp ranks at lp=2."""
-    base = {"max_steps": 3, "dropout": 0.0, "learning_rate": 1e-2, "max_grad_norm": 0.1}
+    base = {"max_steps": 3, "dropout": 0.0, "learning_rate": 1e-2, "max_grad_norm": 0.1, "dtype": "float64"}
     big = ranks1.run(runs.train, str(tmp_path), family, base | {"per_device_train_batch_size": 8})[0]
     split = base | {"gradient_accumulation_steps": 2, "lp_size": 2}
     two = ranks2.run(runs.train, str(tmp_path), family, split | {"per_device_train_batch_size": 4})[0]
