@@ -5,8 +5,8 @@
 A GPT-2 around the stack of `stack.py`, whose head has as many weights as eight layers, on two gloo processes of one
 thread each; what head and loss really take, in layers, is measured there. MGRIT with one micro-batch (and the exact
 step beside it) with both placements of the ends, all sides alive at once and in alternation, over the stock model in
-one process. Beside every time the gradient's relative error, and how far the gradient with spread ends is from that of the
-same setting with ends on the first and last rank. Written to recipes/benchmarks/results/heavy_head.json.
+one process. Beside every time the gradient's relative error, and how far the gradient with spread ends is from that of
+the same setting with ends on the first and last rank. Written to recipes/benchmarks/results/heavy_head.json.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run_rank(options: argparse.Namespace) -> None:
     """What each started process does."""
     init_ranks()
     place, made = Place.here(), make_networks(options.layers, options.vocabulary)
-    prices = model_prices(copy.deepcopy(made.converted), made.batch)
+    prices = model_prices(copy.deepcopy(made.converted), made.batch, seconds=2.0)
     settings = [setting(name, ends) for name in CONFIGS for ends in PLACEMENTS]
     entries = [Entry("stock, 1 process", {}, partial(stock_side, place, made.stock, made.batch, made.scale))]
     entries += [Entry(s.name, s.facts, partial(our_side, made.converted, made.batch, s, prices)) for s in settings]
