@@ -41,7 +41,7 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
     )
     ends: Ends = field(
         default=LayerParallelConfig.ends,
-        metadata={"help": "Who computes embeddings, head and loss: first_last rank, or all (the head spread by rows)."},
+        metadata={"help": "Who computes head and loss: first_last (the last rank), or spread (all, by rows)."},
     )
     coarsening: list[int] = field(
         default_factory=lambda: [LayerParallelConfig.coarsening],  # type: ignore[list-item]

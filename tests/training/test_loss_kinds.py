@@ -35,7 +35,7 @@ class Uneven(Samples):
         sample = {k: v[:LENGTH] if isinstance(v, Tensor) else v for k, v in sample.items()}
         if self.family == "bert_classifier":
             return sample | {"labels": index % 3}
-        sample["labels"] = sample["ids" if "ids" in sample else "input_ids"].clone()
+        sample["labels"] = sample["input_ids"].clone()
         sample["labels"][: index % 5] = -100
         return sample
 
