@@ -34,11 +34,12 @@ from hf_layerpar.ode.rehearsal import (
 )
 from hf_layerpar.ode.stack import ModelForward, RecordedCall
 from hf_layerpar.plan.ladder import exact_settings
+from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, build_step
 from hf_layerpar.plan.tasks import Plan, Task
 from hf_layerpar.run.layers import Common, Entry, Layers, kept_streams
 from hf_layerpar.run.sharing import share
-from hf_layerpar.run.step import RankPart, Step
+from hf_layerpar.run.step import Step
 from hf_layerpar.run.transport import GroupTransport
 from hf_layerpar.stepping import Stepper
 
@@ -75,8 +76,7 @@ class Calls:
                 "seed": seed,
                 "settings": config,
                 **rehearsed.facts,
-            },
-            stepper.device,
+            }
         )
         if not grad:
             config = exact_settings(config)
@@ -287,7 +287,7 @@ class _Call:
         """Values that this rank's phases made."""
         for number, value in zip(numbers, values, strict=False):
             self.step.values[number] = value
-            for target in self.step.part.sends.get(number, ()):
+            for target in self.plan.targets.get(number, ()):
                 self.step.send(number, target)
 
     def _work(self, tasks: Sequence[Task], wanted: Sequence[int]) -> list[Any]:

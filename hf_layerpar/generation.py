@@ -51,7 +51,7 @@ class SharedGenerate:
         device = self.model.device
         facts = {f"generate: {name}": [_fact(leaf) for leaf in tree_leaves(value)] for name, value in given.items()}
         facts["generate: the model's generation_config"] = _fact(self.model.generation_config)
-        self.transport.agree(facts, device)
+        self.transport.agree(facts)
         self._take_streams_of_first_rank(device)
         return self.stock(**given)
 

@@ -144,8 +144,7 @@ class LayerParallel:
                 "tensors": sorted((k, *map(str, v)) for k, v in self._layout.items()),
                 "settings": config,
                 "split": split,
-            },
-            device,
+            }
         )
         if transport.size > 1:
             with torch.no_grad():
@@ -322,7 +321,7 @@ class LayerParallel:
         Raises what failed on lp rank 0, and HubError that quotes it on the others; the Hub then has what it had.
         """
         group, device, doing = self.group, self.device, f"the push to {repo_id!r}"
-        self._transport.agree({"push_to_hub": repo_id}, device)
+        self._transport.agree({"push_to_hub": repo_id})
         push = on_first_rank(lambda: ModelPush(repo_id, **options), doing, group, device)
         state_dict = self.state_dict()
 

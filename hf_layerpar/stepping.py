@@ -33,12 +33,13 @@ from hf_layerpar.ode.rehearsal import (
     signature_of,
 )
 from hf_layerpar.ode.stack import LayerStack
+from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, Pass, build_step
 from hf_layerpar.plan.tasks import Direction, Plan
 from hf_layerpar.run.increments import Increments
 from hf_layerpar.run.layers import Common, Entry, Layers, kept_streams
 from hf_layerpar.run.stackable import OneDevice
-from hf_layerpar.run.step import LayersOf, Outcome, Penalty, RankPart, Step
+from hf_layerpar.run.step import LayersOf, Outcome, Penalty, Step
 from hf_layerpar.run.transport import Transport
 
 
@@ -241,6 +242,7 @@ class Stepper:
     def _part(self, plan: Plan) -> RankPart:
         key = id(plan)
         if key not in self._parts or self._parts[key].plan is not plan:
+            self.transport.agree({"plan": plan.digest})
             self._parts[key] = RankPart.of(plan, self.transport.rank)
         return self._parts[key]
 
@@ -282,8 +284,7 @@ class Stepper:
                 "settings": config,
                 "loss scale": scale,
                 **ready.rehearsed.facts,
-            },
-            self.device,
+            }
         )
 
     def _finish(self, ready: Prepared, outcome: Outcome, metrics: Mapping[tuple[int, int], Mapping[str, Any]]) -> Any:

@@ -21,10 +21,11 @@ from hf_layerpar.ode.ends import Ends
 from hf_layerpar.ode.phases import ModelPhases
 from hf_layerpar.ode.rehearsal import Rehearsed, batch_rows, check_parts, cut_rows, rehearse
 from hf_layerpar.ode.stack import LayerStack
+from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, Pass, build_step
 from hf_layerpar.plan.tasks import Direction
 from hf_layerpar.run.layers import Common, Entry, kept_streams
-from hf_layerpar.run.step import RankPart, Step
+from hf_layerpar.run.step import Step
 from hf_layerpar.run.transport import LocalTransport
 
 Gradient = list[Tensor | None]

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hf_layerpar.plan.tasks import Direction, Kind, Pieces, Plan, Task, Value
+from hf_layerpar.plan.tasks import Direction, Kind, Pieces, Plan, Reduction, Task, Value
 
 Split = Callable[[Task], bool]
 """Whether a final vjp leaves its weight gradients to a task of their own."""
@@ -36,6 +36,7 @@ class PlanBuilder:
         self._home: dict[int, int] = {}
         self._made: dict[tuple, Task] = {}
         self._copies: dict[int, dict[int, int]] = {}  # value -> rank -> the same value, made there too
+        self._reduced: dict[tuple, Reduction] = {}
 
     def sweep(self, place: int, direction: Direction, micro_batch: int, owner: Sequence[int]) -> None:
         """owner: the rank of every layer of the pass."""
@@ -121,30 +122,15 @@ class PlanBuilder:
                     copies[rank] = task.output
         return made
 
-    def combine_everywhere(self, terms: Sequence[tuple[float, int]], parts: dict[int, list[tuple[float, int]]]) -> int:
-        """sum of `terms`, which all ranks of `parts` hold, and of every rank's part, on each of these ranks.
-
-        By recursive doubling: log2(ranks) messages one after the other. Ranks beyond a power of two hand their part in
-        first and take the result from those that have it.
-        """
-        ranks, held = list(parts), {value for _, value in terms}
-        # of a part with one value of its own that value travels: the others may need it anyway
-        groups = [
-            part if sum(value not in held for _, value in part) == 1 else [(1.0, self.combine(part, rank))]
-            for rank, part in parts.items()
-        ]
-        width = 1
-        power = 1 << (len(ranks).bit_length() - 1)
-        for i, extra in enumerate(groups[power:]):
-            groups[i] = [(1.0, self.combine([*groups[i], *extra], ranks[i]))]
-        ranks, groups = ranks[:power], groups[:power]
-        while len(groups) > 2:
-            width *= 2
-            groups = [
-                [(1.0, self.combine([*a, *b], *ranks[g * width : (g + 1) * width]))]
-                for g, (a, b) in enumerate(zip(groups[::2], groups[1::2], strict=True))
-            ]
-        return self.combine([*terms, *(term for group in groups for term in group)], *ranks)
+    def all_reduce(self, parts: dict[int, list[tuple[float, int]]]) -> int:
+        """The sum of every rank's part (summed there first), on all ranks."""
+        terms = tuple(self.combine(part, rank) for rank, part in sorted(parts.items()))
+        key = (self._place, self.direction, *terms)
+        if key not in self._reduced:
+            value = len(self.values)
+            self.values[value] = Value("state", self._place, self._micro_batch)
+            self._reduced[key] = Reduction(value, terms)
+        return self._reduced[key].value
 
     def residual(self, a: int, b: int, iteration: int) -> None:
         if a != b:  # the same value leaves no residual
@@ -174,9 +160,11 @@ class PlanBuilder:
         """
         wanted: set[int] = set()
         kept: list[Task] = []
+        terms = {reduction.value: reduction.terms for reduction in self._reduced.values()}
         for task in reversed(self.tasks):
             if not task.outputs or task.final or task.kind == "phase" or not wanted.isdisjoint(task.outputs):
-                wanted.update(task.inputs)
+                for value in task.inputs:
+                    wanted.update((value, *terms.get(value, ())))
                 kept.append(task)
         values = dict(self.values)
         new = len(values)
@@ -214,6 +202,7 @@ class PlanBuilder:
             values,
             dict(self.iterations),
             trains,
+            tuple(reduction for reduction in self._reduced.values() if reduction.value in wanted),
         )
 
     def _nearest(self, value: int, rank: int) -> int:

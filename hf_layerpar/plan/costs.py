@@ -79,6 +79,13 @@ class Costs:
         """From the send of a state to its arrival on another rank."""
         return self.latency + self.state_bytes / self.bandwidth
 
+    def all_reduce(self, num_ranks: int) -> float:
+        """From the last term of a state's sum to its arrival everywhere: as many latencies as a tree of ranks is deep,
+        and the bytes of a ring."""
+        return math.ceil(math.log2(num_ranks)) * self.latency + (
+            2 * (num_ranks - 1) / num_ranks * self.state_bytes / self.bandwidth
+        )
+
     def serial(self, num_layers: int) -> float:
         """Forward and backward of the whole batch on one rank, layer after layer, ends included."""
         layers = num_layers * (self.graph_step + self.final_vjp + 2 * self.overhead)

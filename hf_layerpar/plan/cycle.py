@@ -17,8 +17,8 @@ from hf_layerpar.plan.builder import PlanBuilder
 from hf_layerpar.plan.grid import Grid
 from hf_layerpar.plan.operators import CoarseOperator
 
-Correction = tuple[int, int]
-"""(E_j, G_j(C_j)): what a coarse step needs besides its own G_j(v_j)."""
+Correction = tuple[int, int, int]
+"""(C_j, E_j, G_j(C_j)): what a coarse step needs besides its own G_j(v_j)."""
 
 
 class Cycle:
@@ -68,7 +68,7 @@ class Cycle:
     def _correct(self, level: int, c_points: list[int], ends: list[int]) -> list[int]:
         self.builder.wave = self.builder.open_waves()
         befores = [self._coarse_step(level + 1, j, x) for j, x in enumerate(c_points)]
-        corrections = list(zip(ends, befores, strict=True))
+        corrections = list(zip(c_points, ends, befores, strict=True))
         return self._coarse_solve(level + 1, c_points, corrections)
 
     def _serial(self, level: int, x: int, corrections: list[Correction] | None) -> list[int]:
@@ -111,15 +111,14 @@ class Cycle:
     def _advance(self, level: int, s: int, x: int, corrections: list[Correction] | None, *, final: bool = False) -> int:
         if level == 0:
             return self.builder.step(self.layers[s], x, final=final)
-        y = self._coarse_step(level, s, x)
         if corrections is None:
-            return y
-        end, before = corrections[s]
-        return self.builder.combine([(1.0, end), (1.0, y), (-1.0, before)], self.builder.home(end))
+            return self._coarse_step(level, s, x)
+        point, end, before = corrections[s]
+        return end if x == point else self._coarse_step(level, s, x, [(1.0, end), (-1.0, before)])
 
-    def _coarse_step(self, level: int, s: int, x: int) -> int:
+    def _coarse_step(self, level: int, s: int, x: int, plus: Sequence[tuple[float, int]] = ()) -> int:
         layers = [self.layers[i] for i in self.grid.span(level, s)]
-        return self.operator.emit(self.builder, layers, x, interleaved=self.interleaved)
+        return self.operator.emit(self.builder, layers, x, interleaved=self.interleaved, plus=plus)
 
     def _residuals(self, c_points: list[int], ends: list[int], iteration: int) -> None:
         """C-point residuals of the fine level; at F-points a relaxed state has none."""

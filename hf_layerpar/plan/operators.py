@@ -22,21 +22,33 @@ class CoarseOperator:
         """(layer, weight) pairs for the layers in `span` (ascending, whatever the direction of the sweep)."""
         raise NotImplementedError
 
-    def emit(self, build: PlanBuilder, layers: Sequence[int], x: int, *, interleaved: bool) -> int:
-        """The tasks of G(x) over `layers` (in the order of the sweep); partial sums are formed where the layers live.
+    def emit(
+        self,
+        build: PlanBuilder,
+        layers: Sequence[int],
+        x: int,
+        *,
+        interleaved: bool,
+        plus: Sequence[tuple[float, int]] = (),
+    ) -> int:
+        """The tasks of G(x) over `layers` (in the order of the sweep), and of terms to add to it; partial sums are
+        formed where the layers live.
 
-        interleaved: the ranks that hold these layers all need the result.
+        interleaved: the ranks that hold these layers all need the result. It takes one all-reduce.
         """
         parts: dict[int, list[tuple[float, int]]] = {}
         for layer, weight in self.terms(range(min(layers), max(layers) + 1)):
             parts.setdefault(build.owner[layer], []).extend([(weight, build.step(layer, x)), (-weight, x)])
         if len(parts) > 1 and interleaved:
-            return build.combine_everywhere([(1.0, x)], {rank: parts[rank] for rank in sorted(parts)})
+            if plus:
+                parts.setdefault(build.home(plus[0][1]), []).extend(plus)
+            return build.combine([(1.0, x), (1.0, build.all_reduce(parts))], *sorted(parts))
         rank = build.owner[layers[-1]]
         rank = rank if rank in parts else next(iter(parts), rank)
         terms = [(1.0, x), *parts.pop(rank, [])]
         terms += [(1.0, build.combine(part, other)) for other, part in parts.items()]
-        return build.combine(terms, rank)
+        y = build.combine(terms, rank)
+        return build.combine([(1.0, y), *plus], build.home(plus[0][1])) if plus else y
 
 
 class Rediscretize(CoarseOperator):

@@ -49,10 +49,12 @@ class Work:
         self.price = [costs.of(t, plan) for t in tasks]
         self.ranks = [t.rank for t in tasks]
         self.message = costs.send + costs.transfer()
-        maker = {v: i for i, t in enumerate(tasks) for v in t.outputs}
+        makers = {v: [i] for i, t in enumerate(tasks) for v in t.outputs}
+        for reduction in plan.reductions:
+            makers[reduction.value] = [i for term in reduction.terms for i in makers[term]]
         self.followers: list[list[int]] = [[] for _ in tasks]
         for i, task in enumerate(tasks):
-            for j in {maker[v] for v in task.inputs}:
+            for j in {j for v in task.inputs for j in makers[v]}:
                 self.followers[j].append(i)
         self.later = _after_each_other(plan)
         self.tail = [0.0] * len(tasks)

@@ -64,7 +64,9 @@ class Timeline:
 
     @property
     def bytes_moved(self) -> float:
-        return len(self.plan.messages) * self.costs.state_bytes
+        """Over all ranks; of an all-reduce what a ring moves."""
+        moved = len(self.plan.messages) + 2 * (self.plan.num_ranks - 1) * len(self.plan.reductions)
+        return moved * self.costs.state_bytes
 
     @cached_property
     def peaks(self) -> tuple[Peak, ...]:
@@ -112,6 +114,11 @@ def simulate(plan: Plan, costs: Costs | None = None, *, serial: float = 0.0) -> 
     arrived: dict[tuple[int, int], float] = {}
     prepared: set[tuple[int, int, int]] = set()
     free, link, sending = ([0.0] * plan.num_ranks for _ in range(3))
+    sums = {reduction.value: [len(reduction.terms), 0.0] for reduction in plan.reductions}  # terms missing, last there
+    sums_of: dict[int, list[int]] = {}
+    for reduction in plan.reductions:
+        for term in reduction.terms:
+            sums_of.setdefault(term, []).append(reduction.value)
     spans = []
     for task in plan.tasks:
         rank, start = task.rank, free[task.rank]
@@ -119,7 +126,11 @@ def simulate(plan: Plan, costs: Costs | None = None, *, serial: float = 0.0) -> 
             prepared.add((rank, task.place, task.micro_batch))
             start += costs.arguments if task.kind == "step" else 0.0
         for value in task.inputs:
-            there = made[value] if producer[value] == rank else arrived[value, rank]
+            if value in sums:
+                missing, there = sums[value]
+                assert not missing, f"{task}: value {value} is used before it is summed"
+            else:
+                there = made[value] if producer[value] == rank else arrived[value, rank]
             if there > start:
                 start = there
         free[rank] = end = start + costs.of(task, plan)
@@ -131,4 +142,10 @@ def simulate(plan: Plan, costs: Costs | None = None, *, serial: float = 0.0) -> 
                 sending[rank] += costs.send
                 link[rank] = max(link[rank], free[rank]) + flight
                 arrived[value, target] = link[rank] + costs.latency
+            for total in sums_of.get(value, ()):
+                free[rank] += costs.send
+                sending[rank] += costs.send
+                entry = sums[total]
+                entry[0] -= 1
+                entry[1] = max(entry[1], free[rank] + (0.0 if entry[0] else costs.all_reduce(plan.num_ranks)))
     return Timeline(plan, costs, tuple(spans), tuple(free), tuple(sending), serial)

@@ -24,6 +24,7 @@ from hf_layerpar.plan.cycle import Cycle
 from hf_layerpar.plan.grid import Grid
 from hf_layerpar.plan.operators import OPERATORS
 from hf_layerpar.plan.schedules import SCHEDULES, Shape
+from hf_layerpar.plan.simulate import simulate
 from hf_layerpar.plan.tasks import Direction, Plan, Task, Value
 from hf_layerpar.plan.waves import in_waves
 
@@ -124,9 +125,19 @@ def build_step(
         blocks = max(Counter(r for p in anatomy.passes for r, _ in groupby(p.owner)).values())
         shape = Shape(num_ranks, micro_batches, blocks)
         plan = SCHEDULES[config.schedule](writer.plan, shape, costs or APART)
+    if num_ranks > 1:
+        plan = by_ending(plan, costs or APART)
     plan = plan if config.increment_penalty or config.stacked else fused(plan)
     plan.validate()
     return plan
+
+
+def by_ending(plan: Plan, costs: Costs) -> Plan:
+    """The plan with its tasks sorted by when they should end: each rank's own order stays, and what goes from rank to
+    rank is posted in the order in which it comes to be (`Plan.traffic`)."""
+    ends = [end for _, end in simulate(plan, costs).spans]
+    order = sorted(range(len(ends)), key=lambda i: (ends[i], i))
+    return dataclasses.replace(plan, tasks=tuple(plan.tasks[i] for i in order))
 
 
 class _Writer:

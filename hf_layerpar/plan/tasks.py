@@ -5,11 +5,13 @@ passes in turn: phase 0 (the front: embeddings), pass 0 (its state through a sta
 head and loss), and so on; then back. An encoder-decoder has two passes, so three phases.
 
 A plan imports neither torch nor torch.distributed. The list order of its tasks is a topological order; every rank works
-its own tasks in that order, so a validated plan can't deadlock.
+its own tasks in that order and posts its messages in the order in which all of them are made (`plan/part.py`), so a
+validated plan can't deadlock.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -108,6 +110,14 @@ class Message:
 
 
 @dataclass(frozen=True)
+class Reduction:
+    """An all-reduce: `value`, on every rank, is the sum of `terms`, of which each rank makes one at most."""
+
+    value: int
+    terms: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """The tasks of one step.
 
@@ -122,10 +132,11 @@ class Plan:
     values: dict[int, Value]
     iterations: dict[tuple[int, Direction], int] = field(default_factory=dict)
     trains: bool = True
+    reductions: tuple[Reduction, ...] = ()
 
     @cached_property
     def producer(self) -> dict[int, int]:
-        """The rank that makes each value."""
+        """The rank that makes each value, but for those that all-reduces make."""
         return {v: t.rank for t in self.tasks for v in t.outputs}
 
     @cached_property
@@ -134,21 +145,44 @@ class Plan:
         producer, targets = self.producer, {}
         for task in self.tasks:
             for value in task.inputs:
-                if producer[value] != task.rank:
+                if producer.get(value, task.rank) != task.rank:
                     ranks = targets.setdefault(value, [])
                     if task.rank not in ranks:
                         ranks.append(task.rank)
         return targets
 
     @cached_property
+    def traffic(self) -> tuple[Message | Reduction, ...]:
+        """Every value that is used away from home, once per using rank, and every all-reduce, in the order of the tasks
+        that make them: the order in which the ranks post them."""
+        missing = {reduction: len(reduction.terms) for reduction in self.reductions}
+        terms: dict[int, list[Reduction]] = {}
+        for reduction in self.reductions:
+            for term in reduction.terms:
+                terms.setdefault(term, []).append(reduction)
+        entries: list[Message | Reduction] = []
+        for task in self.tasks:
+            for value in task.outputs:
+                entries += [Message(value, task.rank, target) for target in self.targets.get(value, ())]
+                for reduction in terms.get(value, ()):
+                    missing[reduction] -= 1
+                    if not missing[reduction]:
+                        entries.append(reduction)
+        return tuple(entries)
+
+    @property
     def messages(self) -> tuple[Message, ...]:
-        """Every value that is used away from home, once per using rank, in the order in which they are produced."""
-        return tuple(
-            Message(v, task.rank, target)
-            for task in self.tasks
-            for v in task.outputs
-            for target in self.targets.get(v, ())
-        )
+        return tuple(entry for entry in self.traffic if isinstance(entry, Message))
+
+    @cached_property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """The ranks that have messages for each other, the lower one first, sorted."""
+        return tuple(sorted({(min(m.source, m.target), max(m.source, m.target)) for m in self.messages}))
+
+    @cached_property
+    def digest(self) -> str:
+        """Equal for equal plans, in any process."""
+        return hashlib.sha256(repr((self.tasks, self.reductions)).encode()).hexdigest()
 
     def is_split(self, task: Task) -> bool:
         """Whether a final vjp leaves its weight gradients to a task of their own."""
@@ -178,14 +212,16 @@ class Plan:
         has one final step a micro-batch and direction, that a layer's gradients are added up in the order of the
         micro-batches, and that the steps of a wave depend on none of it, differ in layer and agree in all else."""
         made: set[int] = set()
+        self._validate_reductions()
+        terms = {reduction.value: reduction.terms for reduction in self.reductions}
         spent: set[int] = set()  # graphs that a final vjp went through
         waves: set[int] = set()
         for group in self.groups():
             for task in group:
                 assert 0 <= task.rank < self.num_ranks, f"{task}: no such rank"
-                missing = [v for v in task.inputs if v not in made]
+                missing = [v for given in task.inputs for v in terms.get(given, (given,)) if v not in made]
                 assert not missing, f"{task}: values {missing} are used before they are made"
-                away = [v for v in task.inputs if self.producer[v] != task.rank]
+                away = [v for v in task.inputs if self.producer.get(v) != task.rank]
                 stuck = [v for v in away if self.values[v].kind in ("graph", "pending")]
                 assert not stuck, f"{task}: graphs {stuck} are on another rank"
                 assert not spent & set(task.inputs), f"{task}: its graph is spent"
@@ -200,6 +236,13 @@ class Plan:
             assert len(alike) == 1, f"{group[0]}: a mixed wave"
             assert len(group) == 1 or len({t.layers for t in group}) == len(group), f"{group[0]}: a layer twice"
         self._validate_finals()
+
+    def _validate_reductions(self) -> None:
+        for reduction in self.reductions:
+            assert reduction.value not in self.producer, f"{reduction}: a task makes it too"
+            homes = [self.producer.get(term) for term in reduction.terms]
+            assert None not in homes, f"{reduction}: terms that no task makes"
+            assert len(set(homes)) == len(homes) > 0, f"{reduction}: several terms of one rank"
 
     def _validate_finals(self) -> None:
         directions: list[Direction] = ["forward", "backward"] if self.trains else []
@@ -225,4 +268,5 @@ class Plan:
             f"plan: {' + '.join(map(str, self.passes))} layers, {self.num_ranks} ranks, {self.micro_batches} "
             f"micro-batches, {len(self.tasks)} tasks, {len(self.messages)} messages"
         )
-        return "\n".join([head, *map(str, self.tasks)])
+        sums = [f"v{r.value} = all-reduce({', '.join(f'v{v}' for v in r.terms)})" for r in self.reductions]
+        return "\n".join([head, *map(str, self.tasks), *sums])

@@ -129,7 +129,9 @@ class _InputOnly(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         outputs = grad.reshape(-1, grad.shape[-1])
         if ctx.record.wanted:
-            ctx.record.pending.append(PendingGradient(ctx.module, x.reshape(-1, x.shape[-1]), outputs))
+            # detached: through its graph the input would hold the record that holds it, and no collector sees that
+            inputs = x.detach().reshape(-1, x.shape[-1])
+            ctx.record.pending.append(PendingGradient(ctx.module, inputs, outputs.detach()))
         return (outputs.mm(weight).view(x.shape) if ctx.needs_input_grad[0] else None), None, None, None, None
 
 

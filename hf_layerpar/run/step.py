@@ -10,7 +10,7 @@ Shapes: a state is `[B, T, D]`, B the rows of a micro-batch or of a piece of one
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -18,15 +18,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hf_layerpar.plan.part import Post, RankPart
 from hf_layerpar.plan.tasks import Direction, Pieces, Plan, Task, Value
 from hf_layerpar.run.increments import Increments
 from hf_layerpar.run.layers import Common, Entry, Layers, mix, seed_device
 from hf_layerpar.run.transport import Transport
 from hf_layerpar.run.wide import wide_dtype
-
-LOOK_AHEAD = 4
-"""Receives are started so many tasks before the one that needs them: early enough to travel beside work, late enough
-that few buffers are held."""
 
 
 class Phases(Protocol):
@@ -42,87 +39,6 @@ class Phases(Protocol):
         """Runs the tail on the given rows. In training its loss, a scalar with a graph; otherwise what it returns is
         the phases' own affair."""
         ...
-
-
-@dataclass(frozen=True)
-class RankPart:
-    """A plan as one rank sees it, worked out once and run many times.
-
-    groups: the rank's tasks, those of a wave together. sends: value -> targets.
-    receives: before groups[i], (value, source) of the receives to start, per source in the order of the sends; the last
-        ones are for `fetch`, values to have in the end.
-    dead_after: values that groups[i] is the last to need. leaves_after: (pass, micro-batch) that it is the last of.
-    split_runs: (pass, micro-batch, lowest layer) of the final steps whose weight gradients are taken apart.
-    """
-
-    plan: Plan
-    rank: int
-    groups: tuple[tuple[Task, ...], ...]
-    sends: Mapping[int, tuple[int, ...]]
-    receives: tuple[tuple[tuple[int, int], ...], ...]
-    fetch: tuple[int, ...]
-    dead_after: tuple[tuple[int, ...], ...]
-    leaves_after: tuple[tuple[tuple[int, int], ...], ...]
-    split_runs: frozenset[tuple[int, int, int]]
-
-    @classmethod
-    def of(cls, plan: Plan, rank: int, tasks: Sequence[Task] | None = None, fetch: Sequence[int] = ()) -> RankPart:
-        """tasks: those of the plan to work, in this order; all by default. fetch: values to have in the end."""
-        groups = [group for group in plan.groups() if group[0].rank == rank]
-        if tasks is not None:
-            groups = [(task,) for task in tasks]
-        queues: dict[int, list[int]] = {}
-        sends: dict[int, tuple[int, ...]] = {}
-        needed: dict[int, int] = {}
-        last: dict[int, int] = {}
-        leaves: dict[tuple[int, int], int] = {}
-        for i, group in enumerate(groups):
-            for task in group:
-                for value in task.inputs:
-                    needed.setdefault(value, i)
-                last |= dict.fromkeys((*task.inputs, *task.outputs), i)
-                if tasks is None:
-                    leaves[task.place, task.micro_batch] = i
-        for value in fetch:
-            needed.setdefault(value, len(groups))
-        for message in plan.messages:
-            if message.source == rank:
-                sends[message.value] = (*sends.get(message.value, ()), message.target)
-            if message.target == rank and message.value in needed:
-                queues.setdefault(message.source, []).append(message.value)
-        entered = {
-            (t.place, t.micro_batch): i
-            for i, group in enumerate(groups)
-            for t in group
-            if t.kind == "phase" and t.direction == "forward"
-        }
-        receives: list[list[tuple[int, int]]] = [[] for _ in range(len(groups) + 1)]
-        for source, queue in queues.items():
-            # early, but not before the phase that tells the shapes; and a receive waits for those queued before it, so
-            # it is started when the earliest behind it is
-            start = len(groups)
-            for value in reversed(queue):
-                like = plan.values[value]
-                known = entered.get((like.place, like.micro_batch), -1) + 1
-                start = min(start, max(needed[value] - LOOK_AHEAD, min(known, needed[value]), 0))
-                receives[start].insert(0, (value, source))
-        dead: list[list[int]] = [[] for _ in groups]
-        for value, i in last.items():
-            dead[i].append(value)
-        gone: list[list[tuple[int, int]]] = [[] for _ in groups]
-        for key, i in leaves.items():
-            gone[i].append(key)
-        return cls(
-            plan,
-            rank,
-            tuple(groups),
-            sends,
-            tuple(map(tuple, receives)),
-            tuple(fetch),
-            tuple(map(tuple, dead)),
-            tuple(map(tuple, gone)),
-            frozenset((t.place, t.micro_batch, min(t.layers)) for t in plan.tasks if t.kind == "weights"),
-        )
 
 
 @dataclass
@@ -171,10 +87,12 @@ class Step:
         self.increments = {k: None if penalty is None else penalty(k) for k in passes}
         self.values: dict[int, Any] = {}
         self._arriving: dict[int, tuple[list[Any], Any]] = {}
+        self._terms: dict[int, Tensor] = {}  # of all-reduces that aren't posted yet
         self._sending: list[tuple[Any, Any]] = []
         self.layers: dict[tuple[int, int], Layers] = {}
         # of a phase that will go backward: its results, and the leaves that stand for earlier passes' ends
         self._phases: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
+        transport.open(part.plan.pairs, device)
 
     # ---- the loop
     def run(self) -> Outcome:
@@ -193,32 +111,29 @@ class Step:
     def work(self, part: RankPart, keep: Set[int] = frozenset()) -> None:
         """Works the tasks of `part`. keep: values to leave in `values`."""
         began = time.perf_counter()
-        plan = part.plan
-        for i, group in enumerate(part.groups):
-            for value, source in part.receives[i]:
-                self._receive(value, source)
-            for task in group:
-                for value in task.inputs:
-                    if value not in self.values:
-                        self._await(value)
-            if len(group) == 1:
-                self._work_one(group[0], plan)
-            else:
-                self._wave(group)
-            for task in group:
-                for value in task.outputs:
-                    for target in part.sends.get(value, ()):
-                        self.send(value, target)
-            for value in part.dead_after[i]:
-                if value not in keep:
-                    self.values.pop(value, None)
-            for key in part.leaves_after[i]:
-                self.layers.pop(key, None)
-        for value, source in part.receives[-1]:
-            self._receive(value, source)
-        for value in part.fetch:
-            if value not in self.values:
-                self._await(value)
+        with self.transport.unbroken():
+            self._post(part.posts[0])
+            for i, group in enumerate(part.groups):
+                for task in group:
+                    for value in task.inputs:
+                        if value not in self.values:
+                            self._await(value)
+                if len(group) == 1:
+                    self._work_one(group[0], part.plan)
+                else:
+                    self._wave(group)
+                for task in group:
+                    for value in task.outputs:
+                        self._terms |= dict.fromkeys(part.contributes.get(value, ()), self.values[value])
+                self._post(part.posts[i + 1])
+                for value in part.dead_after[i]:
+                    if value not in keep:
+                        self.values.pop(value, None)
+                for key in part.leaves_after[i]:
+                    self.layers.pop(key, None)
+            for value in part.fetch:
+                if value not in self.values:
+                    self._await(value)
         self.outcome.seconds += time.perf_counter() - began
 
     def _work_one(self, task: Task, plan: Plan) -> None:
@@ -226,10 +141,13 @@ class Step:
         self.values.update(zip(task.outputs, made, strict=True))
 
     def settle(self) -> None:
-        """Waits for what is still being sent."""
+        """Waits for what is still being sent, and for sums that only others need."""
         for handle, _ in self._sending:
             self.transport.wait(handle)
-        self._sending = []
+        for handles, _ in self._arriving.values():
+            for handle in handles:
+                self.transport.wait(handle)
+        self._sending, self._arriving = [], {}
 
     # ---- tasks
     def _do(self, task: Task, given: list[Any], plan: Plan) -> Sequence[Any]:
@@ -345,6 +263,19 @@ class Step:
             seed_device(self.device, mix(self.common.seed, -2 - place, number))
 
     # ---- messages
+    def _post(self, posts: Sequence[Post]) -> None:
+        for post in posts:
+            if post.kind == "send":
+                self.send(post.value, post.peer)
+            elif post.kind == "receive":
+                like = self._like(self.part.plan.values[post.value])
+                buffers = like if isinstance(like, list) else [like]
+                self._arriving[post.value] = ([self.transport.receive(b, post.peer) for b in buffers], like)
+            else:
+                term = self._terms.pop(post.value, None)
+                total = self._like(self.part.plan.values[post.value]).zero_() if term is None else term.clone()
+                self._arriving[post.value] = ([self.transport.start_all_reduce(total)], total)
+
     def send(self, value: int, target: int) -> None:
         held = self.values[value]
         for tensor in held if isinstance(held, list) else [held]:
@@ -352,11 +283,6 @@ class Step:
             self._sending.append((self.transport.send(tensor, target), tensor))
         if len(self._sending) > 16:  # what has arrived needs no buffer any more
             self._sending = [(h, t) for h, t in self._sending if not self.transport.is_done(h)]
-
-    def _receive(self, value: int, source: int) -> None:
-        like = self._like(self.part.plan.values[value])
-        buffers = like if isinstance(like, list) else [like]
-        self._arriving[value] = ([self.transport.receive(b, source) for b in buffers], like)
 
     def _await(self, value: int) -> None:
         handles, buffer = self._arriving.pop(value)

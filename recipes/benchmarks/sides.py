@@ -23,11 +23,11 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.plan.ownership import INTERLEAVED, V, contiguous_owner, interleaved_owner, two_blocks_owner
+from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.planner import Split, plan_step
 from hf_layerpar.plan.simulate import simulate
 from hf_layerpar.plan.step import interval_points
 from hf_layerpar.run.bare import BareStack
-from hf_layerpar.run.step import RankPart
 from hf_layerpar.run.transport import GroupTransport, LocalTransport, Transport
 from recipes.benchmarks.prediction import Prices, measured_prices
 from recipes.benchmarks.stack import BATCH, make_stack, make_state

@@ -77,9 +77,13 @@ class Run:
         self._phases: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
         self._side_grads: dict[tuple[int, int, int], list[Tensor]] = {}  # (pass, micro-batch, layer)
         model.zero_grad()
+        missing = list(plan.reductions)
         for task in plan.tasks:
             made = getattr(self, f"_{task.kind}")(task, [self.values[v] for v in task.inputs])
             self.values.update(zip(task.outputs, made, strict=True))
+            for reduction in [r for r in missing if self.values.keys() >= set(r.terms)]:
+                missing.remove(reduction)
+                self.values[reduction.value] = sum(self.values[v] for v in reduction.terms)
         self.gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         self.loss = float(sum(self.losses.values()))
 

@@ -178,8 +178,9 @@ class Halves(CoarseOperator):
 class Relayed(CoarseOperator):
     """Writes its own tasks: the first and the last layer of the interval one after the other."""
 
-    def emit(self, build: PlanBuilder, layers, x: int, *, interleaved: bool) -> int:
-        return build.step(layers[-1], build.step(layers[0], x)) if len(layers) > 1 else build.step(layers[0], x)
+    def emit(self, build: PlanBuilder, layers, x: int, *, interleaved: bool, plus=()) -> int:
+        y = build.step(layers[-1], build.step(layers[0], x)) if len(layers) > 1 else build.step(layers[0], x)
+        return build.combine([(1.0, y), *plus], build.home(y))
 
 
 @pytest.mark.parametrize("own", [Halves(), Relayed()], ids=["terms", "emit"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-from itertools import chain, permutations
+from itertools import chain
 
 import pytest
 
@@ -16,10 +16,10 @@ from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.grid import Grid
 from hf_layerpar.plan.ladder import describe
 from hf_layerpar.plan.ownership import balanced_split, contiguous_owner, interleaved_owner, two_blocks_owner
+from hf_layerpar.plan.part import RankPart, check_rendezvous
 from hf_layerpar.plan.simulate import simulate
 from hf_layerpar.plan.step import Anatomy, build_step
 from hf_layerpar.plan.tasks import Direction, Plan, Task, Value
-from hf_layerpar.run.step import RankPart
 from tests.plan.shapes import UNIT, exact_step, makespan, two_stacks
 
 
@@ -159,21 +159,14 @@ def test_plans_are_valid_and_every_message_is_expected(config, micro_batches, nu
     plan = step(config, 13, num_ranks, micro_batches, (1, 2), None)
     plan.validate()
     parts = [RankPart.of(plan, r) for r in range(num_ranks)]
-    sent = [(value, r, t) for r, part in enumerate(parts) for value, ts in part.sends.items() for t in ts]
-    received = [(value, source, r) for r, part in enumerate(parts) for value, source in chain(*part.receives)]
+    check_rendezvous(plan, parts)
+    posts = [(r, post) for r, part in enumerate(parts) for post in chain(*part.posts)]
+    sent = [(post.value, r, post.peer) for r, post in posts if post.kind == "send"]
+    received = [(post.value, post.peer, r) for r, post in posts if post.kind == "receive"]
     assert sorted(sent) == sorted(received) == sorted((m.value, m.source, m.target) for m in plan.messages)
     # contiguous ownership: each sweep travels one way, which is what NCCL's first-in first-out matching needs
     way = {t.output: 1 if t.direction == "forward" else -1 for t in plan.tasks if t.kind != "phase" and t.outputs}
     assert all((target - source) * way[value] > 0 for value, source, target in sent)
-
-
-def test_messages_arrive_in_the_order_in_which_they_are_sent():
-    plan = step(mgrit(coarsening=2, forward_iterations=3, backward_iterations=3), 12, 3, 3)
-    parts = [RankPart.of(plan, r) for r in range(3)]
-    for a, b in permutations(range(3), 2):
-        own = [v for group in parts[a].groups for t in group for v in t.outputs]
-        sent = [v for v in own if b in parts[a].sends.get(v, ())]
-        assert sent == [value for value, source in chain(*parts[b].receives) if source == a]
 
 
 def broken(plan: Plan, **changes) -> Plan:
@@ -355,21 +348,24 @@ def test_predicted_time_of_dealt_layers():
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4, 5, 8])
-def test_an_interleaved_coarse_step_takes_log_of_the_ranks_messages(num_ranks):
-    """Every rank has the result: by recursive doubling, with one more message each way where the ranks are no power of
-    two."""
-    layers = 3 * num_ranks
-    owner = interleaved_owner(layers, num_ranks, (0, num_ranks, 2 * num_ranks, layers), (0, 0))
-    config = mgrit(coarsening=num_ranks, coarse_operator="aggregate", backward_iterations=0)
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_an_interleaved_coarse_step_is_one_all_reduce(num_ranks, iterations):
+    """Of the nested start one for each interval but the last; of a correction likewise, but for the first interval,
+    whose start is exact, and with the last relaxation's ends in the same sum."""
+    layers = 4 * num_ranks
+    points = range(0, layers + 1, num_ranks)
+    owner = interleaved_owner(layers, num_ranks, points, (0, 0))
+    config = mgrit(
+        coarsening=num_ranks, coarse_operator="aggregate", forward_iterations=iterations, backward_iterations=0
+    )
     plan = build_step(config, Anatomy.of_stack(owner), num_ranks, costs=UNIT)
+    assert len(plan.reductions) == 3 + 2 * (iterations - 1)
+    assert all(len(reduction.terms) == num_ranks for reduction in plan.reductions)
     free = Costs(step=0, graph_step=0, vjp=0, weights=0, final_vjp=0, latency=1.0)
     spans = simulate(plan, free).spans
-    coarse = {i: t for i, t in enumerate(plan.tasks) if t.kind == "combine"}
-    doublings = num_ranks.bit_length() - 1
-    assert {t.rank for t in coarse.values()} == set(range(2**doublings))
-    around = 2 * (2**doublings < num_ranks)
-    first = doublings + 1  # the entry state itself has to get around first
-    assert 2 * doublings <= max(spans[i][1] for i in coarse) <= first + 2 * (doublings + around)
+    sums = [spans[i][1] for i, t in enumerate(plan.tasks) if t.kind == "combine" and len(t.inputs) == 2]
+    depth = (num_ranks - 1).bit_length()
+    assert 3 * depth <= max(sums) <= 2 + (3 + 2 * (iterations - 1)) * (depth + 1)
 
 
 # ---- the builder

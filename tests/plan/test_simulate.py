@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan import schedules
 from hf_layerpar.plan.costs import APART, Costs
 from hf_layerpar.plan.ownership import contiguous_owner
+from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.planner import predict_step
 from hf_layerpar.plan.schedules import PRIORITIES
 from hf_layerpar.plan.simulate import simulate
@@ -20,7 +22,7 @@ from hf_layerpar.plan.step import Anatomy, Pass, build_step
 from hf_layerpar.plan.tasks import Plan
 from hf_layerpar.run.bare import BareStack
 from hf_layerpar.run.layers import Common
-from hf_layerpar.run.step import RankPart, Step
+from hf_layerpar.run.step import Step
 from tests.plan.shapes import exact_step, makespan, two_stacks
 from tests.problems import blocks, calls_of, state
 
@@ -160,7 +162,14 @@ class Others:
     def __init__(self, rank: int) -> None:
         self.rank = rank
 
+    def open(self, pairs, device): ...
+
+    def unbroken(self):
+        return nullcontext()
+
     def send(self, tensor, target): ...
+
+    def start_all_reduce(self, tensor): ...
 
     def receive(self, tensor, source):
         tensor.zero_()

@@ -194,22 +194,18 @@ def test_ranks_that_disagree_are_all_told():
 
 
 def questions():
-    """What is alike, and what happens to ranks with other questions."""
+    """What happens to ranks that state other facts."""
     transport = GroupTransport(dist.group.WORLD)
-    rank, device = transport.rank, torch.device("cpu")
-    found = [transport.same({"a": 1, "b": (2, 3)}, device), transport.same({"a": rank}, device)]
-    transport.agree({"a": 1}, device)
-    for ask in (transport.same, transport.agree):
-        try:
-            ask({"one" if rank else "other": 1}, device)
-        except RankMismatchError as error:
-            found.append(str(error).split(";")[0])
-    return found
+    transport.agree({"a": 1})
+    try:
+        transport.agree({"one" if transport.rank else "other": 1})
+    except RankMismatchError as error:
+        return str(error).split(";")[0]
 
 
 def test_questions_to_all_ranks():
     said = "the 2 lp ranks disagree on {'other': [1, None], 'one': [None, 1]} (by lp rank)"
-    assert run_ranks(questions, 2) == 2 * [[True, False, said, said]]
+    assert run_ranks(questions, 2) == [said, said]
 
 
 # ---- reports

@@ -12,11 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from hf_layerpar import convert_to_ode, parallelize
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
+from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, build_step
 from hf_layerpar.run.bare import BareStack
 from hf_layerpar.run.layers import Common
 from hf_layerpar.run.stackable import OneDevice
-from hf_layerpar.run.step import RankPart, Step
+from hf_layerpar.run.step import Step
 from hf_layerpar.run.transport import LocalTransport
 from tests import zoo
 from tests.problems import (

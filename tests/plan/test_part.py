@@ -1,6 +1,7 @@
 """A plan as one rank sees it: which final steps it evaluates as one, what it sends, receives and keeps."""
 
 from collections import Counter
+from itertools import chain
 from unittest.mock import patch
 
 import pytest
@@ -8,8 +9,9 @@ import pytest
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.plan import step
 from hf_layerpar.plan.ownership import interleaved_owner
+from hf_layerpar.plan.part import LOOK_AHEAD, Post, RankPart
 from hf_layerpar.plan.step import Anatomy, build_step
-from hf_layerpar.run.step import LOOK_AHEAD, RankPart
+from hf_layerpar.plan.tasks import Reduction
 from tests.problems import assert_same, blocks, gradients_of, state
 
 LAYERS = 12
@@ -96,39 +98,51 @@ PLANS = {
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_every_message_is_sent_and_received_in_one_order(name):
+def test_posts_have_one_order_on_all_ranks(name):
     plan = plan_of(**PLANS[name])
     parts = [RankPart.of(plan, rank) for rank in range(plan.num_ranks)]
-    for source in parts:
-        made = [value for group in source.groups for task in group for value in task.outputs]
-        for target in parts:
-            sent = [value for value in made if target.rank in source.sends.get(value, ())]
-            received = [value for ahead in target.receives for value, peer in ahead if peer == source.rank]
-            assert sent == received
-    assert sum(len(ahead) for part in parts for ahead in part.receives) == len(plan.messages) > 0
+    for part in parts:
+        expected = []
+        for entry in plan.traffic:
+            if isinstance(entry, Reduction):
+                expected.append(Post("reduce", entry.value))
+            elif entry.source == part.rank:
+                expected.append(Post("send", entry.value, entry.target))
+            elif entry.target == part.rank:
+                expected.append(Post("receive", entry.value, entry.source))
+        assert list(chain(*part.posts)) == expected
+    assert bool(plan.reductions) == (name == "interleaved")
+    assert len(plan.messages) > 0
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_receives_start_before_their_use_and_not_before_the_shape_is_known(name):
+def test_sends_are_posted_at_once_and_receives_before_their_use(name):
     plan = plan_of(**PLANS[name])
     for rank in range(plan.num_ranks):
         part = RankPart.of(plan, rank)
+        made = {v: i for i, group in enumerate(part.groups) for task in group for v in task.outputs}
         used = {v: i for i, group in reversed(list(enumerate(part.groups))) for task in group for v in task.inputs}
         entered = {
             (task.place, task.micro_batch): i
             for i, (task, *_) in enumerate(part.groups)
             if task.kind == "phase" and task.direction == "forward"
         }
-        queued: dict[int, int] = {}
-        for start, ahead in reversed(list(enumerate(part.receives))):
-            for value, source in reversed(ahead):
-                assert start <= used[value]
-                like = plan.values[value]
-                known = entered.get((like.place, like.micro_batch), -1)
-                if known < used[value]:  # what arrives behind it may wait for it
-                    assert start > known or queued.get(source, len(part.groups)) <= known
-                assert start >= used[value] - LOOK_AHEAD or queued.get(source, len(part.groups)) <= start
-                queued[source] = start
+        bound = len(part.groups)  # by what stands behind it in the queue
+        for place, posts in reversed(list(enumerate(part.posts))):
+            for post in reversed(posts):
+                if post.kind == "send":
+                    assert place == made[post.value] + 1
+                elif post.kind == "receive":
+                    like, use = plan.values[post.value], used[post.value]
+                    assert place <= use
+                    assert place >= use - LOOK_AHEAD or bound == place
+                    known = entered.get((like.place, like.micro_batch), -1)
+                    assert place > known or known >= use
+                else:
+                    assert place <= used.get(post.value, len(part.groups))
+                    own = [made[v] for r in plan.reductions if r.value == post.value for v in r.terms if v in made]
+                    assert all(place > i for i in own)
+                bound = place
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -153,5 +167,5 @@ def test_some_of_the_tasks_and_values_to_have_in_the_end():
     assert [task for (task,) in part.groups] == mine
     assert part.fetch == (end,)
     # nobody who works the whole plan sends it there
-    assert not any(part.receives)
+    assert not any(post.kind == "receive" for post in chain(*part.posts))
     assert all(not keys for keys in part.leaves_after)  # the layers stay, for the backward
