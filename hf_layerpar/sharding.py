@@ -137,7 +137,6 @@ class LayerParallel:
         for name, tensor in state.items():
             aliases.setdefault(id(tensor), []).append(name)
         self._tied = {name: [n for n in names if n != name] for names in aliases.values() for name in names}
-        device = next(model.parameters()).device
         transport.agree(
             {
                 "model": type(model).__name__,

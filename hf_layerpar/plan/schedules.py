@@ -156,10 +156,9 @@ RULES: tuple[Schedule, ...] = (
 blocks; the others keep more in flight, which hides slow messages."""
 
 
-WORTH = 0.85
-"""Weight gradients are taken apart for a step that a simulation finds shorter by so much. What they need has left the
-caches by then, which unit costs don't show: on two CPU cores steps that should have been a tenth shorter were longer
-(`recipes/benchmarks/speed.py`)."""
+WORTH = 0.95
+"""Weight gradients are taken apart for a step that a simulation finds shorter by so much: what they need has left the
+caches by then, and is held longer, which unit costs don't show."""
 
 
 def fastest(plan_of: PlanOf, shape: Shape, costs: Costs) -> Plan:

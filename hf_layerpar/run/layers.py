@@ -7,6 +7,7 @@ Shapes: B rows of the micro-batch, T tokens, D hidden; a state is `[B, T, D]`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -197,12 +198,17 @@ class Layers:
         """The weight gradients that the final vjp of this run left to do."""
         with torch.no_grad():
             for record in self._pending.pop(min(layers)):
-                sums: dict[nn.Parameter, Tensor] = {}  # a module may be called twice: added up as autograd does it
-                for pending in record.pending:
+                # a module may be called twice: added up as autograd does it, before they are added to `.grad`
+                calls = Counter(id(pending.module) for pending in record.pending)
+                sums: dict[nn.Parameter, Tensor] = {}
+                record.pending.reverse()
+                while record.pending:  # each is freed as soon as it is done
+                    pending = record.pending.pop()
+                    calls[id(pending.module)] -= 1
                     for param, grad in pending.gradients():
                         sums[param] = sums[param] + grad if param in sums else grad
-                for param, grad in sums.items():
-                    add_gradient(param, grad)
+                        if not calls[id(pending.module)]:
+                            add_gradient(param, sums.pop(param))
 
     def collect(self, layers: Sequence[int], so_far: Sequence[Tensor] | None) -> list[Tensor]:
         """The gradients of the sides: those of the layers behind, and of `layers` one after the other."""

@@ -124,7 +124,8 @@ class Step:
                     self._wave(group)
                 for task in group:
                     for value in task.outputs:
-                        self._terms |= dict.fromkeys(part.contributes.get(value, ()), self.values[value])
+                        for total in part.contributes.get(value, ()):
+                            self._terms[total] = self.values[value]
                 self._post(part.posts[i + 1])
                 for value in part.dead_after[i]:
                     if value not in keep:

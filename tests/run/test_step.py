@@ -392,13 +392,18 @@ class Holding(Block):
         return super().forward(Held.apply(x))
 
 
-@pytest.mark.parametrize("config", [EXACT, MGRIT], ids=["exact", "mgrit"])
+APART = dataclasses.replace(EXACT, schedule="zb_h1")
+
+
+@pytest.mark.parametrize("config", [EXACT, MGRIT, APART], ids=["exact", "mgrit", "weights apart"])
 def test_graphs_are_freed_with_the_last_backward_through_them(config):
     layers, x = nn.ModuleList(Holding(6, 0.25) for _ in range(6)).to(F64), state(batch=4)
     Held.tokens, Held.held = [], []
-    gradients_of(dataclasses.replace(config, micro_batches=4), layers, x)
+    solved = gradients_of(dataclasses.replace(config, micro_batches=4), layers, x)
     assert not any(token() is not None for token in Held.tokens)
     assert 1 < max(Held.held) <= (6 if config is EXACT else 4 * 6)
+    if config is APART:
+        assert any(t.kind == "weights" for t in solved.plan.tasks)
 
 
 def test_recomputation_keeps_no_graph():
