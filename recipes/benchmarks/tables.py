@@ -1,8 +1,8 @@
-"""Writes the README's benchmark tables from the JSON files, between its `<!-- table: name -->` marks.
+"""Writes the tables of this folder's README from the JSON files, between its `<!-- table: name -->` marks.
 
     python recipes/benchmarks/tables.py
 
-A figure in the README comes from a file that a command wrote; a test checks that this command would change nothing.
+A figure on the page comes from a file that a command wrote; a test checks that this command would change nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout runs without being installed
 
-from recipes.benchmarks.launch import RESULTS, ROOT
+from recipes.benchmarks.launch import RESULTS
 from recipes.benchmarks.systems import SYSTEMS
 
-README = ROOT / "README.md"
+README = Path(__file__).with_name("README.md")
 MARK = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -251,7 +251,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """The README with every marked table written anew. KeyError for a mark that names no table."""
+    """The page with every marked table written anew. KeyError for a mark that names no table."""
     return MARK.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 
