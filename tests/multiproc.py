@@ -30,13 +30,16 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
+def _serve(rank: int, world: int, port: int, pipe: Any, backend: str, device: str | None) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate sets it by the number of processes, and sums round differently
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ.setdefault("LOCAL_RANK", str(rank))
     os.environ |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "TOKENIZERS_PARALLELISM": "false"}
     if world > 1:
-        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        found = None if device is None else torch.device(device)
+        timeout = timedelta(seconds=60)
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout, device_id=found)
     while True:
         try:
             fn, args = pipe.recv()
@@ -52,11 +55,20 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
 class RankPool:
     """`world` ranks that live until `close`, or until one of them fails.
 
-    environment: variables that count when a library is imported; with them every rank starts from nothing.
+    environment: variables that count when a library is imported, "{rank}" in them the rank's number; with them every
+        rank starts from nothing.
+    backend, device: of the process group, and the device that it is bound to from the beginning.
     """
 
-    def __init__(self, world: int, environment: dict[str, str] | None = None) -> None:
-        self.world, self.environment = world, environment
+    def __init__(
+        self,
+        world: int,
+        environment: dict[str, str] | None = None,
+        *,
+        backend: str = "gloo",
+        device: str | None = None,
+    ) -> None:
+        self.world, self.environment, self.backend, self.device = world, environment, backend, device
         self._ranks: list[tuple[Any, Any]] = []  # (process, pipe)
 
     def run(self, fn: Callable[..., Any], *args: Any, timeout: float = 180.0) -> list[Any]:
@@ -112,8 +124,9 @@ class RankPool:
             context.set_forkserver_preload(_PRELOAD)
         for rank in range(self.world):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world, port, theirs))
-            with _variables(self.environment or {}):
+            arguments = (rank, self.world, port, theirs, self.backend, self.device)
+            process = context.Process(target=_serve, args=arguments)
+            with _variables({name: v.format(rank=rank) for name, v in (self.environment or {}).items()}):
                 process.start()
             theirs.close()
             self._ranks.append((process, mine))

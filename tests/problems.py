@@ -17,11 +17,11 @@ from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.plan.ownership import contiguous_owner
 from hf_layerpar.plan.step import Anatomy, Pass, build_step
 from hf_layerpar.plan.tasks import Direction, Plan
-from hf_layerpar.run.bare import BareStack
 from hf_layerpar.run.layers import Common, Layers
 from hf_layerpar.run.stackable import OneDevice
 from hf_layerpar.run.step import LayersOf, Outcome
 from hf_layerpar.run.transport import GroupTransport, LocalTransport, Transport
+from recipes.benchmarks.bare import BareStack
 
 F64 = torch.float64
 

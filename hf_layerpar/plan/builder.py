@@ -149,12 +149,14 @@ class PlanBuilder:
         micro_batches: int,
         *,
         trains: bool,
+        stacks: Sequence[int] | None = None,
         sides: dict[tuple[int, int], int] | None = None,
         split: Split | None = None,
     ) -> Plan:
         """The plan without the tasks that nothing needs.
 
-        sides: by (pass, micro-batch), what its forward steps are given beside the state. split: which final vjps leave
+        stacks: which stack each pass goes through, by default each another one. sides: by (pass, micro-batch), what its
+        forward steps are given beside the state. split: which final vjps leave
         their weight gradients to tasks of their own. No other rank waits for these, so they can fill the gaps between
         the others.
         """
@@ -198,6 +200,7 @@ class PlanBuilder:
             self.num_ranks,
             micro_batches,
             tuple(passes),
+            tuple(range(len(passes)) if stacks is None else stacks),
             tuple(tasks),
             values,
             dict(self.iterations),

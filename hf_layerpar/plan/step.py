@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.config import LayerParallelConfig, shown
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan import schedules
 from hf_layerpar.plan.builder import PlanBuilder, Split
 from hf_layerpar.plan.costs import APART, Costs
 from hf_layerpar.plan.cycle import Cycle
 from hf_layerpar.plan.grid import Grid
-from hf_layerpar.plan.operators import OPERATORS
+from hf_layerpar.plan.operators import OPERATORS, CoarseOperator
 from hf_layerpar.plan.schedules import SCHEDULES, Shape
 from hf_layerpar.plan.simulate import simulate
 from hf_layerpar.plan.tasks import Direction, Plan, Task, Value
@@ -33,11 +33,13 @@ from hf_layerpar.plan.waves import in_waves
 class Pass:
     """One run of a state through a stack. owner: the rank of every layer. buffers: open and close layers, which are
     always solved exactly. sides: layers are given something beside the state that depends on parameters or earlier
-    passes (encoder states, position biases)."""
+    passes (encoder states, position biases). stack: a number for the stack, None for one that no other pass goes
+    through."""
 
     owner: tuple[int, ...]
     buffers: tuple[int, int] = (0, 0)
     sides: bool = False
+    stack: int | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Anatomy:
 
 def check_config(config: LayerParallelConfig, num_ranks: int) -> None:
     """Raises ConfigurationError for names that aren't registered, and for stacked layers on several lp ranks."""
+    if not isinstance(config, LayerParallelConfig):
+        raise ConfigurationError(f"config={shown(config)} must be a LayerParallelConfig")
     if config.coarse_operator not in OPERATORS:
         raise ConfigurationError(
             f"coarse_operator={config.coarse_operator!r} is unknown; use one of {', '.join(OPERATORS)}, or add it to "
@@ -95,7 +99,6 @@ def interval_points(config: LayerParallelConfig, num_layers: int, buffers: tuple
     return [buffers[0] + p for p in inner_grid(config, num_layers, buffers).levels[1]]
 
 
-@lru_cache(maxsize=256)
 def build_step(
     config: LayerParallelConfig,
     anatomy: Anatomy,
@@ -114,7 +117,23 @@ def build_step(
     Raises ConfigurationError when the grid doesn't fit the stack, or for unknown names.
     """
     check_config(config, num_ranks)
-    writer = _Writer(config, anatomy, num_ranks, micro_batches, trains)
+    schedule, operator = SCHEDULES[config.schedule], OPERATORS[config.coarse_operator]
+    return _built(config, anatomy, num_ranks, micro_batches, trains, costs, kinds, schedule, operator)
+
+
+@lru_cache(maxsize=256)
+def _built(
+    config: LayerParallelConfig,
+    anatomy: Anatomy,
+    num_ranks: int,
+    micro_batches: int,
+    trains: bool,
+    costs: Costs | None,
+    kinds: tuple[tuple[int, ...], ...] | None,
+    schedule: Callable[..., Plan],
+    operator: CoarseOperator,
+) -> Plan:
+    writer = _Writer(config, operator, anatomy, num_ranks, micro_batches, trains)
     writer.write()
     if config.stacked and trains:
         plan = in_waves(writer.plan(None), kinds)
@@ -124,7 +143,7 @@ def build_step(
     else:
         blocks = max(Counter(r for p in anatomy.passes for r, _ in groupby(p.owner)).values())
         shape = Shape(num_ranks, micro_batches, blocks)
-        plan = SCHEDULES[config.schedule](writer.plan, shape, costs or APART)
+        plan = schedule(writer.plan, shape, costs or APART)
     if num_ranks > 1:
         plan = by_ending(plan, costs or APART)
     plan = plan if config.increment_penalty or config.stacked else fused(plan)
@@ -144,8 +163,15 @@ class _Writer:
     """Writes the tasks of all micro-batches, one after the other."""
 
     def __init__(
-        self, config: LayerParallelConfig, anatomy: Anatomy, num_ranks: int, micro_batches: int, trains: bool
+        self,
+        config: LayerParallelConfig,
+        operator: CoarseOperator,
+        anatomy: Anatomy,
+        num_ranks: int,
+        micro_batches: int,
+        trains: bool,
     ) -> None:
+        self.operator = operator
         self.config, self.anatomy, self.micro_batches, self.trains = config, anatomy, micro_batches, trains
         self.build = PlanBuilder(num_ranks, stacked=config.stacked and trains)
         self.inexact = trains and any(self._iterations(d) for d in ("forward", "backward"))
@@ -153,7 +179,10 @@ class _Writer:
 
     def plan(self, split: Split | None) -> Plan:
         passes = [len(p.owner) for p in self.anatomy.passes]
-        return self.build.build(passes, self.micro_batches, trains=self.trains, sides=self.sides, split=split)
+        stacks = [-1 - k if p.stack is None else p.stack for k, p in enumerate(self.anatomy.passes)]
+        return self.build.build(
+            passes, self.micro_batches, trains=self.trains, stacks=stacks, sides=self.sides, split=split
+        )
 
     def write(self) -> None:
         for m in range(self.micro_batches):
@@ -235,9 +264,8 @@ class _Writer:
         if not forward:
             head, body, tail, grid = tail[::-1], body[::-1], head[::-1], grid.reversed()
         x = self._chain(head, x)
-        operator = OPERATORS[self.config.coarse_operator]
         build.iterations[k, direction] = iterations
-        x = Cycle(build, body, grid, operator, self.config.relaxation, x).solve(iterations)
+        x = Cycle(build, body, grid, self.operator, self.config.relaxation, x).solve(iterations)
         return self._chain(tail, x)
 
     def _chain(self, layers: Sequence[int], x: int) -> int:

@@ -121,13 +121,14 @@ class Reduction:
 class Plan:
     """The tasks of one step.
 
-    passes: number of layers of every pass. iterations: by (pass, direction), relaxation sweeps whose residuals are
-    measured. trains: whether it goes backward too.
+    passes: number of layers of every pass. stacks: which stack each goes through. iterations: by (pass, direction),
+    relaxation sweeps whose residuals are measured. trains: whether it goes backward too.
     """
 
     num_ranks: int
     micro_batches: int
     passes: tuple[int, ...]
+    stacks: tuple[int, ...]
     tasks: tuple[Task, ...]
     values: dict[int, Value]
     iterations: dict[tuple[int, Direction], int] = field(default_factory=dict)
@@ -197,7 +198,7 @@ class Plan:
         if not (task.kind == "weights" or (task.final and task.direction == "backward")):
             return []
         halves = ["vjp"] * (task.kind == "step") + ["weights"] * (not self.is_split(task))
-        return [(half, task.rank, task.place, layer) for half in halves for layer in task.layers]
+        return [(half, task.rank, self.stacks[task.place], layer) for half in halves for layer in task.layers]
 
     def groups(self) -> Iterator[tuple[Task, ...]]:
         """The tasks in order, those of one wave together and every other alone."""
@@ -256,11 +257,12 @@ class Plan:
         finals = Counter((t.direction, t.place, n, t.micro_batch) for t in self.tasks if t.final for n in t.layers)
         assert not self.trains or set(finals) == expected, f"final steps are wrong: {set(finals) ^ expected}"
         assert set(finals.values()) <= {1}, "a layer has several final steps"
-        latest: dict[tuple, int] = {}
+        latest: dict[tuple, tuple[int, ...]] = {}
         for task in self.tasks:
             for key in self.sums(task):
-                order = task.micro_batch * task.piece[1] + task.piece[0]
-                assert latest.get(key, -1) < order, f"{task}: gradients out of the order of the micro-batches"
+                # a stack that is passed several times: the last pass first, as a serial backward comes by them
+                order = (task.micro_batch, task.piece[0], -task.place)
+                assert latest.get(key, (-1,)) < order, f"{task}: gradients out of the order of the micro-batches"
                 latest[key] = order
 
     def __str__(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from hf_layerpar.plan.costs import Costs
+from hf_layerpar.run.clock import seconds_of
 from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, autocast_of, kept_streams, sides_of
 from hf_layerpar.run.step import combine
 from hf_layerpar.run.transport import LocalTransport, Transport
@@ -88,9 +89,7 @@ def _layer_times(
     runs = [tuple(chosen)] if block else [(n,) for n in chosen]
 
     def timed(name: str, run: tuple[int, ...], work: Callable[[tuple[int, ...]], object]) -> None:
-        began = now(x.device)
-        work(run)
-        found.setdefault(name, []).append((now(x.device) - began) / len(run))
+        found.setdefault(name, []).append(seconds_of(lambda: work(run), x.device) / len(run))
 
     def measure() -> None:
         # first all forwards, then all backwards, then all weight gradients, as a step does it: by then what they need
@@ -146,12 +145,7 @@ def _small_times(x: Tensor) -> tuple[float, float, float]:
     """A term of a combination, a residual, and what a task takes beside its work."""
 
     def median(work: Callable[[], object], repeats: int = 8) -> float:
-        runs = []
-        for _ in range(repeats):
-            began = now(x.device)
-            work()
-            runs.append(now(x.device) - began)
-        return statistics.median(runs[1:])
+        return statistics.median([seconds_of(work, x.device) for _ in range(repeats)][1:])
 
     combination = median(lambda: combine((1.0, 1.0, -1.0), [x, x, x])) / 3
     residual = median(lambda: torch.linalg.vector_norm(x - x).square())
@@ -180,6 +174,7 @@ def _agreed(transport: Transport, prices: dict[str, float], x: Tensor) -> Costs:
     neighbours (ranks 0 and 1, 2 and 3, ...)."""
     peer = transport.rank ^ 1
     paired = peer < transport.size
+    transport.open([(rank, rank + 1) for rank in range(0, transport.size - 1, 2)], x.device)
     small, large, send = (0.0, 0.0, 0.0)
     if paired:
         small, _ = _ping(transport, peer, x.new_zeros(1))
@@ -202,8 +197,8 @@ def _agreed(transport: Transport, prices: dict[str, float], x: Tensor) -> Costs:
 def _ping(transport: Transport, peer: int, tensor: Tensor) -> tuple[float, float]:
     """Seconds that `tensor` travels to a neighbour, and processor seconds that a message takes on this rank."""
     buffer, trips, processor = torch.empty_like(tensor), [], 0.0
-    for ping in range(_PINGS + 3):  # the first ones warm up
-        began, worked = now(tensor.device), time.process_time()
+
+    def there_and_back() -> None:
         if transport.rank < peer:
             sent = transport.send(tensor, peer)
             transport.wait(transport.receive(buffer, peer))
@@ -211,13 +206,11 @@ def _ping(transport: Transport, peer: int, tensor: Tensor) -> tuple[float, float
             transport.wait(transport.receive(buffer, peer))
             sent = transport.send(tensor, peer)
         transport.wait(sent)
+
+    for ping in range(_PINGS + 3):  # the first ones warm up
+        worked = time.process_time()
+        seconds = seconds_of(there_and_back, tensor.device)
         if ping >= 3:
-            trips.append(now(tensor.device) - began)
+            trips.append(seconds)
             processor += time.process_time() - worked
     return statistics.median(trips) / 2, processor / (2 * _PINGS)
-
-
-def now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
-    return time.perf_counter()

@@ -22,7 +22,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_layerpar.run.wide import wide_dtype
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to sum in: float32 for 16-bit states, whose differences are small, else the state's own."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 class Increments:

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.plan.tasks import Plan
 from hf_layerpar.run.layers import Layers
-from hf_layerpar.run.stacked import StackedLayers, Wave
+from hf_layerpar.run.stacked import StackedLayers, Wave, Weights
 from hf_layerpar.run.step import LayersOf
 
 Numbers = frozenset[tuple[str, str]]
@@ -83,6 +83,7 @@ class OneDevice:
 
     def __init__(self) -> None:
         self._verdicts: dict[tuple, tuple[tuple[tuple[int, ...], ...], str | None]] = {}  # kinds, or why not
+        self._weights: dict[Wave, Weights] = {}
 
     def plan(
         self, config: LayerParallelConfig, build: Callable[..., Plan], passes: Sequence[Layers]
@@ -95,7 +96,7 @@ class OneDevice:
         if key not in self._verdicts:
             found = [Kinds(layers) for layers in passes]
             kinds = tuple(tuple(k.kinds) for k in found)
-            make = _maker(build(config, kinds=kinds), kinds)
+            make = _maker(build(config, kinds=kinds), kinds, self._weights)
             reason = None
             for k, layers in enumerate(passes):
                 trial: Any = make(layers.entry, layers.common, k, 0, None)
@@ -108,21 +109,18 @@ class OneDevice:
         if reason is not None:
             return None
         plan = build(config, kinds=kinds)
-        return plan, _maker(plan, kinds)
+        return plan, _maker(plan, kinds, self._weights)
 
 
-def _maker(plan: Plan, kinds: Sequence[Sequence[int]]) -> LayersOf:
+def _maker(plan: Plan, kinds: Sequence[Sequence[int]], weights: dict[Wave, Weights]) -> LayersOf:
     kept: dict[int, set[Wave]] = {k: set() for k in range(len(kinds))}
     for group in plan.groups():
         first = group[0]
         if first.kind == "step" and first.final and first.direction == "backward":
             kept[first.place].add(tuple(n for task in group for n in task.layers))
-    weights: dict[int, dict] = {k: {} for k in kept}  # of this step
 
     def make(entry: Any, common: Any, place: int, micro_batch: int, increments: Any) -> Layers:
-        return StackedLayers(
-            entry, common, place, micro_batch, kinds=kinds[place], kept=kept[place], weights=weights[place]
-        )
+        return StackedLayers(entry, common, place, micro_batch, kinds=kinds[place], kept=kept[place], weights=weights)
 
     return make
 
@@ -215,7 +213,9 @@ def _difference(a: nn.Module, b: nn.Module, numbers: set[tuple[str, str]]) -> st
             if key.endswith("_hooks") and isinstance(mine[key], dict):
                 same = _same(list(mine[key].values()), list(its[key].values()))
             else:
-                same = _same(mine[key], its[key]) or (key == "forward" and _is_put_there(mine[key], its[key]))
+                same = _same(mine[key], its[key]) or (
+                    key in ("forward", "_call_impl") and _is_put_there(mine[key], its[key])
+                )
             if not same:
                 if type(mine[key]) is int and type(its[key]) is int:
                     numbers.add((path, key))

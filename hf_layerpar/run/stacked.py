@@ -5,6 +5,7 @@ Shapes: K layers in a wave, B batch, T tokens, D hidden; a state is `[B, T, D]`,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -28,9 +29,9 @@ class StackedLayers(Layers):
         The last relaxation keeps the graph of a wave that is among them, and the final vjp is a backward through it
         and nothing else. A graph can't be taken apart, so vjps of other sets of layers (the adjoint's coarse sweep)
         evaluate their layers again, together, from the states of the last relaxation.
-    weights: stacked copies by kind, which the micro-batches of a step share.
+    weights: of alike layers, stacked, by the layers' `id`s; kept from step to step.
 
-    Weights are copied once a step into one tensor for each kind, of which evenly spaced layers are a view.
+    The weights of evenly spaced layers are a view of the stack.
     """
 
     def __init__(
@@ -42,11 +43,12 @@ class StackedLayers(Layers):
         *,
         kinds: Sequence[int],
         kept: Set[Wave],
-        weights: dict[int, _Weights],
+        weights: dict[Wave, Weights],
     ) -> None:
         super().__init__(entry, common, place, micro_batch)
         self.kinds, self.kept = tuple(kinds), kept
         self._weights = weights
+        self._ready: dict[int, Weights] = {}  # by kind
         self._graphs: dict[Wave, _Graph] = {}
 
     def forward_wave(self, layers: Wave, states: Sequence[Tensor], final: bool) -> list[Tensor]:
@@ -107,12 +109,17 @@ class StackedLayers(Layers):
         entry = self._tape[layer]
         return entry if isinstance(entry, Tensor) else entry[0].x
 
-    def _weights_of(self, layers: Wave) -> _Weights:
+    def _weights_of(self, layers: Wave) -> Weights:
         kind = self.kinds[layers[0]]
-        if kind not in self._weights:
-            members = [n for n, k in enumerate(self.kinds) if k == kind]
-            self._weights[kind] = _Weights({n: self.calls[n].layer for n in members})
-        return self._weights[kind]
+        if kind not in self._ready:
+            members = {n: self.calls[n].layer for n, k in enumerate(self.kinds) if k == kind}
+            key = tuple(map(id, members.values()))
+            found = self._weights.get(key)
+            if found is None or not found.hold():
+                found = self._weights[key] = Weights(members)
+            found.refresh()
+            self._ready[kind] = found
+        return self._ready[kind]
 
     def _wave_with_graph(self, layers: Wave, states: Sequence[Tensor], *, with_weights: bool) -> _Graph:
         """The wave's evaluation with a graph from its states, and from its weights if these gradients are wanted."""
@@ -152,15 +159,44 @@ class _Graph:
     y: Tensor
 
 
-class _Weights:
-    """The parameters and buffers of layers of one kind, by name, each stacked along a new dimension 0."""
+class Weights:
+    """The parameters and buffers of layers of one kind, by name, each stacked along a new dimension 0.
+
+    The parameters become views of their stacks: what an optimizer does to one is done to the other, and no step copies
+    them. They stay ordinary parameters, each contiguous, so checkpoints are what they were. What layers share, and
+    buffers, are copied by `refresh`.
+    """
 
     def __init__(self, layers: dict[int, nn.Module]) -> None:
+        self.layers = layers
         self.params = {n: {_PREFIX + k: p for k, p in layer.named_parameters()} for n, layer in layers.items()}
-        tensors = [self.params[n] | {_PREFIX + k: b for k, b in m.named_buffers()} for n, m in layers.items()]
+        self._tensors = [self.params[n] | {_PREFIX + k: b for k, b in m.named_buffers()} for n, m in layers.items()]
         self._place = {n: i for i, n in enumerate(layers)}
-        with torch.no_grad():
-            self._stacked = {name: torch.stack([t[name] for t in tensors]) for name in tensors[0]}
+        uses = Counter(id(t) for tensors in self._tensors for t in tensors.values())
+        self._stacked: dict[str, Tensor] = {}
+        self._copied: list[str] = []
+        for name in self._tensors[0]:
+            members = [tensors[name] for tensors in self._tensors]
+            self._stacked[name] = torch.stack([m.detach() for m in members])
+            if all(type(m) is nn.Parameter and uses[id(m)] == 1 and m.is_contiguous() for m in members):
+                for member, part in zip(members, self._stacked[name], strict=True):
+                    member.data = part
+            else:
+                self._copied.append(name)
+
+    def hold(self) -> bool:
+        """Whether the parameters still lie in the stacks: a model that was moved or cast has others."""
+        return all(
+            tensors[name].data_ptr() == part.data_ptr() and tensors[name].dtype == part.dtype
+            for name, stack in self._stacked.items()
+            if name not in self._copied
+            for tensors, part in zip(self._tensors, stack, strict=True)
+        )
+
+    def refresh(self) -> None:
+        """Copies again what isn't a view; once a step."""
+        for name in self._copied:
+            self._stacked[name] = torch.stack([tensors[name].detach() for tensors in self._tensors])
 
     def select(self, layers: Wave) -> dict[str, Tensor]:
         places = [self._place[n] for n in layers]

@@ -9,7 +9,6 @@ Shapes: a state is `[B, T, D]`, B the rows of a micro-batch or of a piece of one
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from hf_layerpar.plan.part import Post, RankPart
 from hf_layerpar.plan.tasks import Direction, Pieces, Plan, Task, Value
-from hf_layerpar.run.increments import Increments
+from hf_layerpar.run.clock import Clock
+from hf_layerpar.run.increments import Increments, wide_dtype
 from hf_layerpar.run.layers import Common, Entry, Layers, mix, seed_device
 from hf_layerpar.run.transport import Transport
-from hf_layerpar.run.wide import wide_dtype
 
 
 class Phases(Protocol):
@@ -47,14 +46,14 @@ class Outcome:
 
     losses: of the (micro-batch, piece)s whose tails ran here. residuals: by (pass, direction), sums of squares of each
     iteration over this rank's intervals, `[iterations]` in float32 or wider. penalty: that of this rank's layers.
-    seconds, waited: wall time, and the part of it spent waiting for messages.
+    working, waiting: the time that it took, and the part of it spent waiting for messages.
     """
 
+    working: Clock
+    waiting: Clock
     losses: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     residuals: dict[tuple[int, Direction], Tensor] = field(default_factory=dict)
     penalties: dict[int, Tensor] = field(default_factory=dict)
-    seconds: float = 0.0
-    waited: float = 0.0
 
 
 LayersOf = Callable[[Entry, Common, int, int, Increments | None], Layers]
@@ -82,7 +81,7 @@ class Step:
     ) -> None:
         self.part, self.phases, self.transport, self.common = part, phases, transport, common
         self.device, self.scale, self.make_layers = device, scale, make_layers
-        self.outcome = Outcome()
+        self.outcome = Outcome(Clock(device), Clock(device))
         passes = range(len(part.plan.passes))
         self.increments = {k: None if penalty is None else penalty(k) for k in passes}
         self.values: dict[int, Any] = {}
@@ -110,8 +109,7 @@ class Step:
 
     def work(self, part: RankPart, keep: Set[int] = frozenset()) -> None:
         """Works the tasks of `part`. keep: values to leave in `values`."""
-        began = time.perf_counter()
-        with self.transport.unbroken():
+        with self.outcome.working.timed(), self.transport.unbroken():
             self._post(part.posts[0])
             for i, group in enumerate(part.groups):
                 for task in group:
@@ -135,7 +133,6 @@ class Step:
             for value in part.fetch:
                 if value not in self.values:
                     self._await(value)
-        self.outcome.seconds += time.perf_counter() - began
 
     def _work_one(self, task: Task, plan: Plan) -> None:
         made = self._do(task, [self.values[v] for v in task.inputs], plan)
@@ -287,10 +284,9 @@ class Step:
 
     def _await(self, value: int) -> None:
         handles, buffer = self._arriving.pop(value)
-        began = time.perf_counter()
-        for handle in handles:
-            self.transport.wait(handle)
-        self.outcome.waited += time.perf_counter() - began
+        with self.outcome.waiting.timed():
+            for handle in handles:
+                self.transport.wait(handle)
         self.values[value] = buffer
 
     def _like(self, value: Value) -> Any:

@@ -31,11 +31,11 @@ from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, build_step
 from hf_layerpar.plan.tasks import Plan
-from hf_layerpar.run.bare import BareStack
 from hf_layerpar.run.layers import Common, Layers
 from hf_layerpar.run.stackable import OneDevice
 from hf_layerpar.run.transport import LocalTransport
 from recipes.benchmarks.alternate import measure
+from recipes.benchmarks.bare import BareStack
 from recipes.benchmarks.launch import RESULTS
 from recipes.benchmarks.sides import (
     OPERATORS,

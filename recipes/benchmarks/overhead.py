@@ -29,9 +29,9 @@ from torch import Tensor
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.plan.part import RankPart
-from hf_layerpar.run.bare import BareStack
 from hf_layerpar.run.layers import Layers
 from hf_layerpar.run.transport import Transport
+from recipes.benchmarks.bare import BareStack
 from recipes.benchmarks.launch import RESULTS, launch
 from recipes.benchmarks.sides import (
     Call,

@@ -14,7 +14,8 @@ from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.ode.phases import ModelPhases
 from hf_layerpar.ode.rehearsal import cut_rows, rehearse
 from hf_layerpar.plan.costs import Costs
-from hf_layerpar.run.calibrate import calibrate, now
+from hf_layerpar.run.calibrate import calibrate
+from hf_layerpar.run.clock import seconds_of
 from hf_layerpar.run.layers import Entry, LayerCall, kept_streams
 from hf_layerpar.run.transport import GroupTransport, LocalTransport
 from hf_layerpar.sharding import parallelize
@@ -65,9 +66,7 @@ def model_prices(model: Any, batch: dict[str, Tensor], *, parts: int = 8, second
     entry, small = (p.enter(0, 0, [], real=False) for p in (whole, piece))
 
     def timed(work: Callable[[], object]) -> float:
-        began = now(device)
-        work()
-        return now(device) - began
+        return seconds_of(work, device)
 
     def ends_times() -> tuple[float, float, float, float]:
         times: dict[str, list[float]] = {"front": [], "front_backward": [], "tail": [], "arguments": []}

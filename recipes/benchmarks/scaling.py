@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from matplotlib.figure import Figure
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.ownership import INTERLEAVED, V, contiguous_owner, interleaved_owner, two_blocks_owner
-from hf_layerpar.plan.planner import gpipe, one_forward_one_backward, predict_step
+from hf_layerpar.plan.planner import predict_step
 from hf_layerpar.plan.simulate import Timeline
 from hf_layerpar.report.timeline import draw
 from recipes.benchmarks.launch import RESULTS
@@ -37,6 +38,26 @@ OPERATORS = ("rediscretize", "identity", "aggregate")
 ITERATIONS = ((1, 1), (2, 1))
 GPIPE, ONE_F_ONE_B, PIPELINE = "GPipe", "1F1B", "pipeline"  # the first two by their formulas, ours as planned
 PIPELINES = (GPIPE, ONE_F_ONE_B, PIPELINE)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A textbook schedule: its time for one step, and the kept graphs of its fullest rank in those of a whole batch."""
+
+    time: float
+    graphs: float
+
+
+def gpipe(num_layers: int, num_ranks: int, micro_batches: int) -> Reference:
+    """All forwards, then all backwards (arXiv 1811.06965): (M + P - 1)/M of the ideal 3N/P, in layer forwards."""
+    ideal = 3 * num_layers / num_ranks
+    return Reference((micro_batches + num_ranks - 1) / micro_batches * ideal, num_layers / num_ranks)
+
+
+def one_forward_one_backward(num_layers: int, num_ranks: int, micro_batches: int) -> Reference:
+    """1F1B (arXiv 1806.03377): GPipe's bubble, with at most P micro-batches in flight on the first rank."""
+    same = gpipe(num_layers, num_ranks, micro_batches)
+    return Reference(same.time, same.graphs * min(num_ranks, micro_batches) / micro_batches)
 
 
 def mgrit(operator: str, coarsening: int, iterations: tuple[int, int], micro_batches: int) -> LayerParallelConfig:

@@ -27,8 +27,8 @@ from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.planner import Split, plan_step
 from hf_layerpar.plan.simulate import simulate
 from hf_layerpar.plan.step import interval_points
-from hf_layerpar.run.bare import BareStack
 from hf_layerpar.run.transport import GroupTransport, LocalTransport, Transport
+from recipes.benchmarks.bare import BareStack
 from recipes.benchmarks.prediction import Prices, measured_prices
 from recipes.benchmarks.stack import BATCH, make_stack, make_state
 from recipes.benchmarks.torch_pipelines import pipelining, variants

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import random
+import resource
+import subprocess
+import sys
+from itertools import pairwise
+
 import pytest
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.plan import planner
 from hf_layerpar.plan.costs import Costs
-from hf_layerpar.plan.ownership import contiguous_owner, interleaved_owner, two_blocks_owner
-from hf_layerpar.plan.planner import gpipe, one_forward_one_backward, plan_step, predict_step
+from hf_layerpar.plan.ownership import balanced_split, contiguous_owner, interleaved_owner, two_blocks_owner
+from hf_layerpar.plan.planner import check_size, plan_step, predict_step
 from hf_layerpar.plan.simulate import simulate
 from hf_layerpar.plan.step import Anatomy, build_step, inner_grid
 
@@ -107,10 +114,60 @@ def test_one_rank_stays_serial():
     assert best.time == pytest.approx(24 + 5 * 0.01)
 
 
-def test_textbook_pipelines():
-    assert gpipe(32, 4, 1).time == 96.0
-    assert gpipe(32, 4, 4).time == pytest.approx(7 / 4 * 24)
-    assert one_forward_one_backward(32, 4, 16).time == gpipe(32, 4, 16).time
-    assert gpipe(32, 4, 16).graphs == 8.0
-    assert one_forward_one_backward(32, 4, 16).graphs == 2.0
-    assert one_forward_one_backward(32, 4, 2).graphs == 8.0
+def test_owners_are_those_of_a_plain_search():
+    """The same cuts and blocks as by looking at all of them, ties included."""
+    rng = random.Random(3)
+    for _ in range(300):
+        layers, ranks = rng.randint(1, 40), rng.randint(1, 8)
+        ranks = min(ranks, layers)
+        counts, extra = [1] * ranks, [rng.choice([0.0, 1.5, 3.0]) for _ in "ab"]
+        ends = [extra[0] * (r == 0) + extra[1] * (r == ranks - 1) for r in range(ranks)]
+        for _ in range(layers - ranks):
+            counts[min(range(ranks), key=lambda r: (counts[r] * 1.5 + ends[r], r))] += 1
+        assert balanced_split(layers, ranks, 1.5, *extra) == tuple(counts)
+        points = sorted(rng.sample(range(layers + 1), rng.randint(0, layers + 1)))
+        places = sorted(set(points) - {0, layers})
+        places = places if len(places) >= ranks - 1 else list(range(1, layers))
+        cuts = [0]
+        for rank in range(1, ranks):
+            after = [p for p in places if p > cuts[-1]]
+            after = after[: len(after) - (ranks - 1 - rank)]
+            cuts.append(min(after, key=lambda p: (abs(p - rank * layers / ranks), -p)))
+        owner = [rank for rank, (a, b) in enumerate(pairwise([*cuts, layers])) for _ in range(b - a)]
+        assert contiguous_owner(layers, ranks, boundaries=points) == tuple(owner)
+
+
+@pytest.mark.parametrize(("layers", "ranks", "pieces"), [(40, 8, (1, 2)), (60, 2, (1,))])
+def test_a_search_that_is_too_long_ranks_by_smaller_stacks(layers, ranks, pieces, monkeypatch):
+    whole = plan_step(layers, ranks, accuracy="good", buffers=(1, 1), micro_batches=pieces)
+    monkeypatch.setattr(planner, "MOST_SEARCH", 0.01)
+    monkeypatch.setattr(planner, "_SAMPLED", 10)
+    notes: list[str] = []
+    monkeypatch.setattr(planner, "_PREDICTED", 0.06)
+    few = plan_step(layers, ranks, accuracy="good", buffers=(1, 1), micro_batches=pieces, note=notes.append)
+    assert len(notes) == 1
+    assert f"predicted in full, for {layers} layers on {ranks}" in notes[0]
+    assert 0 < len(few) < len(whole)
+    assert few[0] in whole[:3]
+    assert few[0].time <= 1.05 * whole[0].time
+    monkeypatch.setattr(planner, "_SAMPLED", 0.01)
+    with pytest.raises(ConfigurationError, match="is too long; try fewer micro-batches"):
+        plan_step(layers, ranks, accuracy="good", micro_batches=(1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--strategy", "mgrit"], ["--choose", "high"]], ids=str)
+def test_ten_thousand_layers_on_1024_ranks_in_30_seconds(more):
+    command = [sys.executable, "-m", "hf_layerpar.cli", "plan", "--layers", "10000", "--ranks", "1024", *more]
+    began = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    assert sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - began < 30
+
+
+def test_shapes_that_do_not_fit_and_plans_that_take_minutes_are_refused():
+    with pytest.raises(ConfigurationError, match=r"buffers=\(4, 4\) leave none of 8 layers between them"):
+        plan_step(8, 2, buffers=(4, 4))
+    check_size(LayerParallelConfig(micro_batches=32), 10_000, 1024)
+    check_size(LayerParallelConfig(strategy="mgrit"), 10_000, 1024)
+    with pytest.raises(ConfigurationError, match="take about 60 s to plan, and the limit is 30 s; use less of one"):
+        check_size(LayerParallelConfig(strategy="mgrit"), 100_000, 8)

@@ -13,11 +13,11 @@ from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.order import Rule, in_order
-from hf_layerpar.plan.planner import gpipe, one_forward_one_backward
 from hf_layerpar.plan.schedules import SCHEDULES, WORTH, Schedule, forward_first
 from hf_layerpar.plan.simulate import simulate
 from hf_layerpar.plan.step import Anatomy, Pass, build_step
 from hf_layerpar.plan.tasks import Plan, Task
+from recipes.benchmarks.scaling import gpipe, one_forward_one_backward
 from tests.plan.interpreter import DIM, F64, Run, Toy, reference
 from tests.plan.shapes import (
     UNIT,
@@ -319,7 +319,7 @@ def written(owner: tuple[int, ...], num_ranks: int, micro_batches: int, split: b
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SCHEDULES, "as it comes", keep)
         config = LayerParallelConfig(schedule="as it comes")
-        build_step.__wrapped__(config, Anatomy.of_stack(owner), num_ranks, micro_batches)
+        build_step(config, Anatomy.of_stack(owner), num_ranks, micro_batches)
     return got[0]
 
 
@@ -379,7 +379,7 @@ def test_a_schedule_of_your_own(own, monkeypatch):
     owner = owner_for("own", 8, 2)
     assert owner == ((0, 0, 1, 1, 1, 1, 0, 0) if isinstance(own, Schedule) else (0, 0, 0, 0, 1, 1, 1, 1))
     anatomy = Anatomy((Pass(owner, sides=True),), (0, owner[-1]), ((), (0,)))
-    plan = build_step.__wrapped__(LayerParallelConfig(schedule="own"), anatomy, 2, 4)
+    plan = build_step(LayerParallelConfig(schedule="own"), anatomy, 2, 4)
     model, batch = Toy(anatomy), torch.randn(8, 3, DIM, dtype=F64, generator=torch.Generator().manual_seed(0))
     gradients = Run(plan, model, batch).gradients
     expected = reference(model, batch)

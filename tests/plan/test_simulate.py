@@ -11,7 +11,7 @@ import torch
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.plan import schedules
+from hf_layerpar.plan import schedules, step
 from hf_layerpar.plan.costs import APART, Costs
 from hf_layerpar.plan.ownership import contiguous_owner
 from hf_layerpar.plan.part import RankPart
@@ -20,9 +20,9 @@ from hf_layerpar.plan.schedules import PRIORITIES
 from hf_layerpar.plan.simulate import simulate
 from hf_layerpar.plan.step import Anatomy, Pass, build_step
 from hf_layerpar.plan.tasks import Plan
-from hf_layerpar.run.bare import BareStack
 from hf_layerpar.run.layers import Common
 from hf_layerpar.run.step import Step
+from recipes.benchmarks.bare import BareStack
 from tests.plan.shapes import exact_step, makespan, two_stacks
 from tests.problems import blocks, calls_of, state
 
@@ -251,13 +251,15 @@ def test_several_priority_rules_shorten_the_schedule(settings, dealt, gain, monk
 
     def time(*rules) -> float:
         monkeypatch.setattr(schedules, "PRIORITIES", rules)
-        plan = build_step.__wrapped__(config, Anatomy.of_stack(owner), 16, 8, costs=APART)
+        step._built.cache_clear()
+        plan = build_step(config, Anatomy.of_stack(owner), 16, 8, costs=APART)
         plan.validate()
         return makespan(plan, APART)
 
     best = time(*PRIORITIES)
     assert best <= (1 - gain) * time(schedules.earliest_micro_batch)
     assert all(best <= time(rule) + 1e-9 for rule in PRIORITIES)
+    step._built.cache_clear()
 
 
 @pytest.mark.parametrize(

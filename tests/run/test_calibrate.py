@@ -18,8 +18,10 @@ class Clock:
 
     seconds = 0.0
 
-    def __call__(self, device):
-        return self.seconds
+    def __call__(self, work, device):
+        before = self.seconds
+        work()
+        return self.seconds - before
 
 
 class Ticking(torch.autograd.Function):
@@ -51,7 +53,7 @@ class Timed(nn.Module):
 @pytest.mark.parametrize(("seconds", "per_row", "fixed_share"), [(4.0, 0.0, 1.0), (0.0, 1.0, 0.0), (3.0, 0.25, 0.75)])
 def test_known_times(monkeypatch, seconds, per_row, fixed_share):
     clock, x = Clock(), state(batch=4)
-    monkeypatch.setattr("hf_layerpar.run.calibrate.now", clock)
+    monkeypatch.setattr("hf_layerpar.run.calibrate.seconds_of", clock)
     calls = [Call(Timed(clock, seconds, per_row)) for _ in range(3)]
     costs = calibrate(calls, x, part=(calls, x[:1]), seconds=0.01)
     assert costs == dataclasses.replace(

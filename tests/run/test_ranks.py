@@ -13,8 +13,8 @@ from hf_layerpar import LayerParallelConfig, convert_to_ode, layer_parallel, par
 from hf_layerpar.errors import RankMismatchError
 from hf_layerpar.plan.ownership import contiguous_owner, interleaved_owner, two_blocks_owner
 from hf_layerpar.plan.step import Anatomy, build_step
-from hf_layerpar.run.bare import BareStack
 from hf_layerpar.run.transport import GroupTransport
+from recipes.benchmarks.bare import BareStack
 from tests import zoo
 from tests.multiproc import outcomes_of_ranks, run_ranks
 from tests.problems import blocks, calls_of, gradients_of, loss_of, relative, serial_results, state, world
@@ -165,6 +165,15 @@ def mismatches():
     attempt("rows", lambda: handle.train_step(shorter))
     attempt("seed", lambda: handle.train_step(batch))
     attempt("loss scale", lambda: handle.train_step(batch, scale=1.0 + rank))
+    attempt("other rows", lambda: handle.train_step({n: t.roll(rank, 0) for n, t in batch.items()}))
+    attempt("rows of a call", lambda: model(**{n: t.roll(rank, 0) for n, t in batch.items()}))
+    embedded = {"labels": batch["labels"], "inputs_embeds": torch.randn(4, 12, 32)}
+    other = embedded | {"inputs_embeds": embedded["inputs_embeds"].roll(rank, 0)}
+    attempt("other floats", lambda: handle.train_step(other))
+    last = embedded | {"inputs_embeds": embedded["inputs_embeds"] * (1 + 1e-6 * rank)}
+    attempt("floats with other last bits", lambda: handle.train_step(last))
+    failing = (lambda part: 1 / 0) if rank == 1 else (lambda part: model(**part).loss)
+    attempt("a loss that fails on one", lambda: handle.train_step(batch, failing))
     more = {"position_ids": torch.arange(12).expand(4, 12)} if rank else {}
     attempt("inputs", lambda: handle.train_step(batch | more))
     with handle.using(LayerParallelConfig(micro_batches=2 + rank)):
@@ -176,11 +185,15 @@ def mismatches():
 
 def test_ranks_that_disagree_are_all_told():
     expected = {
-        "rows": "'batch': [[((4, 12), 'torch.int64')",
+        "rows": "\"batch['input_ids']\": ['[4, 12] torch.int64', '[3, 12] torch.int64'",
         "seed": "'seed': [",
-        "loss scale": "'loss scale': [",
-        "inputs": "'batch': [",
-        "settings": "'settings': [",
+        "loss scale": "'loss scale[0]': [1.0, 2.0",
+        "other rows": "\"contents of batch['input_ids']\": [",
+        "rows of a call": "\"contents of batch[1]['input_ids']\": [",
+        "other floats": "\"contents of batch['inputs_embeds']\": [",
+        "a loss that fails on one": "ZeroDivisionError: division by zero",
+        "inputs": "\"batch['position_ids']\": [None, '[4, 12] torch.int64'",
+        "settings": "'settings.micro_batches': [2, 3",
         "call": "'a call of': [None, 'GPT2LMHeadModel'",
     }
     for num_ranks in (2, 3):
@@ -204,7 +217,7 @@ def questions():
 
 
 def test_questions_to_all_ranks():
-    said = "the 2 lp ranks disagree on {'other': [1, None], 'one': [None, 1]} (by lp rank)"
+    said = "the 2 lp ranks disagree on {'other': [1, None], 'one': [None, 1]} (by rank)"
     assert run_ranks(questions, 2) == [said, said]
 
 

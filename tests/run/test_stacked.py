@@ -4,10 +4,12 @@ import copy
 import dataclasses
 import warnings
 from typing import ClassVar
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from hf_layerpar import convert_to_ode, parallelize
 from hf_layerpar.config import LayerParallelConfig
@@ -136,6 +138,36 @@ def test_micro_batches_of_a_model():
         found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     norm = sum(float(g.norm()) ** 2 for g in found[0].values()) ** 0.5
     assert max(float((found[1][n] - g).norm()) for n, g in found[0].items()) < 1e-10 * norm
+
+
+def test_weights_in_stacks_train_and_save(tmp_path):
+    """They are laid into stacks once; an optimizer, a cast and a checkpoint notice nothing."""
+    losses, weights = [], []
+    for stacked in (False, True):
+        model, inputs = build("gpt2", layers=6)
+        model = convert_to_ode(model.double().eval())
+        handle = parallelize(model, mgrit(coarse_operator="aggregate", coarsening=2, stacked=stacked))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses.append([])
+        for _ in range(4):
+            losses[-1].append(float(handle.train_step(inputs)))
+            optimizer.step()
+            optimizer.zero_grad()
+        weights.append(model.state_dict())
+        if stacked:
+            with patch.object(torch, "stack", side_effect=torch.stack) as stack:
+                handle.train_step(inputs)
+            parameters = {tuple(p.shape) for p in model.transformer.h[0].parameters()}
+            assert not parameters & {tuple(call.args[0][0].shape) for call in stack.call_args_list}
+            model.zero_grad()
+            model.save_pretrained(tmp_path)
+            again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+            assert_same(again.state_dict(), model.state_dict())
+            model.float()
+            handle.train_step(inputs)
+            assert handle.report().stacked
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    assert max(relative(weights[1][name], t) for name, t in weights[0].items()) < 1e-6
 
 
 def test_side_arguments_shared_and_of_their_own():

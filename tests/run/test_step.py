@@ -14,11 +14,11 @@ from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, build_step
-from hf_layerpar.run.bare import BareStack
 from hf_layerpar.run.layers import Common
 from hf_layerpar.run.stackable import OneDevice
 from hf_layerpar.run.step import Step
 from hf_layerpar.run.transport import LocalTransport
+from recipes.benchmarks.bare import BareStack
 from tests import zoo
 from tests.problems import (
     F64,
