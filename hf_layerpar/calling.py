@@ -11,16 +11,18 @@ Shapes: a state is `[B, T, D]`.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode.phases import ModelPhases, Reached, autocast_of
 from hf_layerpar.ode.rehearsal import (
     Player,
@@ -30,9 +32,10 @@ from hf_layerpar.ode.rehearsal import (
     cut_rows,
     recount,
     rehearse,
+    rehearse_parts,
     signature_of,
 )
-from hf_layerpar.ode.stack import ModelForward, RecordedCall
+from hf_layerpar.ode.stack import ModelForward, NeedsSerialError, RecordedCall
 from hf_layerpar.plan.ladder import exact_settings
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, build_step
@@ -40,7 +43,7 @@ from hf_layerpar.plan.tasks import Plan, Task
 from hf_layerpar.run.layers import Common, Entry, Layers, kept_streams
 from hf_layerpar.run.sharing import share
 from hf_layerpar.run.step import Step
-from hf_layerpar.run.transport import GroupTransport
+from hf_layerpar.run.transport import Attempt, GroupTransport
 from hf_layerpar.stepping import Stepper
 
 
@@ -66,18 +69,16 @@ class Calls:
         main = getattr(forward.model, "main_input_name", None)
         rows = batch_rows(kwargs if main in kwargs else batch, main)
         with kept_streams(stepper.device):
-            rehearsed = self._rehearse(forward, batch, rows)
+            found = Attempt(lambda: self._rehearse(forward, batch, rows))
+        if DistributedDataParallel._active_ddp_module is not None:  # of a module around the model
+            found.error = found.error or refused_wrapper(stepper.transport.size)
+        if isinstance(found.error, NeedsSerialError) and stepper.transport.size == 1:
+            warnings.warn(f"this forward runs layer by layer, not as the settings say: {found.error}", stacklevel=3)
+            return forward.run(args, kwargs)
         seed = stepper.draw_seed()
-        stepper.transport.agree(
-            {
-                "a call of": type(forward.model).__name__,
-                "inputs": [(tuple(t.shape), str(t.dtype)) for t in tree_leaves(batch) if isinstance(t, Tensor)],
-                "gradients": grad,
-                "seed": seed,
-                "settings": config,
-                **rehearsed.facts,
-            }
-        )
+        doing = {"a call of": type(forward.model).__name__, "gradients": grad}
+        stepper.agree(doing, batch, config, seed, found.value, found.error)
+        rehearsed = found.given()
         if not grad:
             config = exact_settings(config)
             parts = self._parts(config, batch, rows, rehearsed)
@@ -96,10 +97,15 @@ class Calls:
             found = rehearse(_runs(forward), batch, stepper.stacks, stepper.ends, loss=False, trains=grad)
             if found.terms is not None and not grad and rows > 1:
                 try:
-                    halves = [
-                        rehearse(_runs(forward), half, stepper.stacks, stepper.ends, loss=False, trains=False)
-                        for half in cut_rows(batch, rows, 2)
-                    ]
+                    halves = rehearse_parts(
+                        _runs(forward),
+                        cut_rows(batch, rows, 2),
+                        stepper.stacks,
+                        stepper.ends,
+                        "micro_batches",
+                        loss=False,
+                        trains=False,
+                    )
                     check_parts(found, halves, "micro_batches")
                 except ConfigurationError:
                     found = dataclasses.replace(found, terms=None)
@@ -112,13 +118,15 @@ class Calls:
         """The batch's micro-batches, where its output is made of rows and perhaps a loss of known terms."""
         pieces = min(config.micro_batches, rows)
         caching = any(isinstance(leaf, Cache) for leaf in tree_leaves(batch))
-        tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor) and t.ndim]
-        if pieces < 2 or caching or any(len(t) not in (1, rows) for t in tensors):
+        if pieces < 2 or caching:
             return None
         kinds = tree_leaves(rehearsed.output)
         if "other" in kinds or kinds.count("scalar") > (rehearsed.terms is not None):
             return None
-        return cut_rows(batch, rows, pieces)
+        try:
+            return cut_rows(batch, rows, pieces)
+        except ConfigurationError:
+            return None
 
     def _in_parts(
         self,
@@ -146,6 +154,15 @@ class Calls:
             Step(part, phases, stepper.transport, Common(seed, keeps=False), device=stepper.device).run()
         joined = _joined([phases.outputs[m, 0] for m in range(len(parts))]) if phases.outputs else None
         return _handed_out(joined, stepper, anatomy.ranks[-1], None)
+
+
+def refused_wrapper(lp_size: int) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"DistributedDataParallel (of the stock Trainer, TRL or accelerator.prepare) around a model on {lp_size} lp "
+        "ranks: it would copy rank 0's parameters over the other ranks' layers, and average nothing. Use "
+        "LayerParallelTrainer; or leave the model out of accelerator.prepare, and average over dp ranks by "
+        "hf_layerpar.training.collectives.average_gradients"
+    )
 
 
 def _runs(forward: ModelForward) -> Callable[[Any], Any]:

@@ -14,16 +14,18 @@ from typing import get_args
 
 from hf_layerpar.cli_check import add_check
 from hf_layerpar.cli_convert import add_convert
-from hf_layerpar.config import Ends, LayerParallelConfig, OdeSettings, Relaxation, Strategy
-from hf_layerpar.errors import ConfigurationError, LayerParallelError
+from hf_layerpar.cli_errors import Parser, refused
+from hf_layerpar.config import Ends, LayerParallelConfig, OdeSettings, Relaxation, Strategy, shown, whole
+from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.operators import OPERATORS
 from hf_layerpar.plan.ownership import balanced_split, contiguous_owner, interleaved_owner, two_blocks_owner
-from hf_layerpar.plan.planner import Accuracy, Choice, plan_step, predict_step
+from hf_layerpar.plan.planner import Accuracy, Choice, check_shape, check_size, plan_step, predict_step
 from hf_layerpar.plan.schedules import SCHEDULES, Placement
 from hf_layerpar.plan.simulate import Timeline
 from hf_layerpar.plan.step import check_config, interval_points
 from hf_layerpar.report.command import add_report
+from hf_layerpar.report.drawing import check_folder, check_picture
 from hf_layerpar.report.timeline import as_text, draw
 
 
@@ -31,15 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code: 2, with the reason on stderr, for what can't be done."""
     options = _parser().parse_args(arguments)
     try:
+        # what can't be written is refused before anything is computed
+        if getattr(options, "png", None):
+            check_picture(options.png)
+        if getattr(options, "json", None):
+            check_folder(options.json)
         options.run(options)
-    except (LayerParallelError, OSError) as error:
-        print(f"hf-layerpar: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        return refused(error)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="hf-layerpar",
         description="Layer-parallel training: models diagnosed and converted, steps predicted, runs reviewed.",
     )
@@ -90,8 +96,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a positive integer")
+    if not text.isdecimal() or len(text) > 40 or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{shown(text)} must be a positive integer")
     return int(text)
 
 
@@ -100,23 +106,26 @@ def _plan(options: argparse.Namespace) -> None:
     buffers = OdeSettings(buffers=tuple(options.buffers)).buffers
     if options.choose and options.split:
         raise ConfigurationError("--choose finds the split; leave --split out")
+    for name in ("layers", "ranks"):
+        whole(1, MOST_LAYERS)(f"--{name}", getattr(options, name))
+    config = LayerParallelConfig(
+        strategy=options.strategy,
+        schedule=options.schedule,
+        ends=options.ends,
+        coarsening=tuple(options.coarsening),
+        relaxation=options.relaxation,
+        forward_iterations=options.forward_iterations,
+        backward_iterations=options.backward_iterations,
+        coarse_operator=options.coarse_operator,
+        micro_batches=options.micro_batches,
+    )
+    check_config(config, options.ranks)
     if options.choose:
         config, owner = _choose(options, costs)
     else:
-        factors = options.coarsening
-        config = LayerParallelConfig(
-            strategy=options.strategy,
-            schedule=options.schedule,
-            ends=options.ends,
-            coarsening=factors[0] if len(factors) == 1 else tuple(factors),
-            relaxation=options.relaxation,
-            forward_iterations=options.forward_iterations,
-            backward_iterations=options.backward_iterations,
-            coarse_operator=options.coarse_operator,
-            micro_batches=options.micro_batches,
-        )
-        check_config(config, options.ranks)
+        check_size(config, options.layers, options.ranks)
         owner = _owner(options, config, costs)
+        check_shape(options.layers, options.ranks, buffers)
     step = predict_step(config, owner, costs, num_ranks=options.ranks, buffers=buffers)
     if options.tasks:
         print(step.plan)
@@ -127,15 +136,27 @@ def _plan(options: argparse.Namespace) -> None:
         print(f"drawn to {options.png}")
 
 
+MOST_LAYERS = 1_000_000
+"""Also of ranks."""
+
+_ASSUMED = (
+    "assumed: half a batch takes half the time, messages and launches take none. That flatters micro-batches and many "
+    "ranks where layers are small: there, measure (`hf-layerpar check MODEL`), or give --cost fixed_share=, overhead= "
+    "and latency="
+)
+
+
 def summary(step: Timeline) -> str:
     """Time, idle share, traffic and memory of a step, a line each."""
     idle, peaks = step.idle_shares, step.peaks
     most = max(range(len(peaks)), key=lambda r: (peaks[r].bytes, peaks[r].graphs, peaks[r].states))
     memory = f"memory  rank {most} holds {peaks[most].graphs} layer graphs and {peaks[most].states} states"
     moved = f", {step.bytes_moved:.4g} bytes" if step.costs.state_bytes else ""
+    time = f"time    {step.makespan:.4g}"
+    if step.share:  # else there is nothing to compare with
+        time += f", on one rank {step.serial:.4g}; predicted share of serial {step.share:.3f} ({1 / step.share:.2f}x)"
     lines = [
-        f"time    {step.makespan:.4g}, on one rank {step.serial:.4g}; predicted share of serial {step.share:.3f} "
-        f"({1 / step.share:.2f}x)",
+        time,
         f"idle    {100 * step.idle_share:.1f} % of rank time (ranks {100 * min(idle):.1f} to {100 * max(idle):.1f} %)",
         f"traffic {len(step.plan.messages)} messages{moved}",
         f"{memory} (of a micro-batch) at most" + (f", {peaks[most].bytes:.4g} bytes" if peaks[most].bytes else ""),
@@ -153,10 +174,13 @@ def _choose(options: argparse.Namespace, costs: Costs) -> tuple[LayerParallelCon
         buffers=tuple(options.buffers),
         micro_batches=pieces,
         interleaved=options.interleaved,
+        note=print,
     )
     print(f"{'share':>6}  setting and layers of each rank")
     for choice in choices[:10]:
         print(f"{choice.share:6.3f}  {_title(choice.config)}, {_layout(choice)}")
+    if not any((costs.fixed_share, costs.overhead, costs.send + costs.transfer())):
+        print(_ASSUMED)
     return choices[0].config, choices[0].owner
 
 

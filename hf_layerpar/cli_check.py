@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hf_layerpar.cli_errors import reading
+from hf_layerpar.config import whole
 from hf_layerpar.errors import ConfigurationError
 
 
@@ -35,7 +37,7 @@ def add_check(commands: Any, positive: Callable[[str], int]) -> None:
     )
     check.add_argument("--batches", type=positive, default=2, help="default 2")
     check.add_argument("--batch-size", type=positive, default=4, help="rows, default 4")
-    check.add_argument("--tokens", type=positive, default=64, help="of a row, default 64")
+    check.add_argument("--tokens", type=positive, default=64, help="of a row, at least 2, default 64")
     check.add_argument("--ranks", type=positive, default=8, help="lp ranks to predict for, default 8")
     check.add_argument("--coarsening", type=positive, nargs="+", metavar="C", help="default: those that fit of 2, 4, 8")
     check.add_argument("--buffers", type=int, nargs=2, metavar=("OPEN", "CLOSE"), help="default: by the readings")
@@ -52,17 +54,21 @@ def _check(options: argparse.Namespace) -> None:
     from hf_layerpar.diagnosis.diagnose import diagnose
     from hf_layerpar.report.diagnosis import draw_diagnosis, print_diagnosis
 
+    whole(2)("--tokens", options.tokens)  # of one token nothing follows
+    for name in ("batches", "batch_size", "ranks"):
+        whole(1)(f"--{name.replace('_', '-')}", getattr(options, name))
     if options.threads:
-        torch.set_num_threads(options.threads)
+        torch.set_num_threads(whole(1, 1024)("--threads", options.threads))
     num_labels = 2
     if options.task == "sequence-classification" and options.text:
         num_labels = max(num_labels, labels_in(options.text))
-    model = load_model(options.model, options.task, num_labels)
+    with reading(options.model):
+        model = load_model(options.model, options.task, num_labels)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     task = options.task or task_of(model.config)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and options.tokens > limit:
         raise ConfigurationError(f"--tokens {options.tokens} is more than the {limit} positions of the model")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
     size = {"count": options.batches, "rows": options.batch_size, "tokens": options.tokens}
     if options.random:
         batches = random_batches(tokenizer, task, num_labels=model.config.num_labels or 2, **size)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
+from hf_layerpar.cli_errors import reading
 from hf_layerpar.config import Form, Interpolation
 from hf_layerpar.errors import ConfigurationError
 
@@ -39,10 +40,10 @@ def _convert(options: argparse.Namespace) -> None:
         raise ConfigurationError(f"--to-stock takes the settings off; leave out {given}")
     from hf_layerpar.ode.transfer import to_ode, to_stock
 
-    if options.to_stock:
-        to_stock(options.source, options.target)
-        print(f"{options.target} is a plain checkpoint")
-        return
-    if "buffers" in settings:
-        settings["buffers"] = tuple(settings["buffers"])
-    print(f"{options.target}: {to_ode(options.source, options.target, **settings)}")
+    with reading(options.source):
+        if options.to_stock:
+            to_stock(options.source, options.target)
+            said = " is a plain checkpoint"
+        else:
+            said = f": {to_ode(options.source, options.target, **settings)}"
+    print(f"{options.target}{said}")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 from hf_layerpar.errors import ConfigurationError
@@ -18,15 +21,148 @@ Strategy = Literal["pipeline", "mgrit"]
 Relaxation = Literal["F", "FCF"]
 Ends = Literal["first_last", "spread"]
 
+MOST = 10**9
+"""Largest whole number that a setting may be, where it has no limit of its own."""
 
-def _one_of(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        raise ConfigurationError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(choices))}")
+MOST_ITERATIONS = 1000
+"""Of a sweep: each is written out as tasks, and far fewer make it exact."""
+
+MOST_STEPS = 100_000
+"""Inner steps of a stack, each a layer in memory."""
+
+MOST_LEVELS = 30
+"""Coarse levels: each has half the steps of the one before or fewer."""
+
+# ---- what a setting may be
+Check = Callable[[str, Any], Any]
+"""(name of a setting, value given) -> the value to keep, of a plain type. Raises ConfigurationError that names the
+value, the limit and the remedy."""
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxtuple = 20
+_SHORT.maxstring = _SHORT.maxother = 80
 
 
-def _at_least(name: str, value: int, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ConfigurationError(f"{name}={value!r} must be an integer of at least {low}")
+def shown(value: Any) -> str:
+    """The repr of any value, in one short line."""
+    try:
+        return " ".join(_SHORT.repr(value).split())
+    except ValueError:  # a number of more digits than Python writes
+        return f"a number of type {type(value).__name__} with thousands of digits"
+
+
+def one_of(choices: Any) -> Check:
+    """choices: a Literal of strings."""
+    names = get_args(choices)
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, str) or value not in names:
+            raise ConfigurationError(f"{name}={shown(value)} is unknown; use one of {', '.join(names)}")
+        return value
+
+    return check
+
+
+def whole(low: int, high: int = MOST, remedy: str = "") -> Check:
+    """An integer from `low` to `high`; True and 2.0 are none."""
+
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < low:
+            raise ConfigurationError(f"{name}={shown(value)} must be an integer of at least {low}{remedy}")
+        if int(value) > high:
+            raise ConfigurationError(f"{name}={shown(value)} must be at most {high}{remedy}")
+        return int(value)
+
+    return check
+
+
+def real(allowed: Callable[[float], bool], limit: str) -> Check:
+    """A number, true of `allowed`. limit: says which."""
+
+    def check(name: str, value: Any) -> float:
+        number = math.nan
+        if isinstance(value, Real) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except OverflowError:
+                number = math.inf
+        if not allowed(number):
+            raise ConfigurationError(f"{name}={shown(value)} must be {limit}")
+        return number
+
+    return check
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name}={shown(value)} must be True or False")
+    return value
+
+
+def text(name: str, value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 100:
+        raise ConfigurationError(f"{name}={shown(value)} must be a name, of at most 100 characters")
+    return value
+
+
+def optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def buffer_layers(name: str, value: Any) -> tuple[int, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ConfigurationError(f"{name}={shown(value)} must be two integers (open, close)")
+    opening, closing = (whole(0)(f"{name}[{i}]", count) for i, count in enumerate(value))
+    return opening, closing
+
+
+def names(name: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(item, str) for item in value):
+        raise ConfigurationError(f"{name}={shown(value)} must be a list of names")
+    return tuple(value)
+
+
+def coarsening_factors(name: str, value: Any) -> int | tuple[int, ...]:
+    """One number as such, several as a tuple: one spelling of one setting."""
+    given = value if isinstance(value, list | tuple) else (value,)
+    if not given:
+        raise ConfigurationError(f"{name}={shown(value)} gives no coarse level; give at least one number")
+    if len(given) > MOST_LEVELS:
+        raise ConfigurationError(
+            f"{name}={shown(value)} gives {len(given)} coarse levels; give at most {MOST_LEVELS} numbers"
+        )
+    factors = tuple(whole(2)(name, c) for c in given)
+    return factors[0] if len(factors) == 1 else factors
+
+
+def checked(settings: object, checks: Mapping[str, Check]) -> None:
+    """Puts every setting through its check."""
+    for name, check in checks.items():
+        object.__setattr__(settings, name, check(name, getattr(settings, name)))  # frozen ones too
+
+
+ODE_CHECKS: dict[str, Check] = {
+    "step_size": real(lambda h: 0 < h <= 1, "in (0, 1]; 1 is the model as it is"),
+    "form": one_of(Form),
+    "interpolation": one_of(Interpolation),
+    "buffers": buffer_layers,
+    "folded": flag,
+    "stacks": optional(names),
+}
+_ITERATIONS = whole(0, MOST_ITERATIONS, "; 0 makes the sweep exact")
+_SOLVER: dict[str, Check] = {
+    "strategy": one_of(Strategy),
+    "micro_batches": whole(1),
+    "schedule": text,
+    "ends": one_of(Ends),
+    "coarse_operator": text,
+    "coarsening": coarsening_factors,
+    "relaxation": one_of(Relaxation),
+    "forward_iterations": _ITERATIONS,
+    "backward_iterations": _ITERATIONS,
+    "increment_penalty": real(lambda alpha: 0 <= alpha < math.inf, "finite and at least 0; 0 is no penalty"),
+    "stacked": flag,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +174,7 @@ class OdeSettings:
     interpolation: how the weights of a refined stack were made from the original layers.
     buffers: open and close layers of every stack that keep h = 1 and are always computed exactly.
     folded: the stored weights already contain h (split form only), so a stock load computes the same function.
+    stacks: names of the layer lists that are read so; None for all that are found.
     """
 
     step_size: float = 1.0
@@ -45,22 +182,16 @@ class OdeSettings:
     interpolation: Interpolation = "constant"
     buffers: tuple[int, int] = (0, 0)
     folded: bool = False
+    stacks: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "buffers", tuple(self.buffers))
-        if not 0 < self.step_size <= 1:
-            raise ConfigurationError(f"step_size={self.step_size!r} must be in (0, 1]; 1 is the model as it is")
-        _one_of("form", self.form, Form)
-        _one_of("interpolation", self.interpolation, Interpolation)
-        if len(self.buffers) != 2:
-            raise ConfigurationError(f"buffers={self.buffers!r} must be two integers (open, close)")
-        for name, value in zip(("buffers[0]", "buffers[1]"), self.buffers, strict=True):
-            _at_least(name, value, 0)
+        checked(self, ODE_CHECKS)
         if self.folded and self.form != "split":
             raise ConfigurationError(f"folded=True needs form='split', not {self.form!r}: only that form folds exactly")
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"buffers": list(self.buffers)}
+        stacks = None if self.stacks is None else list(self.stacks)
+        return dataclasses.asdict(self) | {"buffers": list(self.buffers), "stacks": stacks}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> OdeSettings:
@@ -102,28 +233,7 @@ class LayerParallelConfig:
     stacked: bool = False
 
     def __post_init__(self) -> None:
-        _one_of("strategy", self.strategy, Strategy)
-        _one_of("ends", self.ends, Ends)
-        _one_of("relaxation", self.relaxation, Relaxation)
-        for name in ("schedule", "coarse_operator"):
-            if not isinstance(getattr(self, name), str):
-                raise ConfigurationError(f"{name}={getattr(self, name)!r} must be a name")
-        _at_least("forward_iterations", self.forward_iterations, 0)
-        _at_least("backward_iterations", self.backward_iterations, 0)
-        _at_least("micro_batches", self.micro_batches, 1)
-        penalty = self.increment_penalty
-        if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 <= penalty < math.inf:
-            raise ConfigurationError(f"increment_penalty={penalty!r} must be finite and at least 0; 0 is no penalty")
-        if isinstance(self.coarsening, list):  # YAML and JSON have no tuples
-            object.__setattr__(self, "coarsening", tuple(self.coarsening))
-        if not self.factors:
-            raise ConfigurationError("coarsening=() gives no coarse level; give at least one number")
-        if len(self.factors) == 1:  # one spelling of one setting
-            object.__setattr__(self, "coarsening", self.factors[0])
-        for c in self.factors:
-            _at_least("coarsening", c, 2)
-        if not isinstance(self.stacked, bool):
-            raise ConfigurationError(f"stacked={self.stacked!r} must be True or False")
+        checked(self, _SOLVER)
         if self.stacked and self.increment_penalty:
             raise ConfigurationError(
                 f"stacked=True with increment_penalty={self.increment_penalty}: the penalty looks at every layer by "
@@ -152,9 +262,11 @@ class LayerParallelConfig:
         return cls(**_known_fields(cls, values))
 
 
-def _known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+def _known_fields(cls: type, values: Any) -> dict[str, Any]:
     names = [f.name for f in dataclasses.fields(cls)]
-    unknown = sorted(set(values) - set(names))
+    if not isinstance(values, Mapping):
+        raise ConfigurationError(f"{shown(values)} is no {cls.__name__}; give a dict with keys of {names}")
+    unknown = sorted(map(shown, set(values) - set(names)))
     if unknown:
-        raise ConfigurationError(f"unknown {cls.__name__} keys {unknown}; known keys are {names}")
-    return values
+        raise ConfigurationError(f"unknown {cls.__name__} keys [{', '.join(unknown)}]; known keys are {names}")
+    return dict(values)

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, MaxTimeCriteria, PreTrainedModel
 
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.run.transport import Transport
+from hf_layerpar.run.transport import Attempt, Transport
 
 _CACHES = (None, "dynamic", "offloaded", "hybrid")  # stock takes the last one, which old configs have, for none
 
@@ -47,11 +47,11 @@ class SharedGenerate:
             RankMismatchError: the lp ranks were given different inputs or settings.
         """
         given = dict(zip(inspect.signature(self.stock).parameters, args, strict=False)) | kwargs
-        self._refuse(given)
+        refused = Attempt(lambda: self._refuse(given))
         device = self.model.device
         facts = {f"generate: {name}": [_fact(leaf) for leaf in tree_leaves(value)] for name, value in given.items()}
         facts["generate: the model's generation_config"] = _fact(self.model.generation_config)
-        self.transport.agree(facts)
+        self.transport.agree(facts, refused.error)
         self._take_streams_of_first_rank(device)
         return self.stock(**given)
 

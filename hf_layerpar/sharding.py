@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from hf_layerpar.calling import Calls
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.calling import Calls, refused_wrapper
+from hf_layerpar.config import LayerParallelConfig, shown
 from hf_layerpar.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from hf_layerpar.generation import share_generation
 from hf_layerpar.hub.card import solver_facts
-from hf_layerpar.ode.convert import ode_view
+from hf_layerpar.ode.checkpoint import SaveAdapters
+from hf_layerpar.ode.convert import OdeView, ode_view
 from hf_layerpar.ode.ends import Ends
+from hf_layerpar.ode.families import shared_modules
 from hf_layerpar.ode.pushing import ModelPush
 from hf_layerpar.ode.rehearsal import plain
 from hf_layerpar.ode.stack import LayerStack, intercept_root
@@ -35,7 +41,7 @@ from hf_layerpar.plan.ownership import (
 from hf_layerpar.plan.schedules import SCHEDULES
 from hf_layerpar.plan.step import check_config, inner_grid, interval_points
 from hf_layerpar.run.first_rank import on_first_rank
-from hf_layerpar.run.transport import GroupTransport, LocalTransport, Transport
+from hf_layerpar.run.transport import Attempt, GroupTransport, LocalTransport, Transport, fact
 from hf_layerpar.stepping import Stepper, StepReport
 
 _ATTRIBUTE = "_hf_layerpar_parallel"
@@ -58,7 +64,8 @@ def parallelize(
     Args:
         model: a model from `convert_to_ode`, on its device.
         config: how the layers are solved; the exact pipeline by default. `LayerParallel.config` changes it later.
-        group: the lp ranks. None: the default process group if one is initialised, else this process alone.
+        group: the lp ranks. None: all processes that were started, or this one alone. Under a launcher that is the
+            default process group, which is initialised here where the program hasn't done so.
         split: number of layers of each lp rank, the same for every stack. By default as the schedule wants it, or
             blocks as even as possible (fewer layers beside a head that costs as much as some). "interleaved": MGRIT
             intervals dealt out to all ranks, for the `aggregate` operator with `coarsening` = lp size; of a pipeline
@@ -67,21 +74,72 @@ def parallelize(
     Raises:
         UnsupportedModelError: the model isn't converted, or is parallelized already.
         ConfigurationError: the layers can't be split so, or the grid doesn't fit a stack.
-        RankMismatchError: the lp ranks were given different models or settings.
+        RankMismatchError: the lp ranks were given different models or settings; raised on all of them.
     """
-    view = ode_view(model)
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"parallelize needs a model from convert_to_ode; got {shown(model)}")
+    config = LayerParallelConfig() if config is None else config
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise ConfigurationError(
+            f"group={shown(group)} must be a process group of torch.distributed that this process is in, or None"
+        )
+    if group is None:
+        group = _all_processes(model)
+    transport: Transport = LocalTransport() if group is None else GroupTransport(group)
+    found = Attempt(lambda: _new_view(model))
+    transport.agree(model_facts(model) | {"settings": config, "split": split}, found.error)
+    handle = LayerParallel(model, config, found.given().stacks, transport, split)
+    object.__setattr__(model, _ATTRIBUTE, handle)
+    object.__setattr__(model, "push_to_hub", handle.push_to_hub)
+    if hasattr(model, "get_base_model"):  # a PEFT model
+        object.__setattr__(model, "save_pretrained", SaveAdapters(model))
+    object.__setattr__(model, "_ddp_params_and_buffers_to_ignore", _Unwrapped(handle))
+    if handle.lp_size > 1:
+        _spread.add(model)
+    return handle
+
+
+def _all_processes(model: nn.Module) -> dist.ProcessGroup | None:
+    """The default process group; None where this is the only process."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if not dist.is_initialized() and world.isdigit() and int(world) > 1:
+        if lacks := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+            raise ConfigurationError(
+                f"WORLD_SIZE={world} says that this is one of {world} processes, but no process group is initialised, "
+                f"and without {', '.join(lacks)} none can be: call torch.distributed.init_process_group() before "
+                "parallelize, start with accelerate launch or torchrun, or unset WORLD_SIZE for one process"
+            )
+        device = next(model.parameters()).device.type
+        dist.init_process_group("gloo" if device == "cpu" else None)
+    return dist.group.WORLD if dist.is_initialized() else None
+
+
+def _new_view(model: nn.Module) -> OdeView:
     if getattr(model, _ATTRIBUTE, None) is not None:
         raise UnsupportedModelError(
             "the model is parallelized already; set layer_parallel(model).config to change its solver"
         )
-    config = config or LayerParallelConfig()
-    if group is None and dist.is_initialized():
-        group = dist.group.WORLD
-    transport: Transport = LocalTransport() if group is None else GroupTransport(group)
-    handle = LayerParallel(model, config, view.stacks, transport, split)
-    object.__setattr__(model, _ATTRIBUTE, handle)
-    object.__setattr__(model, "push_to_hub", handle.push_to_hub)
-    return handle
+    return ode_view(model)
+
+
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """What ranks that are to share a model, or to have copies of it, compare."""
+    try:
+        conversion: Any = ode_view(model).settings
+    except UnsupportedModelError:
+        conversion = None
+    config: Any = getattr(model, "config", None)
+    config = fact(config.to_dict()) if hasattr(config, "to_dict") else {}
+    return {
+        "model": type(model).__name__,
+        "conversion": conversion,
+        "config": {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")},
+        "tensors": {
+            name: f"{list(tensor.shape)} {tensor.dtype}{' trained' if tensor.requires_grad else ''}"
+            for name, tensor in model.state_dict(keep_vars=True).items()
+            if isinstance(tensor, Tensor)
+        },
+    }
 
 
 def layer_parallel(model: nn.Module) -> LayerParallel:
@@ -96,6 +154,36 @@ def layer_parallel(model: nn.Module) -> LayerParallel:
     raise UnsupportedModelError(
         f"{type(model).__name__} is not parallelized; call parallelize(model, config, group) first"
     )
+
+
+# ---- what would part the ranks
+@dataclass(slots=True, eq=False)
+class _Unwrapped:
+    """What DistributedDataParallel looks at first of a model, of one that it must not wrap."""
+
+    handle: LayerParallel
+
+    def __iter__(self) -> Iterator[str]:
+        if self.handle.lp_size > 1 or self.handle.config.strategy == "mgrit":
+            raise refused_wrapper(self.handle.lp_size)
+        return iter(())
+
+
+_spread: WeakSet[nn.Module] = WeakSet()
+"""Models of which other ranks have parts."""
+
+
+def _refuse_whole_model_optimizers(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(p) in held for model in _spread for p in model.parameters()):
+            raise ConfigurationError(
+                "LBFGS of a model on several lp ranks: it measures all parameters together, of which each rank has "
+                "some; use an optimizer that treats every parameter by itself (AdamW, SGD), or lp_size=1"
+            )
+
+
+register_optimizer_step_pre_hook(_refuse_whole_model_optimizers)
 
 
 class LayerParallel:
@@ -137,14 +225,6 @@ class LayerParallel:
         for name, tensor in state.items():
             aliases.setdefault(id(tensor), []).append(name)
         self._tied = {name: [n for n in names if n != name] for names in aliases.values() for name in names}
-        transport.agree(
-            {
-                "model": type(model).__name__,
-                "tensors": sorted((k, *map(str, v)) for k, v in self._layout.items()),
-                "settings": config,
-                "split": split,
-            }
-        )
         if transport.size > 1:
             with torch.no_grad():
                 for tensor in {id(t): t for t in (*state.values(), *model.buffers())}.values():
@@ -153,7 +233,7 @@ class LayerParallel:
                     tensor.data.copy_(dense)
         place_ends(found, self.stacks, owners, self.ends, spread=config.ends == "spread", num_ranks=transport.size)
         self.owner_of: dict[str, int] = {}
-        self._place_layers(owners, {id(tensor): name for name, tensor in state.items()})
+        self._place_layers(owners, aliases)
         self._drop_ends()
         self.stepper = Stepper(model, self.stacks, owners, self.ends, transport)
         calls = Calls(self.stepper, lambda: self.next_config)
@@ -245,6 +325,11 @@ class LayerParallel:
         """Forwards inside (and their backwards) run the exact pipeline."""
         return self.using(exact_settings(self._config))
 
+    def agree(self, facts: dict[str, Any], error: Exception | None = None) -> None:
+        """Raises RankMismatchError on all lp ranks where they have other `facts`, and `error` where all have one.
+        Collective."""
+        self._transport.agree(facts, error)
+
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums `tensor` over the lp ranks, in place. Collective."""
         self._transport.all_reduce(tensor)
@@ -254,7 +339,8 @@ class LayerParallel:
         and at every lp size. Collective over the lp ranks."""
         grads = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
         tensors = list(grads.values())
-        found = torch._foreach_norm(tensors) if tensors else ()  # pyright: ignore[reportPrivateImportUsage]
+        wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32  # than bf16
+        found = torch._foreach_norm(tensors, dtype=wide) if tensors else ()  # pyright: ignore
         norms = dict(zip(grads, found, strict=True))
         place = {name: i for i, name in enumerate(self.owner_of)}
         squares = torch.zeros(len(place), dtype=torch.float64, device=self.device)
@@ -294,6 +380,7 @@ class LayerParallel:
 
         Tensors of lp rank 0 that already are on the CPU are the model's own, not copies.
         """
+        self._transport.agree({"about to": "collect the state dict"})
         here = {name: t for name, t in self._model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
         on_host: dict[int, Tensor] = {}  # by identity, so that tied tensors stay tied
         full: dict[str, Tensor] = {}
@@ -373,8 +460,8 @@ class LayerParallel:
             if isinstance(split, str):
                 if split != INTERLEAVED:
                     raise ConfigurationError(
-                        f"split={split!r} with strategy={config.strategy!r}: the splits by name are 'interleaved', and "
-                        "'v' for a pipeline; or give the number of layers of each rank"
+                        f"split={shown(split)} with strategy={config.strategy!r}: the splits by name are "
+                        "'interleaved', and 'v' for a pipeline; or give the number of layers of each rank"
                     )
                 return interleaved_owner(num_layers, num_ranks, boundaries, buffers)
             return contiguous_owner(num_layers, num_ranks, boundaries=boundaries, split=split)
@@ -386,39 +473,51 @@ class LayerParallel:
             with _naming(stack):
                 inner_grid(config, len(stack.layers), stack.settings.buffers)
 
-    def _place_layers(self, owners: Sequence[tuple[int, ...]], names: Mapping[int, str]) -> None:
-        """Notes who owns what, and drops the layers of other ranks.
+    def _place_layers(self, owners: Sequence[tuple[int, ...]], names: Mapping[int, Sequence[str]]) -> None:
+        """Notes who owns what, and drops the layers of other ranks. names: of every tensor, by its id.
 
-        Raises UnsupportedModelError for a trained tensor that layers of several ranks share.
+        Tensors that layers share (or a layer and what is outside) stay on all ranks where they are frozen. Raises
+        UnsupportedModelError for one that is trained on several ranks.
         """
-        ends = {id(p.value) for p in self.ends}
+        ends = {id(p.value): p for p in self.ends}
+        made_for_all = {
+            id(layer.get_submodule(name))
+            for stack in self.stacks
+            for layer in stack.layers
+            for name in shared_modules(layer)
+        }
         kept: set[int] = set()
         rank_of: dict[int, int] = {}
+
+        def slots() -> Iterator[tuple[LayerStack, int, int, dict[str, Any], str, Tensor]]:
+            for stack, owner in zip(self.stacks, owners, strict=True):
+                for index, layer in enumerate(stack.layers):
+                    for module in layer.modules():
+                        for tensors in (module._parameters, module._buffers):
+                            for key, tensor in tensors.items():
+                                if tensor is not None and id(module) not in made_for_all:
+                                    yield stack, index, owner[index], tensors, key, tensor
+
+        for stack, index, rank, _, _, tensor in slots():
+            end, other = ends.get(id(tensor)), rank_of.setdefault(id(tensor), rank)
+            if (other if end is None else end.holders) in (rank, (rank,)):
+                continue
+            if tensor.requires_grad:
+                whom = f"a layer of lp rank {other}" if end is None else f"what lp ranks {end.holders} have outside"
+                raise UnsupportedModelError(
+                    f"layer {index} of {stack.path} (lp rank {rank}) shares the trained tensor "
+                    f"{next(iter(names.get(id(tensor), ())), '?')} with {whom}; freeze it, give each layer its own, or "
+                    "use lp_size=1"
+                )
+            kept.add(id(tensor))
+            if end is not None:
+                end.holders = tuple(range(self.lp_size))
+        for _, _, rank, tensors, key, tensor in list(slots()):
+            if id(tensor) not in ends:
+                self.owner_of |= dict.fromkeys(names.get(id(tensor), ()), rank_of[id(tensor)])
+            if rank != self.lp_rank and id(tensor) not in kept:
+                tensors[key] = None
         for stack, owner in zip(self.stacks, owners, strict=True):
-            for index, layer in enumerate(stack.layers):
-                for tensor in (*layer.parameters(), *layer.buffers()):
-                    other = rank_of.setdefault(id(tensor), owner[index])
-                    if id(tensor) in ends or other == owner[index]:
-                        continue
-                    if tensor.requires_grad:
-                        raise UnsupportedModelError(
-                            f"layer {index} of {stack.path} (lp rank {owner[index]}) shares the trained tensor "
-                            f"{names.get(id(tensor), '?')} with a layer of lp rank {other}; freeze it, give each layer "
-                            "its own, or use lp_size=1"
-                        )
-                    kept.add(id(tensor))
-        for stack, owner in zip(self.stacks, owners, strict=True):
-            for index, layer in enumerate(stack.layers):
-                for module in layer.modules():
-                    for tensors in (module._parameters, module._buffers):
-                        for key, tensor in tensors.items():
-                            if tensor is None or id(tensor) in ends:
-                                continue
-                            name = names.get(id(tensor))
-                            if name is not None:
-                                self.owner_of[name] = rank_of[id(tensor)]
-                            if owner[index] != self.lp_rank and id(tensor) not in kept:
-                                tensors[key] = None
             stack.foreign = frozenset(index for index, rank in enumerate(owner) if rank != self.lp_rank)
 
     def _drop_ends(self) -> None:
@@ -426,7 +525,8 @@ class LayerParallel:
         named = dict(self._model.named_buffers())
         self.owner_of |= {name: 0 for name in self._layout if name in named and name not in self.owner_of}
         for p in self.ends:
-            self.owner_of |= {name: p.holders[0] for name in p.names if name in self._layout}
+            names = [name for own in p.names for name in (own, *self._tied.get(own, ())) if name in self._layout]
+            self.owner_of |= dict.fromkeys(names, p.holders[0])
             if self.lp_rank not in p.holders:
                 for module, key in p.slots:
                     module._parameters[key] = None

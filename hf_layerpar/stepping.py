@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`.
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
@@ -30,6 +31,7 @@ from hf_layerpar.ode.rehearsal import (
     loss_and_metrics,
     recount,
     rehearse,
+    rehearse_parts,
     signature_of,
 )
 from hf_layerpar.ode.stack import LayerStack
@@ -40,7 +42,7 @@ from hf_layerpar.run.increments import Increments
 from hf_layerpar.run.layers import Common, Entry, Layers, kept_streams
 from hf_layerpar.run.stackable import OneDevice
 from hf_layerpar.run.step import LayersOf, Outcome, Penalty, Step
-from hf_layerpar.run.transport import Transport
+from hf_layerpar.run.transport import ALIKE, Attempt, Roughly, Transport, fact
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class Stepper:
         self._parts: dict[int, RankPart] = {}
         self.deferrable: set[int] = set()
         self._one_device = OneDevice()
+        self._batches = 0
 
     @property
     def device(self) -> torch.device:
@@ -132,8 +135,10 @@ class Stepper:
             return closure(part.copy() if isinstance(part, dict) else part)  # losses may take labels out of it
 
         with kept_streams(self.device):
-            ready = self._prepare(batch, play, config, _known_as(closure))
-            self._agree(batch, config, seed, (scale, penalty_scale), ready)
+            found = Attempt(lambda: self._prepare(batch, play, config, _known_as(closure)))
+            doing = {"a training step of": type(self.model).__name__, "loss scale": (scale, penalty_scale)}
+            self.agree(doing, batch, config, seed, found.value and found.value.rehearsed, found.error)
+            ready = found.given()
             phases = self._phases(play, ready, trains=True)
             common = Common(seed, any(stack.needs_recompute for stack in self.stacks), deferrable=self.deferrable)
             plan, make_layers = self._plan(config, ready, phases, common)
@@ -171,8 +176,9 @@ class Stepper:
             self._refuse(rehearsed)
             if is_cut:
                 smallest = [part for p, n in zip(parts, counts, strict=True) for part in cut_rows(p, n, tail_pieces)]
-                of_parts = [rehearse(closure, part, self.stacks, self.ends, loss=True) for part in smallest]
-                check_parts(rehearsed, of_parts, f"micro_batches={pieces}" if pieces > 1 else "ends='spread'")
+                why = f"micro_batches={pieces}" if pieces > 1 else "ends='spread'"
+                of_parts = rehearse_parts(closure, smallest, self.stacks, self.ends, why)
+                check_parts(rehearsed, of_parts, why)
             self._share(rehearsed)
             if len(self._rehearsed) >= _MOST_REHEARSED:
                 self._rehearsed.clear()
@@ -186,8 +192,10 @@ class Stepper:
         if rehearsed.foreign and self.transport.size > 1:
             raise UnsupportedModelError(
                 f"the loss depends on {len(rehearsed.foreign)} trained parameters outside of the model that was given "
-                f"to parallelize, such as one of shape {rehearsed.foreign[0]}; only one rank would train them. "
-                "Parallelize a module that holds them too (a head belongs into the model)"
+                f"to parallelize, or of its layers, such as one of shape {rehearsed.foreign[0]}; only one rank would "
+                "train them. Parallelize a module that holds them too (a head belongs into the model). Weights of the "
+                "layers themselves (a regulariser of the weights, as AdaLoRA's) no rank has all of: use lp_size=1, or "
+                "LoRA"
             )
         passes = range(len(rehearsed.stacks))
         if idle := [k for k in passes if not any(k in needs for needs in rehearsed.needs[k + 1 :])]:
@@ -204,7 +212,7 @@ class Stepper:
     def anatomy(self, rehearsed: Rehearsed, tail_pieces: int = 1) -> Anatomy:
         """Where a rehearsed forward runs. Raises UnsupportedModelError for a phase whose parameters no rank has all."""
         passes = [
-            Pass(self.owners[s], self.stacks[s].settings.buffers, bool(sides))
+            Pass(self.owners[s], self.stacks[s].settings.buffers, bool(sides), s)
             for s, sides in zip(rehearsed.stacks, rehearsed.sides, strict=True)
         ]
         usual = [*(p.owner[0] for p in passes), passes[-1].owner[-1]]
@@ -274,17 +282,34 @@ class Stepper:
 
         return of_pass
 
-    def _agree(self, batch: Any, config: LayerParallelConfig, seed: int | None, scale: Any, ready: Prepared) -> None:
-        tensors = [t for t in tree_leaves(batch) if isinstance(t, Tensor)]
+    def agree(
+        self,
+        doing: dict[str, Any],
+        batch: Any,
+        config: LayerParallelConfig,
+        seed: int | None,
+        rehearsed: Rehearsed | None,
+        error: Exception | None,
+    ) -> None:
+        """That all ranks are about to do the same with the same batch, or raises on all of them, `error` too."""
+        if self.transport.size == 1 and error is None:
+            return
+        looks = self._batches < _LOOKED_AT_FIRST or self._batches % _LOOKED_AT_EVERY == 0
+        self._batches += 1
+        leaves = {f"batch{keystr(path)}": leaf for path, leaf in tree_flatten_with_path(batch)[0]}
+        contents = {f"contents of {name}": _contents(leaf) for name, leaf in leaves.items() if looks}
+        facts = {} if rehearsed is None else rehearsed.facts
         self.transport.agree(
             {
-                "training step": True,
-                "batch": [(tuple(t.shape), str(t.dtype)) for t in tensors],
-                "seed": seed,
+                **doing,
                 "settings": config,
-                "loss scale": scale,
-                **ready.rehearsed.facts,
-            }
+                "seed": seed,
+                **{name: _kind(leaf) for name, leaf in leaves.items()},
+                **contents,
+                **facts,
+            },
+            error,
+            _SAME_ROWS,
         )
 
     def _finish(self, ready: Prepared, outcome: Outcome, metrics: Mapping[tuple[int, int], Mapping[str, Any]]) -> Any:
@@ -413,7 +438,38 @@ class Stepper:
             total = torch.stack(list(outcome.penalties.values())).sum()
             self.transport.all_reduce(total)
             penalty = float(total)
-        return StepReport(sweeps, outcome.seconds, outcome.waited, penalty, any(task.wave >= 0 for task in plan.tasks))
+        return StepReport(
+            sweeps,
+            outcome.working.seconds,
+            outcome.waiting.seconds,
+            penalty,
+            any(task.wave >= 0 for task in plan.tasks),
+        )
+
+
+_SAME_ROWS = (
+    f"{ALIKE}; a loader that deals rows out to processes (accelerator.prepare, DistributedSampler) must deal them out "
+    "to dp ranks, with all lp ranks of one given the same"
+)
+_LOOKED_AT_FIRST, _LOOKED_AT_EVERY = 8, 64
+"""Which batches are compared by their contents too: the first ones, and one in so many."""
+
+
+def _kind(leaf: Any) -> Any:
+    return f"{list(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else fact(leaf)
+
+
+def _contents(leaf: Any) -> Any:
+    """A checksum. Floats may have been computed, with other last bits on every device: of these a random projection."""
+    if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided or not leaf.numel():
+        return None
+    leaf = leaf.detach().flatten()
+    if not leaf.is_floating_point():
+        return zlib.crc32(leaf.cpu().contiguous().view(torch.uint8).numpy())
+    values = leaf.float().nan_to_num().asinh()  # masks hold the largest numbers that there are
+    seeded = torch.Generator(leaf.device).manual_seed(0)
+    weights = torch.randn(len(values), generator=seeded, device=leaf.device)
+    return Roughly(values @ weights / values.norm().clamp(min=1e-30))
 
 
 _MOST_REHEARSED = 64

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -96,6 +97,24 @@ def test_png(capsys, tmp_path):
         (["--cost", "step"], "'' is no number; write NAME=VALUE"),
         (["--cost", "step=-2"], "step=-2.0 must be at least 0"),
         (["--png", "/no/such/folder/x.png"], "No such file or directory"),
+        (["--png", "x.foo"], "x.foo is no name of a picture; give one that ends in .png, .pdf, .svg"),
+        (["--cost", "step=inf"], "step=inf must be at least 0 and at most 1e+15; use a larger unit"),
+        (["--cost", "tail=1e308"], "tail=1e+308 must be at least 0 and at most 1e+15"),
+        (["--cost", "graph_step=nan"], "graph_step=nan must be"),
+        (["--cost", "bandwidth=1e-300"], "bandwidth=1e-300 must be positive and at least 1e-15; inf costs nothing"),
+        (["--micro-batches", "-4"], "micro_batches=-4 must be an integer of at least 1"),
+        (["--micro-batches", "-4", "--choose", "high"], "micro_batches=-4 must be an integer of at least 1"),
+        (["--micro-batches", "200000"], "s to plan, and the limit is 30 s; use less of one of them"),
+        (["--micro-batches", "200000", "--choose", "high"], "try fewer micro-batches"),
+        (["--buffers", "99", "99"], "buffers=(99, 99) leave none of 12 layers between them; use fewer buffer layers"),
+        (["--buffers", "99", "99", "--choose", "high"], "use fewer buffer layers"),
+        (["--strategy", "mgrit", "--forward-iterations", "1001"], "forward_iterations=1001 must be at most 1000"),
+        (["--layers", str(10**18)], f"--layers={10**18} must be at most 1000000"),
+        (
+            ["--layers", "100000", "--strategy", "mgrit"],
+            "4 micro-batches and 1/1 iterations take about 240 s to plan, and the limit is 30 s",
+        ),
+        (["--ranks", str(10**18)], f"--ranks={10**18} must be at most 1000000"),
     ],
 )
 def test_what_does_not_fit_is_refused_without_a_traceback(capsys, arguments, message):
@@ -107,13 +126,47 @@ def test_what_does_not_fit_is_refused_without_a_traceback(capsys, arguments, mes
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--layers", "0"], ["--strategy", "magic"], ["--micro-batches", "two"], ["--ends", "last"]]
+    "arguments",
+    [
+        ["--layers", "10^18"],
+        ["--layers", "9" * 5000],
+        ["--layers", "0"],
+        ["--strategy", "magic"],
+        ["--micro-batches", "two"],
+        ["--ends", "last"],
+    ],
 )
 def test_malformed_arguments_exit_2(capsys, arguments):
     with pytest.raises(SystemExit) as end:
         main([*PIPELINE, *arguments])
     assert end.value.code == 2
-    assert arguments[0] in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert arguments[0] in said
+    assert said.count("\n") == 1
+
+
+def test_nothing_costs_anything(capsys):
+    free = [word for name in ("step", "graph_step", "vjp", "weights", "final_vjp") for word in ("--cost", f"{name}=0")]
+    assert "time    0" in lines_of(capsys, *PIPELINE, *free)
+
+
+def test_choose_says_what_it_assumes(capsys):
+    assert any("half a batch takes half the time" in line for line in lines_of(capsys, *PIPELINE, "--choose", "exact"))
+    measured = lines_of(capsys, *PIPELINE, "--choose", "exact", "--cost", "fixed_share=0.9")
+    assert not any("assumed" in line for line in measured)
+    assert "1 micro-batch," in measured[1]  # where cutting the batch saves next to nothing
+
+
+def test_what_a_library_raises_is_one_line(capsys, monkeypatch):
+    for error, said in (
+        (RecursionError("too\ndeep"), "RecursionError: too deep"),
+        (MemoryError(), "not enough memory"),
+    ):
+        monkeypatch.setattr("hf_layerpar.cli.predict_step", Mock(side_effect=error))
+        assert main(PIPELINE) == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert err.count("\n") == 1
 
 
 def test_planning_loads_no_torch_and_no_matplotlib():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = {name: t for name, t in model.state_dict().items() if "encoder.layer.1.output.dense.bias" not in name}
     model.save_pretrained(root / "torn", state_dict=state)
     (root / "empty").mkdir()
+    weights = (root / "plain" / "model.safetensors").read_bytes()
+    nested = b'{"model_type": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+    changes = {"cut": ("model.safetensors", weights[: len(weights) // 2]), "nested": ("config.json", nested)}
+    changes |= {"listed": ("config.json", b"[1]"), "typed": ("config.json", b'{"architectures": 5, "model_type": 3}')}
+    for name, (file, content) in changes.items():
+        shutil.copytree(root / "plain", root / name)
+        (root / name / file).write_bytes(content)
     return root
 
 
@@ -107,6 +115,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("euler", ["--step-size", "0.25"], "contradicts step_size=0.5"),
         ("torn", [], "does not hold all weights of BertForMaskedLM, which its config.json names: 1 missing_keys"),
         ("empty", [], "config.json"),
+        ("cut", [], "model.safetensors"),
+        ("nested", [], "config.json"),
+        ("nested", ["--to-stock"], "config.json"),
+        ("listed", [], "config.json"),
+        ("typed", [], "config.json"),
+        ("plain", ["--step-size", "nan"], "step_size=nan must be in (0, 1]"),
+        ("plain", ["--step-size", "1e-300"], "steps, and the limit is 100000; choose a larger step_size"),
+        ("plain", ["--num-steps", "1000000000"], "num_steps=1000000000 must be at most 100000"),
+        ("plain", ["--buffers", "-1", "0"], "buffers[0]=-1 must be an integer of at least 0"),
     ],
 )
 def test_what_is_refused(
@@ -116,6 +133,7 @@ def test_what_is_refused(
     said = capsys.readouterr().err
     assert message in said
     assert "Traceback" not in said
+    assert said.splitlines()[-1].startswith("hf-layerpar: ")
     assert list(tmp_path.iterdir()) == []
 
 

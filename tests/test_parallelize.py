@@ -2,14 +2,22 @@
 
 import copy
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers as hf
+from peft import AdaLoraConfig, VeraConfig, get_peft_model
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hf_layerpar import LayerParallelConfig, convert_to_ode, gradient_agreement, layer_parallel, parallelize
 from hf_layerpar.errors import CheckpointError, ConfigurationError, RankMismatchError, UnsupportedModelError
-from tests.multiproc import run_ranks
+from tests.multiproc import free_port, run_ranks
 from tests.zoo import build
 
 EXACT = LayerParallelConfig()
@@ -180,7 +188,243 @@ def different_settings():
 def test_different_settings_are_refused_on_all_ranks():
     for message in run_ranks(different_settings, 2):
         assert message is not None
-        assert "'settings'" in message
+        assert "disagree on {'settings.micro_batches': [1, 2]} (by rank)" in message
+
+
+# ---- tensors that layers share
+def gpt_sharing(what):
+    """A GPT-2 of four layers (two a rank), some of which have a norm or a weight in common."""
+    model, _ = double("gpt2")
+    layers = model.transformer.h
+    if "norms" in what:
+        one, other = {"norms of two ranks": (0, 3), "norms of one rank": (0, 1)}[what]
+        layers[other].ln_1 = layers[one].ln_1
+    elif "last norm" in what:
+        layers[0 if "other rank" in what else 3].ln_1 = model.transformer.ln_f
+    else:
+        layers[3].mlp.c_fc.weight = layers[0].mlp.c_fc.weight
+    scattered(model.parameters())
+    return model
+
+
+def scattered(parameters):
+    """Moved from values, such as ones, that stand for nothing."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.1 * torch.randn_like(p))
+
+
+def sharing(what, frozen):
+    """The largest relative gradient error against stock, or why it is refused."""
+    _, inputs = double("gpt2")
+    model, stock = gpt_sharing(what).eval(), gpt_sharing(what).eval()
+    for m in (model, stock) if frozen else ():
+        tied = [(n, p) for n, p in m.named_parameters(remove_duplicate=False)]
+        for name, p in tied:
+            p.requires_grad_(sum(q is p for _, q in tied) == 1 or "wte" in name)
+    stock(**inputs).loss.backward()
+    try:
+        handle = parallelize(convert_to_ode(model), EXACT)
+    except UnsupportedModelError as error:
+        return str(error)
+    return compared(handle, model, stock, inputs)
+
+
+def compared(handle, model, stock, inputs):
+    loss = handle.train_step(inputs, lambda part: model(**part).loss)
+    expected = stock(**inputs).loss
+    wanted = {n: p.grad for n, p in stock.named_parameters() if p.grad is not None}
+    norm = math.sqrt(sum(float(g.double().pow(2).sum()) for g in wanted.values()))
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    full = handle.state_dict()
+    assert all(torch.equal(full[n], t) for n, t in (stock.state_dict() if full else {}).items())
+    assert float(handle.grad_norm()) == pytest.approx(norm, rel=1e-6)
+    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-6)
+    return max(float((g - wanted[n]).norm()) / norm for n, g in found.items())
+
+
+@pytest.mark.parametrize(
+    ("what", "trained"),
+    [
+        ("norms of two ranks", "layer 3 of transformer.h (lp rank 1) shares the trained tensor transformer.h."),
+        (
+            "a weight of two ranks",
+            "tensor transformer.h.0.mlp.c_fc.weight with a layer of lp rank 0",
+        ),
+        ("the last norm on the other rank", "transformer.h.0.ln_1.weight with what lp ranks (0, 1) have outside"),
+        ("the last norm on its rank", None),
+        ("norms of one rank", None),
+    ],
+)
+def test_tensors_that_layers_share(what, trained):
+    assert max(run_ranks(sharing, 2, what, True)) < 1e-12
+    assert max(run_ranks(sharing, 3, what, True)) < 1e-12
+    found = run_ranks(sharing, 2, what, False)
+    if trained is None:
+        assert max(found) < 1e-12
+    else:
+        assert found[0] == found[1]
+        assert trained in found[0]
+        assert "freeze it, give each layer its own, or use lp_size=1" in found[0]
+
+
+def adapted(kind):
+    """VeRA has its projections in common for all layers, AdaLoRA's loss has all its weights in it."""
+    settings: dict = {"r": 4, "target_modules": ["q_proj", "o_proj"]}
+    configs = {"vera": VeraConfig, "adalora": AdaLoraConfig}
+    settings |= {"total_step": 10, "init_r": 4, "task_type": "CAUSAL_LM"} if kind == "adalora" else {}
+    base, inputs = double("llama")
+    torch.manual_seed(0)
+    model = get_peft_model(base, configs[kind](**settings)).double().eval()
+    scattered([p for n, p in model.named_parameters() if "lora_" in n or "lambda" in n])
+    return model, inputs
+
+
+def adapters(kind):
+    (model, inputs), (stock, _) = adapted(kind), adapted(kind)
+    stock(**inputs).loss.backward()
+    try:
+        return compared(parallelize(convert_to_ode(model), EXACT), model, stock, inputs)
+    except UnsupportedModelError as error:
+        return str(error)
+
+
+def test_adapters_that_layers_share():
+    for world in (1, 2, 3):
+        assert max(run_ranks(adapters, world, "vera")) < 1e-12
+    for text in run_ranks(adapters, 2, "adalora"):
+        assert "a regulariser of the weights, as AdaLoRA's" in text
+        assert "use lp_size=1, or LoRA" in text
+
+
+def zamba(blocks):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 99, "n_mamba_heads": 4}
+    sizes |= {"mamba_d_state": 8, "mamba_ngroups": 1, "mamba_headdim": 16, "mamba_expand": 2, "chunk_size": 4}
+    torch.manual_seed(0)
+    config = hf.Zamba2Config(
+        num_hidden_layers=len(blocks),
+        layers_block_type=["hybrid" if b == "h" else "mamba" for b in blocks],
+        num_mem_blocks=1,
+        num_key_value_heads=4,
+        adapter_rank=4,
+        use_mamba_kernels=False,
+        attention_dropout=0.0,
+        **sizes,
+    )
+    return hf.Zamba2ForCausalLM(config).double().eval()
+
+
+def repeated(blocks, settings):
+    _, inputs = double("llama")
+    model, stock = zamba(blocks), zamba(blocks)
+    stock(**inputs, use_cache=False).loss.backward()
+    try:
+        return compared(parallelize(convert_to_ode(model), LayerParallelConfig(**settings)), model, stock, inputs)
+    except UnsupportedModelError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("settings", [{}, {"micro_batches": 2, "schedule": "zb_h1"}])
+def test_a_block_that_several_layers_repeat(settings):
+    """Zamba2's: right where one rank has all of these layers, refused where several have."""
+    assert max(run_ranks(repeated, 1, "mhmh", settings)) < 1e-10
+    assert max(run_ranks(repeated, 2, "mmhh", settings)) < 1e-10
+    for text in run_ranks(repeated, 2, "mhmh", settings):
+        assert "shares the trained tensor model.layers.1.shared_transformer" in text
+
+
+# ---- what would part the ranks
+def wrapped_and_such():
+    told = {}
+    model, inputs = double("bert")
+    model = convert_to_ode(model).eval()
+    handle = parallelize(model, EXACT)
+
+    def attempt(name, act):
+        try:
+            act()
+        except (UnsupportedModelError, ConfigurationError, RankMismatchError) as error:
+            told[name] = f"{type(error).__name__}: {error}"
+
+    attempt("ddp", lambda: DistributedDataParallel(model))
+    around = nn.Module()
+    around.inner = model
+    around.forward = lambda **batch: model(**batch)
+    attempt("an own module in ddp", lambda: DistributedDataParallel(around, init_sync=False)(**inputs))
+    trainer = hf.Trainer(model, hf.TrainingArguments("unused", use_cpu=True, report_to=[]), train_dataset=[inputs])
+    attempt("stock", trainer.train)
+    handle.train_step(inputs)
+    attempt("lbfgs", lambda: torch.optim.LBFGS(model.parameters()).step(lambda: handle.train_step(inputs)))
+    torch.optim.LBFGS([torch.nn.Parameter(torch.zeros(1))]).step(lambda: 0.0)  # of something else
+    return told
+
+
+def test_what_would_copy_or_part_the_layers_is_refused():
+    for told in run_ranks(wrapped_and_such, 2):
+        for name in ("ddp", "an own module in ddp", "stock"):
+            assert "UnsupportedModelError: DistributedDataParallel" in told[name], name
+            assert "Use LayerParallelTrainer" in told[name]
+        assert "ConfigurationError: LBFGS of a model on several lp ranks" in told["lbfgs"]
+
+
+def norm_of_bf16():
+    model, inputs = build("gpt2")
+    handle = parallelize(convert_to_ode(model.bfloat16()))
+    handle.train_step(inputs)
+    squares = sum(float(p.grad.double().pow(2).sum()) for p in model.parameters())
+    return float(handle.grad_norm()), math.sqrt(squares)
+
+
+def test_gradient_norms_of_half_precision_are_not_rounded_to_it():
+    found, expected = run_ranks(norm_of_bf16, 1)[0]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+_LOOP = """
+import torch
+from hf_layerpar import LayerParallelConfig, convert_to_ode, parallelize
+from tests.zoo import build
+
+model, batch = build("gpt2")
+loader = [batch] * 2
+model = convert_to_ode(model)
+handle = parallelize(model, LayerParallelConfig(micro_batches=2))
+optimizer = torch.optim.AdamW(model.parameters())
+torch.manual_seed(0)
+for batch in loader:
+    loss = handle.train_step(batch)
+    handle.clip_grad_norm_(1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+print("lp size", handle.lp_size, "layers", sum(p.numel() for p in model.transformer.h.parameters()))
+"""
+
+
+def test_a_loop_under_a_launcher_finds_all_processes(tmp_path):
+    script = tmp_path / "loop.py"
+    script.write_text(_LOOP)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--master_port", str(free_port()), str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    layers = sum(p.numel() for p in build("gpt2")[0].transformer.h.parameters())
+    assert done.stdout.count(f"lp size 2 layers {layers // 2}") == 2
+
+
+def test_processes_that_can_not_find_each_other(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigurationError, match=r"WORLD_SIZE=2 says .* without RANK, MASTER_ADDR, MASTER_PORT"):
+        parallelize(convert_to_ode(build("bert")[0]))
 
 
 def test_one_process_draws_masks_of_its_own_and_matches_plain_training_without_dropout():

@@ -176,7 +176,47 @@ _TABLE: dict[str, tuple[Any, Any, dict[str, Any], tuple[str, ...], Callable[[], 
     ),
 }
 
+_GPTJ = {"n_embd": 32, "n_head": 4, "n_positions": 64, "rotary_dim": 4, "resid_pdrop": 0.1, "attn_pdrop": 0.1}
+_BAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 4, "attn_layer_indices": [1]}
+_DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
+
+# layers that return their state in a tuple
+_TUPLES: dict[str, tuple[Any, Any, dict[str, Any], tuple[str, ...], Callable[[], Inputs]]] = {
+    "bloom": (
+        hf.BloomForCausalLM,
+        hf.BloomConfig,
+        _SPECIAL | _DROPOUT | {"vocab_size": VOCAB, "hidden_size": 32, "n_head": 4},
+        ("n_layer",),
+        text,
+    ),
+    "falcon": (hf.FalconForCausalLM, hf.FalconConfig, _TEXT | _SPECIAL | _DROPOUT, ("num_hidden_layers",), text),
+    "gptj": (hf.GPTJForCausalLM, hf.GPTJConfig, _GPTJ | _SPECIAL | {"vocab_size": VOCAB}, ("n_layer",), text),
+    "mpt": (
+        hf.MptForCausalLM,
+        hf.MptConfig,
+        {"d_model": 32, "n_heads": 4, "max_seq_len": 64, "vocab_size": VOCAB, "resid_pdrop": 0.1},
+        ("n_layers",),
+        text,
+    ),
+    "longformer": (
+        hf.LongformerForMaskedLM,
+        hf.LongformerConfig,
+        _TEXT | _SPECIAL | _HIDDEN_DROPOUT | {"attention_window": 4, "sep_token_id": EOS},
+        ("num_hidden_layers",),
+        text,
+    ),
+    "nystromformer": (
+        hf.NystromformerForMaskedLM,
+        hf.NystromformerConfig,
+        _TEXT | _SPECIAL | _HIDDEN_DROPOUT | {"num_landmarks": 4, "segment_means_seq_len": 4, "conv_kernel_size": 3},
+        ("num_hidden_layers",),
+        text,
+    ),
+    "bamba": (hf.BambaForCausalLM, hf.BambaConfig, _LLAMA | _BAMBA, ("num_hidden_layers",), text),
+}
+
 NAMES = tuple(_TABLE)
+TUPLES = tuple(_TUPLES)
 DECODERS = ("gpt2", "gpt_neox", "llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "opt")
 ENCODER_DECODERS = ("bart", "marian", "m2m100", "t5", "whisper")
 EAGER_ONLY = ("gemma2", "deberta", "deberta_v2")
@@ -187,7 +227,7 @@ SPLIT += ("modernbert", "whisper", "roberta_prelayernorm", "m2m100")
 
 
 def config(name: str, layers: int = 4, **changes: Any) -> Any:
-    _, config_class, values, depths, _ = _TABLE[name]
+    _, config_class, values, depths, _ = (_TABLE | _TUPLES)[name]
     return config_class(**(values | dict.fromkeys(depths, layers) | changes))
 
 
@@ -199,7 +239,7 @@ def build(
     attention: "eager" or "sdpa"; default: what stock chooses. Stock raises ValueError for one that it refuses.
     """
     torch.manual_seed(seed)
-    model_class, *_, inputs = _TABLE[name]
+    model_class, *_, inputs = (_TABLE | _TUPLES)[name]
     return model_class._from_config(config(name, layers, **changes), attn_implementation=attention), inputs()
 
 

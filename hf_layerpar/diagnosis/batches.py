@@ -32,6 +32,9 @@ _HEADS: dict[str, Task] = {
 }
 """Ends of the class names in `config.architectures`."""
 
+MOST_LABELS = 100_000
+"""Of a classification head."""
+
 _MASKED_SHARE = 0.15
 _IGNORED = -100
 
@@ -73,9 +76,9 @@ def text_batches(
     Language models get one run of text cut into rows of T tokens (masked: 15 % of them, seeded). Classifiers get lines
     of "label<TAB>text" with integer labels, padded or cut to T.
 
-    Raises ConfigurationError when the file has too little text, or a line has no label.
+    Raises ConfigurationError when the file has too little text or is no UTF-8, or a line has no label.
     """
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = _lines(file)
     if task == "sequence-classification":
         return _classification(tokenizer, _labelled(lines, file), count, rows, tokens)
     text = "\n".join(lines)
@@ -120,8 +123,18 @@ def random_batches(
 
 def labels_in(file: Path) -> int:
     """Number of classes of a file of "label<TAB>text" lines: its largest label and one."""
-    lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = _lines(file)
     return max((label for label, _ in _labelled(lines, file)), default=0) + 1
+
+
+def _lines(file: Path) -> list[str]:
+    """Those of a text file that aren't empty. Raises ConfigurationError where it is no UTF-8."""
+    try:
+        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(
+            f"{file} is no UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8 (iconv -t utf-8)"
+        ) from error
 
 
 def _language_batch(tokenizer: PreTrainedTokenizerBase, task: Task, ids: Tensor, seed: int) -> dict[str, Tensor]:
@@ -147,6 +160,11 @@ def _labelled(lines: Sequence[str], file: Path) -> list[tuple[int, str]]:
             raise ConfigurationError(
                 f"{file}, text line {number}: {line[:40]!r} is not a label, a tab and a text; sequence classification "
                 "needs integer labels from 0 on"
+            )
+        if len(label.strip()) > 9 or int(label) >= MOST_LABELS:
+            raise ConfigurationError(
+                f"{file}, text line {number}: label {label[:40]} is too large; number the labels from 0 to at most "
+                f"{MOST_LABELS - 1}"
             )
         found.append((int(label), text))
     return found

@@ -31,15 +31,15 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from hf_layerpar.config import CONFIG_KEY
+from hf_layerpar.config import CONFIG_KEY, OdeSettings
 from hf_layerpar.errors import CheckpointError, ConfigurationError
 from hf_layerpar.ode import remote
 from hf_layerpar.ode.convert import ode_view
-from hf_layerpar.ode.files import is_of_a_checkpoint, makes_loadable
+from hf_layerpar.ode.files import check_whole, is_of_a_checkpoint, makes_loadable, reading
 from hf_layerpar.ode.fold import folded_state_dict
 from hf_layerpar.ode.pushing import ModelPush, PushToHub, kind_of
 
@@ -65,33 +65,50 @@ def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     checkpoint.
 
     Raises:
-        CheckpointError: there is no config.json, or it names no class of transformers.
+        CheckpointError: there is no config.json, it names no class of transformers, or a file is damaged.
     """
     return remote.converted(load_stock(path, **kwargs))
 
 
 def load_stock(path: str | os.PathLike[str], **kwargs: Any) -> Any:
     """As `from_pretrained`, but not converted: the stock class with the weights as they are stored."""
-    download = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
-    values, _ = PreTrainedConfig.get_config_dict(path, **download)
+    values = stored_config(path, **kwargs)
     if not values:
         raise CheckpointError(f"there is no {CONFIG_NAME} in {path}, so no checkpoint; was its save cut short?")
-    name = (values.get("architectures") or [None])[0]
-    stock_class = getattr(transformers, name or "", None)
-    if stock_class is None:
+    names = values.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    stock_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(stock_class, type) and issubclass(stock_class, PreTrainedModel)):
         raise CheckpointError(
-            f"{CONFIG_NAME} of {path} has architectures={values.get('architectures')}, which names no class of "
-            "transformers; load the model with its own class and call convert_to_ode(model)"
+            f"{CONFIG_NAME} of {path} has architectures={names}, which names no class of transformers; load the model "
+            "with its own class and call convert_to_ode(model)"
         )
-    model_type = values.get("model_type", "")
+    model_type = str(values.get("model_type", ""))
     if model_type.startswith(remote.MODEL_TYPE_PREFIX) and "config" not in kwargs:
-        del values["model_type"], values["auto_map"]
         dtype = {key: kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs}
-        config_class = CONFIG_MAPPING[model_type.removeprefix(remote.MODEL_TYPE_PREFIX)]
+        with reading(Path(path, CONFIG_NAME)):
+            del values["model_type"], values["auto_map"]
+            config_class = CONFIG_MAPPING[model_type.removeprefix(remote.MODEL_TYPE_PREFIX)]
         # the config swallows a given dtype, which must also reach the class
         config, unused = config_class.from_dict(values, **kwargs, return_unused_kwargs=True)
         kwargs = {"config": config} | unused | dtype  # pyright: ignore[reportOperatorIssue]
     return stock_class.from_pretrained(path, **kwargs)
+
+
+def stored_config(path: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+    """What config.json of a checkpoint says; empty where there is none. kwargs: those of `from_pretrained`.
+
+    Raises CheckpointError for a folder with a damaged file.
+    """
+    folder = Path(path, kwargs.get("subfolder") or "")
+    if folder.is_dir():
+        check_whole(folder, kwargs.get("variant"))
+    download = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
+    values, _ = PreTrainedConfig.get_config_dict(path, **download)
+    if CONFIG_KEY in values:
+        with reading(folder / CONFIG_NAME):
+            OdeSettings.from_dict(values[CONFIG_KEY])
+    return values
 
 
 def attach_saving(model: PreTrainedModel) -> None:
@@ -135,7 +152,7 @@ class SavePretrained:
         """
         sharded = any(stack.sharded for stack in ode_view(self.model).stacks)
         if sharded and (state_dict is None or state_dict):
-            self._check_complete(state_dict or self.model.state_dict())
+            _check_complete(self.model, state_dict or self.model.state_dict())
         if distributed_checkpoint:
             raise ConfigurationError(
                 "distributed_checkpoint=True saves FSDP and TP shards, and a converted model has none; leave it out"
@@ -170,22 +187,13 @@ class SavePretrained:
         if push is not None:
             push.upload(self.model, target, names, variant=variant)
 
-    def _check_complete(self, state_dict: dict[str, Tensor]) -> None:
-        for stack in ode_view(self.model).stacks:
-            for index in range(len(stack.layers)):
-                if not any(key.startswith(f"{stack.path}.{index}.") for key in state_dict):
-                    raise CheckpointError(
-                        f"this rank holds only a part of the layers, and {stack.path}.{index} is not among the tensors "
-                        "to save; call save_pretrained(path, state_dict=layer_parallel(model).state_dict()) on all lp "
-                        "ranks"
-                    )
-
     def _write(self, directory: Path, given: dict[str, Tensor] | None, **kwargs: Any) -> None:
         model = self.model
         settings = ode_view(model).settings
         save = type(model).save_pretrained
         if getattr(model, "_hf_peft_config_loaded", False):  # writes the adapters only, and no config.json
-            save(model, directory, state_dict=given, **kwargs)
+            with _filled(model, given or {}):
+                save(model, directory, state_dict=given, **kwargs)
             return
         state_dict = dict(model.state_dict() if given is None else given)
         # stock drops tied weights by their shared storage, which a gathered state dict doesn't have
@@ -208,6 +216,52 @@ class SavePretrained:
         for file in directory.glob("*.index*.json"):
             with _edited(file) as index:  # stock counts the parameters in memory, which may be a part of the model
                 index["metadata"]["total_parameters"] = parameters
+
+
+@dataclasses.dataclass(eq=False)
+class SaveAdapters:
+    """The `save_pretrained` of a PEFT model that is spread over ranks."""
+
+    model: Any
+
+    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As `PeftModel.save_pretrained`, with the same arguments; `state_dict` as in `SavePretrained`."""
+        state_dict = kwargs.get("state_dict")
+        if any(stack.sharded for stack in ode_view(self.model).stacks):
+            if state_dict is None or state_dict:
+                _check_complete(self.model, state_dict or {})
+            else:
+                return
+        with _filled(self.model, state_dict or {}):
+            type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
+
+
+def _check_complete(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
+    for stack in ode_view(model).stacks:
+        for index in range(len(stack.layers)):
+            if not any(f"{stack.path}.{index}." in key for key in state_dict):
+                raise CheckpointError(
+                    f"this rank holds only a part of the layers, and {stack.path}.{index} is not among the tensors to "
+                    "save; call save_pretrained(path, state_dict=layer_parallel(model).state_dict()) on all lp ranks"
+                )
+
+
+@contextmanager
+def _filled(model: nn.Module, state_dict: dict[str, Tensor]) -> Iterator[None]:
+    """The parameters that this rank lacks are those of `state_dict` inside. PEFT saves of a module what is in it."""
+    lacking = [
+        (module, key, state_dict[name])
+        for path, module in model.named_modules()
+        for key, value in module._parameters.items()
+        if value is None and (name := f"{path}.{key}") in state_dict
+    ]
+    try:
+        for module, key, tensor in lacking:
+            module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
+        yield
+    finally:
+        for module, key, _ in lacking:
+            module._parameters[key] = None
 
 
 @contextmanager

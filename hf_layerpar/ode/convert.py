@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -11,7 +11,18 @@ from typing import Literal, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_layerpar.config import CONFIG_KEY, Form, Interpolation, OdeSettings
+from hf_layerpar.config import (
+    CONFIG_KEY,
+    MOST_STEPS,
+    ODE_CHECKS,
+    Form,
+    Interpolation,
+    OdeSettings,
+    names,
+    one_of,
+    optional,
+    whole,
+)
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode import fold
 from hf_layerpar.ode.families import check_supported, find_stacks
@@ -52,12 +63,13 @@ def convert_to_ode(
     form: Form | Literal["auto"] = "auto",
     interpolation: Interpolation | None = None,
     buffers: tuple[int, int] | None = None,
+    stacks: Sequence[str] | None = None,
 ) -> Model:
     """Turn every layer of a model's stacks into an Euler step of size h. At h = 1 nothing it computes changes.
 
     Args:
-        model: a transformers model, or a PEFT model around one. Its layers must be `GradientCheckpointingLayer`s that
-            map a state `[B, T, D]` to a state of the same shape.
+        model: a transformers model, or a PEFT model around one. Its layers must map a state `[B, T, D]` to a state of
+            the same shape.
         step_size: h of the inner steps, in (0, 1]; default 1.
         num_steps: inner steps of every stack, buffers not counted; default: layers / step_size, which keeps the final
             time. Another number than the stack has builds a deeper or shallower model from interpolated weights.
@@ -65,6 +77,9 @@ def convert_to_ode(
             only, folds into a stock checkpoint); "auto" takes "split" where all layers allow it.
         interpolation: weights of a refined stack, "constant" (layers repeated; the default) or "linear".
         buffers: first and last layers of every stack that stay as they are; default (0, 0).
+        stacks: names of the layer lists to take (`named_modules()` has them; the last parts are enough), such as
+            ["language_model.layers"] of a vision-language model; default: all that are found. The others stay as they
+            are, and on lp ranks belong to what is outside the layers.
 
     A model whose config carries settings of an earlier conversion (a checkpoint of ours) gets those back; arguments may
     repeat them but not contradict them.
@@ -83,22 +98,26 @@ def convert_to_ode(
             f"{type(model).__name__} is already converted ({view.settings}); ode_view(model) gives its stacks. To use "
             "other settings, convert a model loaded anew"
         )
+    num_steps = optional(whole(1, MOST_STEPS))("num_steps", num_steps)
+    form = one_of(Literal["auto", "euler", "split"])("form", form)
     check_supported(base)
-    depths = {path: len(layers) for path, layers in find_stacks(base).items()}
     stored = getattr(base.config, CONFIG_KEY, None)
+    chosen = optional(names)("stacks", stacks) if stored is None else OdeSettings.from_dict(stored).stacks
+    found = find_stacks(base, chosen)
+    depths = {path: len(layers) for path, layers in found.items()}
     if stored is None:
         settings = OdeSettings(
             step_size=1.0 if step_size is None else step_size,
-            form=_choose_form(base, form),
-            interpolation=interpolation or "constant",
+            form=_choose_form(found, form),
+            interpolation="constant" if interpolation is None else interpolation,
             buffers=(0, 0) if buffers is None else buffers,
+            stacks=chosen,
         )
         steps = {path: _inner_steps(path, depth, settings, num_steps) for path, depth in depths.items()}
     else:
         settings = OdeSettings.from_dict(stored)
         asked = {"step_size": step_size, "form": None if form == "auto" else form, "interpolation": interpolation}
-        asked["buffers"] = None if buffers is None else tuple(buffers)
-        _check_agreement(settings, asked)
+        _check_agreement(settings, asked | {"buffers": buffers, "stacks": stacks})
         steps = {path: depth - sum(settings.buffers) for path, depth in depths.items()}
         if num_steps is not None and any(count != num_steps for count in steps.values()):
             raise ConfigurationError(
@@ -155,7 +174,7 @@ def _attach(model: Model, base: PreTrainedModel, settings: OdeSettings) -> Model
     from hf_layerpar.ode.checkpoint import attach_saving  # imported here: checkpoint.py converts what it loads
 
     unfolded = dataclasses.replace(settings, folded=False)
-    stacks = tuple(LayerStack(path, layers, unfolded) for path, layers in find_stacks(base).items())
+    stacks = tuple(LayerStack(path, layers, unfolded) for path, layers in find_stacks(base, settings.stacks).items())
     if settings.form == "split":
         for stack in stacks:
             for layer, step_size in zip(stack.layers, stack.step_sizes, strict=True):
@@ -170,7 +189,8 @@ def _attach(model: Model, base: PreTrainedModel, settings: OdeSettings) -> Model
 
 
 def _find_view(model: nn.Module) -> OdeView | None:
-    return next((vars(module)[_VIEW] for module in model.modules() if _VIEW in vars(module)), None)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    return next((vars(module)[_VIEW] for module in modules if _VIEW in vars(module)), None)
 
 
 def _hf_model(model: nn.Module) -> PreTrainedModel:
@@ -183,10 +203,10 @@ def _hf_model(model: nn.Module) -> PreTrainedModel:
     )
 
 
-def _choose_form(model: PreTrainedModel, form: str) -> Form:
+def _choose_form(stacks: Mapping[str, Sequence[nn.Module]], form: str) -> Form:
     without = [
         f"{path}.0 ({type(layer).__name__})"
-        for path, layers in find_stacks(model).items()
+        for path, layers in stacks.items()
         if (layer := next((layer for layer in layers if not fold.has_split_form(layer)), None)) is not None
     ]
     if form == "split" and without:
@@ -206,10 +226,13 @@ def _inner_steps(path: str, depth: int, settings: OdeSettings, num_steps: int | 
             "one"
         )
     if num_steps is not None:
-        if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-            raise ConfigurationError(f"num_steps={num_steps!r} must be an integer of at least 1")
         return num_steps
     exact = inner / settings.step_size
+    if exact > MOST_STEPS:
+        raise ConfigurationError(
+            f"{inner} inner layers of {path} at step_size={settings.step_size} make {exact:g} steps, and the limit is "
+            f"{MOST_STEPS}; choose a larger step_size, or give num_steps"
+        )
     steps = round(exact)
     if abs(exact - steps) > 1e-6 * exact:
         raise ConfigurationError(
@@ -222,7 +245,7 @@ def _inner_steps(path: str, depth: int, settings: OdeSettings, num_steps: int | 
 def _check_agreement(settings: OdeSettings, asked: dict[str, object]) -> None:
     for name, value in asked.items():
         stored = getattr(settings, name)
-        if value is not None and value != stored:
+        if value is not None and ODE_CHECKS[name](name, value) != stored:
             raise ConfigurationError(
                 f"{name}={value!r} contradicts {name}={stored!r}, with which this checkpoint was made "
                 f"(config.{CONFIG_KEY}); leave {name} out, or convert the original model"

@@ -7,7 +7,7 @@ its autograd graph, and is sent by the rank that has the parameter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_layerpar.ode.families import shared_modules
-from hf_layerpar.ode.stack import LayerStack
+from hf_layerpar.ode.stack import LayerStack, shadowed
 
 
 @dataclass(eq=False)
@@ -42,9 +42,11 @@ class EndParameter:
 
 
 class Ends:
-    """The end parameters of a model on this rank."""
+    """The end parameters of a model on this rank. To be made before it loses layers."""
 
     def __init__(self, model: nn.Module, stacks: Sequence[LayerStack], num_ranks: int) -> None:
+        for stack in stacks:
+            stack.note_shapes()
         found: dict[int, EndParameter] = {}
         everywhere = tuple(range(num_ranks))
         for path, module in _end_modules(model, stacks):
@@ -72,7 +74,7 @@ class Ends:
     def stood_in(self) -> Iterator[dict[EndParameter, Tensor]]:
         """All parameters are stand-ins inside, which it yields."""
         stand_ins = {p: p.stand_in() for p in self.parameters}
-        with _shadowed((slot, stand_ins[p]) for p in self.parameters for slot in p.slots):
+        with shadowed((slot, stand_ins[p]) for p in self.parameters for slot in p.slots):
             yield stand_ins
 
     @contextmanager
@@ -90,7 +92,7 @@ class Ends:
             else:
                 continue
             shadows += [(slot, tensor) for slot in p.slots]
-        with _shadowed(shadows):
+        with shadowed(shadows):
             yield
 
     def take_gradient(self, parameter: EndParameter, place: int) -> Tensor | None:
@@ -100,21 +102,6 @@ class Ends:
             return None
         grad, alias.grad = alias.grad, None
         return grad
-
-
-@contextmanager
-def _shadowed(shadows: Iterable[tuple[tuple[nn.Module, str], Tensor]]) -> Iterator[None]:
-    """Attributes of modules read as other tensors inside. (An entry of `__dict__` goes before `_parameters`, which
-    state dicts, optimizers and `.to` look at.)"""
-    placed = []
-    try:
-        for (module, key), tensor in shadows:
-            vars(module)[key] = tensor
-            placed.append((module, key))
-        yield
-    finally:
-        for module, key in placed:
-            vars(module).pop(key, None)
 
 
 def _end_modules(model: nn.Module, stacks: Sequence[LayerStack]) -> Iterator[tuple[str, nn.Module]]:

@@ -92,7 +92,9 @@ class BranchScaling:
 
     def attach(self, layer: nn.Module) -> None:
         for branch in self.branches:
-            module = layer.get_submodule(branch)
+            module: Any = layer
+            for name in branch.split("."):  # as get_submodule does, at a fraction of its time
+                module = module._modules[name]
             hooked = self._hooked.get(branch)
             if hooked is None or hooked[0] is not module:
                 if hooked is not None:

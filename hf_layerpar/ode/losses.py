@@ -28,13 +28,15 @@ class Term:
     """One call of a loss function.
 
     count: what its mean divides by; None where the caller asked for the sum. size: numbers in its input. classes: the
-    input's shape without the first dimension.
+    input's shape without the first dimension. targets: numbers in a target that has a part for every part of the
+    input; 0 for one that is spread over it.
     """
 
     function: str
     count: float | None
     size: int
     classes: tuple[int, ...]
+    targets: int
 
     @property
     def kind(self) -> tuple[str, bool]:
@@ -82,7 +84,10 @@ class Counting(TorchFunctionMode):
             given, count = found
             shape = given["input"].shape
             number = None if count is None else float(count)
-            self.terms.append(Term(func.__name__, number, shape.numel(), tuple(shape[1:])))
+            target: Tensor = given["target"]
+            has_parts = target.shape == shape or func in (functional.cross_entropy, functional.nll_loss)
+            targets = target.numel() if has_parts else 0
+            self.terms.append(Term(func.__name__, number, shape.numel(), tuple(shape[1:]), targets))
             value: Any = _Hangs.apply(given["input"], given["target"])
             self.values.append(value)
             return value.clone()  # the caller may change it in place

@@ -54,11 +54,11 @@ def refined(model: PreTrainedModel, steps: Mapping[str, int], settings: OdeSetti
             old model has (adapters, quantised weights, layers that differ by their place).
     """
     _check_plain(model)
-    stacks = find_stacks(model)
+    stacks = find_stacks(model, settings.stacks)
     plan = {path: sources(len(layers), steps[path], settings) for path, layers in stacks.items()}
     with torch.random.fork_rng(devices=[]), no_init_weights():
         new = type(model)(_deeper_config(model.config, {path: len(layers) for path, layers in stacks.items()}, plan))
-    new_stacks = find_stacks(new)
+    new_stacks = find_stacks(new, settings.stacks)
     for path, layers in plan.items():
         if len(new_stacks.get(path, ())) != len(layers):
             raise UnsupportedModelError(

@@ -18,12 +18,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_is_leaf, tree_leaves, tree_map
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_is_leaf,
+    tree_leaves,
+    tree_leaves_with_path,
+    tree_map,
+    tree_map_with_path,
+)
 
-from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
+from hf_layerpar.errors import ConfigurationError, LayerParallelError, UnsupportedModelError
 from hf_layerpar.ode.ends import EndParameter, Ends
 from hf_layerpar.ode.losses import LOSSES, Counting, Term, factors
-from hf_layerpar.ode.stack import LayerStack, RecordedCall
+from hf_layerpar.ode.stack import LayerStack, NeedsSerialError, RecordedCall, remedy_for
 
 Closure = Callable[[Any], Any]
 """Runs the model on a batch (any nest of tensors): its loss in training, its output otherwise."""
@@ -79,6 +86,7 @@ class Player:
         before = [(stack.solver, stack.runner) for stack in self.stacks]
         for index, stack in enumerate(self.stacks):
             stack.solver, stack.runner, stack.trains = self._solver(index), None, trains
+            stack.in_line_because = None
         try:
             yield self
         finally:
@@ -146,6 +154,12 @@ def rehearse(
         value, metrics = loss_and_metrics(output) if loss else (loss_in(output), {})
         of_passes, of_ends = look(t for t in tree_leaves(output) if isinstance(t, Tensor))
         made_of = None if value is None or not value.requires_grad else factors(value, counting)
+    because = next((stack.in_line_because for stack in stacks if stack.in_line_because), None)
+    if not found and because is not None:
+        raise NeedsSerialError(
+            f"{because} needs every layer's value while the model's forward runs, but a solver evaluates the layers "
+            f"behind it. {remedy_for(because)} Or run the model without parallelize"
+        )
     if not found:
         raise UnsupportedModelError(
             "the model's forward came by none of its stacks, so there is nothing to solve; is another model called?"
@@ -217,6 +231,32 @@ def loss_and_metrics(output: Any) -> tuple[Tensor, Mapping[str, Any]]:
     return output, metrics
 
 
+def rehearse_parts(
+    closure: Closure,
+    parts: Sequence[Any],
+    stacks: Sequence[LayerStack],
+    ends: Ends,
+    why: str,
+    *,
+    loss: bool = True,
+    trains: bool = True,
+) -> list[Rehearsed]:
+    """Of parts of a batch. why: the settings that cut it.
+
+    Raises ConfigurationError also for what the model or the loss raises for a part and not for the whole.
+    """
+    try:
+        return [rehearse(closure, part, stacks, ends, loss=loss, trains=trains) for part in parts]
+    except LayerParallelError:
+        raise
+    except Exception as error:
+        raise ConfigurationError(
+            f"{why} cuts the batch, and with it what the model returns, but a part of it can't be computed "
+            f"({type(error).__name__}: {error}). Put what belongs to its rows into the batch, also what a loss "
+            "function reads beside the logits, or use micro_batches=1 and ends='first_last'"
+        ) from error
+
+
 def check_parts(whole: Rehearsed, parts: Sequence[Rehearsed], why: str) -> None:
     """Raises ConfigurationError unless the losses of parts of the batch add up to that of the whole.
 
@@ -249,6 +289,12 @@ def check_parts(whole: Rehearsed, parts: Sequence[Rehearsed], why: str) -> None:
             "function grows with more than the rows), which the parts don't see; use micro_batches=1 and "
             "ends='first_last'"
         )
+    targets = [sum(column) for column in zip(*([t.targets for t in part.terms or ()] for part in parts), strict=True)]
+    if any(t.targets not in (0, found) for t, found in zip(whole.terms, targets, strict=True)):
+        raise ConfigurationError(
+            f"{why} cuts the batch, but its loss compares the logits of a part with targets of the whole batch, which "
+            "a loss function has from elsewhere. Put them into the batch, or use micro_batches=1 and ends='first_last'"
+        )
 
 
 def _detached(leaf: Any) -> Any:
@@ -273,20 +319,43 @@ def batch_rows(batch: Any, main: str | None = None) -> int:
 
 def cut_rows(batch: Any, rows: int, parts: int) -> list[Any]:
     """The batch in so many parts: every tensor with `rows` rows and every list of as many items is cut, the rest is
-    given to all.
+    given to all. Positions of several kinds (`position_ids` of shape [3, rows, T]) are cut along their rows too.
 
-    Raises ConfigurationError for a tensor that has neither as many rows nor one, and for what hides tensors.
+    Raises ConfigurationError for a tensor that has neither as many rows nor one, for what hides tensors, and for
+    tables of things of which a row has any number (images, packed sequences).
     """
     if parts == 1:
         return [batch]
 
+    def is_whole(node: Any) -> bool:
+        return is_column(node) or type(node).__name__ == "BlockMask"
+
+    def row_dim(key: Any, leaf: Any) -> int | None:
+        """The dimension of a tensor or list that is cut."""
+        name = getattr(key[-1], "key", None) if key else None
+        if is_column(leaf):
+            return 0
+        if not isinstance(leaf, Tensor) or not leaf.ndim or name == "cache_position":
+            return None
+        dim = int(name == "position_ids" and leaf.ndim == 3 and leaf.shape[1] == rows)
+        return dim if leaf.shape[dim] == rows else None
+
     def is_column(node: Any) -> bool:
         return isinstance(node, list) and len(node) == rows
 
-    for leaf in tree_leaves(batch, is_leaf=is_column):
+    named = [
+        (getattr(key[-1], "key", None) if key else None, key, leaf)
+        for key, leaf in tree_leaves_with_path(batch, is_leaf=is_whole)
+    ]
+    for name, key, leaf in sorted(named, key=lambda entry: entry[0] not in _TABLES):  # they say more than shapes
         fault = None
-        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) not in (1, rows):
-            fault = f"a tensor of shape {tuple(leaf.shape)}, whose first dimension is neither 1 nor {rows}"
+        if leaf is not None and name in _TABLES:
+            fault = f"{name}, a table of things of which a row may have any number"
+        elif type(leaf).__name__ == "BlockMask":
+            fault = "a BlockMask, whose function counts the rows of the whole batch (a tensor mask is cut)"
+        elif isinstance(leaf, Tensor) and leaf.ndim:
+            if name != "cache_position" and len(leaf) != 1 and row_dim(key, leaf) is None:
+                fault = f"a tensor of shape {tuple(leaf.shape)}, whose first dimension is neither 1 nor {rows}"
         elif isinstance(leaf, Mapping) or is_dataclass(leaf):
             fault = f"a {type(leaf).__name__}, which isn't looked into (a dict is)"
         if fault is not None:
@@ -296,14 +365,17 @@ def cut_rows(batch: Any, rows: int, parts: int) -> list[Any]:
             )
 
     def part(start: int, stop: int) -> Any:
-        def cut(leaf: Any) -> Any:
-            is_cut = is_column(leaf) or (isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows)
-            return leaf[start:stop] if is_cut else leaf
+        def cut(key: Any, leaf: Any) -> Any:
+            dim = row_dim(key, leaf)
+            return leaf if dim is None else leaf[start:stop] if dim == 0 else leaf[:, start:stop]
 
-        return tree_map(cut, batch, is_leaf=is_column)
+        return tree_map_with_path(cut, batch, is_leaf=is_column)
 
     bounds = [rows * i // parts for i in range(parts + 1)]
     return [part(a, b) for a, b in pairwise(bounds)]
+
+
+_TABLES = ("image_grid_thw", "video_grid_thw", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def signature_of(batch: Any, rows: int) -> tuple:

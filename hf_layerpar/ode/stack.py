@@ -2,22 +2,28 @@
 
 No model code is rewritten and no module is moved. A layer gets an instance attribute `forward`; the model's own loop
 calls it as before. Without a solver it evaluates the layer. With one, all layers but the last record their arguments
-and hand the state back untouched, and the last one gives the recorded calls to the solver. (So a forward hook that
-somebody puts on a single layer sees that layer's output only while no solver is set.)
+and hand on what stands for a state (`Later`), and the last one gives the recorded calls to the solver. How layers
+return their state is found by evaluating the first of each kind on stand-ins of its parameters.
+
+Hooks on a layer run when the layer is evaluated and not when it is recorded, so they see real states: those of every
+sweep, last those of the final one.
 
 Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.utils import output_capturing
@@ -25,7 +31,7 @@ from transformers.utils import output_capturing
 from hf_layerpar.config import OdeSettings
 from hf_layerpar.errors import UnsupportedModelError
 from hf_layerpar.ode.cache import add_stand_in, find_cache, is_splittable
-from hf_layerpar.ode.families import LEADING_STATE, family_of
+from hf_layerpar.ode.families import Later, Packing, family_of, later, state_of, with_state
 
 
 @dataclass(eq=False)
@@ -52,6 +58,9 @@ class RecordedCall:
 Solver = Callable[[Sequence[RecordedCall], Tensor], Tensor]
 """Maps (the calls of all layers of a stack, buffers included; x_0) to x_N."""
 
+_Shapes = tuple[tuple[str, str, torch.Size, torch.dtype, bool], ...]
+"""(module, attribute, shape, dtype, is a parameter) of a layer's parameters and buffers."""
+
 ModelRunner = Callable[["ModelForward", tuple, dict[str, Any]], Any]
 """Maps (what stands for a model's forward, the arguments) to the forward's output; it calls `ModelForward.run`."""
 
@@ -69,6 +78,27 @@ class LayerForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.stack.call(self.index, args, kwargs)
+
+
+@dataclass(slots=True, eq=False)
+class LayerCall:
+    """The `_call_impl` put on a layer: what runs a module's hooks around its `forward`. A recorded call runs none.
+
+    compiled: what runs them where the layer was compiled before; a compiler must not see what is recorded.
+    """
+
+    stack: LayerStack
+    index: int
+    compiled: Callable[..., Any] | None = None
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.stack.is_recording(args, kwargs):  # pyright: ignore[reportAttributeAccessIssue]
+            return self.stack.record(self.index, args, kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.compiled is not None:
+            return self.compiled(*args, **kwargs)
+        layer = self.stack.layers[self.index]
+        return type(layer)._call_impl(layer, *args, **kwargs)
 
 
 @dataclass(slots=True, eq=False)
@@ -133,8 +163,10 @@ class ModelForward:
         return output
 
     @property
-    def names(self) -> list[str]:
-        return list(inspect.signature(self.stock).parameters)
+    def names(self) -> tuple[str, ...]:
+        if self.original is None:
+            return _names_of(type(self.model).forward)[1:]  # without self
+        return _names_of(self.original)
 
     def named(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments by name."""
@@ -147,8 +179,15 @@ class ModelForward:
         return bool(getattr(config, name, False)) if value is None else value is not False
 
 
+@lru_cache(maxsize=256)
+def _names_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
 _MODEL_FORWARD = "_hf_layerpar_forward"
-FORWARDS = ("forward", _MODEL_FORWARD)
+_CALL = "_call_impl"
+_COMPILED_CALL = "_compiled_call_impl"
+FORWARDS = ("forward", _CALL, _COMPILED_CALL, _MODEL_FORWARD)
 """Attributes that `intercept` puts on modules."""
 _PER_LAYER_OUTPUTS = ("output_hidden_states", "output_attentions")
 
@@ -163,6 +202,7 @@ class LayerStack:
     foreign: places of the layers whose parameters this rank lacks; with some, the stack can't be evaluated in line.
     trains: whether the running forward will go backward, where its grad mode doesn't tell (in a rehearsal).
     serial_reason: what the running model forward asked for that needs each layer's own value, if anything.
+    in_line_because: why the last forward evaluated the layers in line although there was a solver.
     """
 
     def __init__(self, path: str, layers: Sequence[nn.Module], settings: OdeSettings) -> None:
@@ -178,17 +218,28 @@ class LayerStack:
         self._evaluating = False
         self.trains: bool | None = None
         self.serial_reason: str | None = None
+        self.in_line_because: str | None = None
         self._family = family_of(self.layers[0])
+        self._packings: dict[Any, Packing] = {}  # by place, and by class and shapes
+        self._shapes: list[_Shapes] = []
+        self._unseen = ""
         self._records: list[RecordedCall] = []
         self._start: Tensor | None = None
+        self._handed: Tensor | None = None
         self._shared: tuple = ()
         # forwards that others put on the instances before us (accelerate's device hooks)
         self._originals = [vars(layer).get("forward") for layer in self.layers]
 
     def install(self) -> None:
-        """Put a `LayerForward` on every layer."""
+        """Put a `LayerForward` and a `LayerCall` on every layer."""
         for index, layer in enumerate(self.layers):
             layer.forward = LayerForward(self, index)
+            compiled = layer._compiled_call_impl
+            setattr(layer, _CALL if compiled is None else _COMPILED_CALL, LayerCall(self, index, compiled))
+
+    def note_shapes(self) -> None:
+        """To be called where all layers are whole: from now on layers may lose their parameters."""
+        self._shapes = [_shapes_of(layer) for layer in self.layers]
 
     @property
     def sharded(self) -> bool:
@@ -213,13 +264,7 @@ class LayerStack:
                 output = self.layers[index](x, *args, **kwargs)  # its hooks run
         finally:
             self._evaluating = before
-        state = self._family.state(output)
-        if not isinstance(state, Tensor):
-            raise UnsupportedModelError(
-                f"{self._name(index)} returns a {type(output).__name__}, not its state alone; this layer class can't "
-                "be solved layer-parallel before hf_layerpar.ode.families knows its output. It works without a solver"
-            )
-        return self._euler(index, x, state)
+        return self._euler(index, x, self._checked(index, x, output))
 
     def call(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the model's loop gets for calling layer `index`."""
@@ -228,17 +273,27 @@ class LayerStack:
         x, args, kwargs = self._split_state(index, args, kwargs)
         if self.solver is None:
             return self._in_line(index, x, args, kwargs)
-        cache = find_cache((*args, *kwargs.values()))
-        reason = self._needs_serial(cache)
+        self.in_line_because = reason = self._needs_serial(find_cache((*args, *kwargs.values())))
         if reason is None:
             return self._record(index, x, args, kwargs)
         if self.sharded:
             raise UnsupportedModelError(
-                f"{reason} needs every layer's value on this rank, but {self.path} is spread over lp ranks. Call "
-                "without it (use_cache=False, or a DynamicCache under torch.no_grad(); no output_hidden_states or "
-                "output_attentions), or load the saved checkpoint without parallelize"
+                f"{reason} needs every layer's value on this rank, but {self.path} is spread over lp ranks. "
+                f"{remedy_for(reason)} Or load the saved checkpoint without parallelize"
             )
         return self._in_line(index, x, args, kwargs)
+
+    @torch.compiler.disable
+    def record(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """`call` where a solver is set: no work for a compiler."""
+        return self.call(index, args, kwargs)
+
+    @torch.compiler.disable
+    def is_recording(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """A call with these arguments is recorded, and not evaluated."""
+        if self.solver is None or self._evaluating:
+            return False
+        return self._needs_serial(find_cache((*args, *kwargs.values()))) is None
 
     def check_complete(self) -> None:
         """Raises UnsupportedModelError when the loop stopped before the last layer, which would have run the solver."""
@@ -250,40 +305,108 @@ class LayerStack:
 
     def forget(self) -> None:
         """Drop what an unfinished forward recorded."""
-        self._records, self._start, self._shared = [], None, ()
+        self._records, self._start, self._handed, self._shared = [], None, None, ()
 
     def _in_line(self, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         output = self.stock_forward(index)(x, *args, **kwargs)
         if self._is_plain(index):
             return output
-        family = self._family
-        if isinstance(output, tuple) and not isinstance(family.state(output), Tensor):
-            family = LEADING_STATE
-        return family.with_state(output, self._euler(index, x, family.state(output)))
+        return with_state(output, self._euler(index, x, self._checked(index, x, output)))
 
     def _record(self, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
         if index == 0:
             self.forget()
-            self._start = x
+            self._start = self._handed = x
             self._shared = self._family.shared(self.layers[0], x, args, kwargs)
         if index != len(self._records):
             raise UnsupportedModelError(
                 f"{self._name(index)} was called where layer {len(self._records)} was expected; a solver needs the "
                 "layers of a stack called once each and in order (layers skipped or repeated?)"
             )
-        if x is not self._start:
-            raise UnsupportedModelError(
-                f"the model changes the state between layers {index - 1} and {index} of {self.path}, so the layers are "
-                "not one sequence of steps. Switch off what changes it, or run the model without parallelize"
-            )
+        if x is not self._handed:
+            raise UnsupportedModelError(self._between(index - 1))
         args = self._family.with_shared(args, self._shared)
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Later):
+                raise UnsupportedModelError(leaf.what)
         self._records.append(RecordedCall(self.layers[index], index, args, kwargs, self))
+        start = self._start
+        assert start is not None
+        packing = Packing(self._shared) if self._shared else self._packing(index, start, args, kwargs)
         if index < len(self.layers) - 1:
-            return self._family.pack(x, self._shared)
-        calls, shared = self._records, self._shared
+            self._handed = later(start, self._between(index), is_state=True)
+            if self._is_seen_by_a_compiler(index + 1):
+                self._handed = start
+            return packing.pack(self._handed, args, kwargs)
+        calls = self._records
         self.forget()
         assert self.solver is not None
-        return self._family.pack(self.solver(calls, x), shared)
+        return packing.pack(self.solver(calls, start), args, kwargs)
+
+    def _is_seen_by_a_compiler(self, index: int) -> bool:
+        """What the layer is given: it was compiled after the interception."""
+        compiled = self.layers[index]._compiled_call_impl
+        return compiled is not None and not isinstance(compiled, LayerCall)
+
+    def _between(self, index: int) -> str:
+        return (
+            f"the model reads or changes the state between layers {index} and {index + 1} of {self.path} (or stops "
+            "there: is config.num_hidden_layers smaller than the stack, or early exit on?), so the layers are not one "
+            "sequence of steps. Switch off what does it, leave this stack out of the conversion "
+            f"(stacks=[...]), or run the model without parallelize{self._unseen}"
+        )
+
+    def _packing(self, index: int, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Packing:
+        """How a layer returns its state: the first of its kind is evaluated, the same on every rank."""
+        if index not in self._packings:
+            layer = self.layers[index]
+            shapes = self._shapes[index] if self._shapes else _shapes_of(layer)
+            kind = (type(layer), shapes)
+            if kind not in self._packings:
+                self._packings[kind] = self._find_packing(index, shapes, x, args, kwargs)
+            self._packings[index] = self._packings[kind]
+        return self._packings[index]
+
+    def _find_packing(self, index: int, shapes: _Shapes, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Packing:
+        layer, forward = self.layers[index], self.stock_forward(index)
+        shadows: list[tuple[tuple[nn.Module, str], Tensor]] = []
+        for name, key, shape, dtype, is_parameter in shapes:
+            zeros = torch.zeros(() if is_parameter else shape, dtype=dtype, device=x.device)
+            shadows.append(((layer.get_submodule(name), key), zeros.expand(shape)))
+        args, kwargs = tree_map(_own, (args, kwargs), is_leaf=lambda leaf: isinstance(leaf, Cache))
+        devices = [x.device] if x.is_cuda else []
+        start = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        output: Any = start
+        # a rehearsal's linear maps make tensors that some layers can't write to, and zeros are no weights for others
+        off = torch._C.DisableTorchFunction
+        ways = [(nullcontext, shadows), (off, shadows)] + ([] if self.sharded else [(off, [])])
+        with torch.no_grad(), torch.random.fork_rng(devices), _without_checkpointing(layer):
+            for number, (mode, values) in enumerate(ways, 1):
+                try:
+                    with mode(), shadowed(values):
+                        output, self._unseen = forward(start, *args, **kwargs), ""
+                    break
+                except Exception as error:
+                    if number == len(ways) and not self.sharded:
+                        raise
+                    self._unseen = f" ({self._name(index)} could not be evaluated ahead on zeros: {error})"
+        self._checked(index, x, output)
+        return Packing.of(output, self._name(index), args, kwargs)
+
+    def _checked(self, index: int, x: Tensor, output: Any) -> Tensor:
+        """The state in a layer's output."""
+        state = state_of(output)
+        if not isinstance(state, Tensor):
+            raise UnsupportedModelError(
+                f"{self._name(index)} returns a {type(output).__name__} that doesn't begin with its state, so it is no "
+                "step from state to state; leave this stack out of the conversion (stacks=[...])"
+            )
+        if state.shape != x.shape:
+            raise UnsupportedModelError(
+                f"{self._name(index)} makes a state of shape {tuple(state.shape)} of one of shape {tuple(x.shape)}, so "
+                "it is no step from state to state; leave this stack out of the conversion (stacks=[...])"
+            )
+        return state
 
     def count_in_cache(self, calls: Sequence[RecordedCall], x: Tensor) -> None:
         """The tokens of `x` `[B, T, D]` count as cached for the layers that were evaluated on other ranks."""
@@ -318,6 +441,53 @@ class LayerStack:
 
     def _name(self, index: int) -> str:
         return f"{self.path}.{index} ({type(self.layers[index]).__name__})"
+
+
+class NeedsSerialError(UnsupportedModelError):
+    """What was asked for needs each layer's own value while the model's forward runs."""
+
+
+def remedy_for(reason: str) -> str:
+    """What to do about what needs each layer's own value, in sentences."""
+    if "KV cache" in reason:
+        return "Call without it (use_cache=False, or a DynamicCache under torch.no_grad())."
+    name = reason.split()[0]
+    text = (
+        f"Call without it ({name}=False, also in the config), or leave this stack out of the conversion (stacks=[...])."
+    )
+    if name == "output_router_logits":
+        text += " (The auxiliary loss of routers is made of the logits of all layers together, which no rank has.)"
+    if name == "output_hidden_states":
+        text += " (Some models of transformers ask for it themselves.)"
+    return text
+
+
+def _shapes_of(layer: nn.Module) -> _Shapes:
+    return tuple(
+        (name, key, value.shape, value.dtype, isinstance(value, nn.Parameter))
+        for name, module in layer.named_modules()
+        for key, value in (*module._parameters.items(), *module._buffers.items())
+        if value is not None
+    )
+
+
+def _own(leaf: Any) -> Any:
+    return copy.deepcopy(leaf) if isinstance(leaf, Cache) else leaf
+
+
+@contextmanager
+def shadowed(shadows: Iterable[tuple[tuple[nn.Module, str], Tensor]]) -> Iterator[None]:
+    """Attributes of modules read as other tensors inside. (An entry of `__dict__` goes before `_parameters`, which
+    state dicts, optimizers and `.to` look at.)"""
+    placed = []
+    try:
+        for (module, key), tensor in shadows:
+            vars(module)[key] = tensor
+            placed.append((module, key))
+        yield
+    finally:
+        for module, key in placed:
+            vars(module).pop(key, None)
 
 
 @contextmanager

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_layerpar.config import CONFIG_KEY, OdeSettings
 from hf_layerpar.errors import CheckpointError
 from hf_layerpar.hub.card import CardFacts, facts_of_class, make_card
 from hf_layerpar.hub.upload import CARD_NAME
-from hf_layerpar.ode.checkpoint import load_stock, sync
+from hf_layerpar.ode.checkpoint import load_stock, stored_config, sync
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
 from hf_layerpar.ode.pushing import hub_name, model_facts
 from hf_layerpar.ode.remote import MODEL_TYPE_PREFIX
@@ -68,12 +68,12 @@ def to_stock(source: str, target: Path) -> None:
     Raises CheckpointError where `source` isn't one of ours, or has no plain form: stock layers step with size 1.
     """
     _check_new(target)
-    config, _ = PreTrainedConfig.get_config_dict(source)
+    config = stored_config(source)
     stored = config.get(CONFIG_KEY)
     if stored is None:
         raise CheckpointError(f"{source} has no settings of hf_layerpar in its config.json, so it is no ODE form")
     settings = OdeSettings.from_dict(stored)
-    if config["model_type"].startswith(MODEL_TYPE_PREFIX):
+    if str(config.get("model_type")).startswith(MODEL_TYPE_PREFIX):
         why = "stock layers step with size 1; load it as it is, with trust_remote_code=True, or train it at step size 1"
         if settings.form == "split":
             why = (

@@ -6,8 +6,17 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.config import checked, real
 from hf_layerpar.plan.tasks import Plan, Task
+
+MOST_COST = 1e15
+"""Sums of what is larger lose what is smaller, or run over."""
+
+_PRICE = real(lambda price: 0 <= price <= MOST_COST, f"at least 0 and at most {MOST_COST:g}; use a larger unit")
+_LIMITS = {
+    "bandwidth": real(lambda b: b >= 1 / MOST_COST, f"positive and at least {1 / MOST_COST:g}; inf costs nothing"),
+    "fixed_share": real(lambda share: 0 <= share <= 1, "in [0, 1]"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +35,7 @@ class Costs:
         one behind the other.
     send: working time that a message takes from its sender.
     state_bytes: one state. graph_bytes: one kept graph (the activations of a layer; with recomputation, one state).
-    Raises ConfigurationError for a negative price.
+    Raises ConfigurationError for a price that is negative, endless or no number.
     """
 
     step: float = 1.0
@@ -49,10 +58,7 @@ class Costs:
     graph_bytes: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            if not value >= 0 or (name == "bandwidth" and value == 0) or (name == "fixed_share" and value > 1):
-                limit = {"bandwidth": "positive", "fixed_share": "in [0, 1]"}.get(name, "at least 0")
-                raise ConfigurationError(f"costs: {name}={value!r} must be {limit}")
+        checked(self, {f.name: _LIMITS.get(f.name, _PRICE) for f in dataclasses.fields(self)})
 
     def of(self, task: Task, plan: Plan) -> float:
         """The working time of a task of `plan`."""

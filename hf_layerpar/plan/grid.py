@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -50,10 +51,8 @@ class Grid:
 
     def interval(self, level: int, j: int) -> range:
         """The steps of `level` inside interval j, that is inside step j of the next coarser level."""
-        points = self.levels[level]
-        index = {p: i for i, p in enumerate(points)}
-        coarse = self.levels[level + 1]
-        return range(index[coarse[j]], index[coarse[j + 1]])
+        points, coarse = self.levels[level], self.levels[level + 1]
+        return range(bisect_left(points, coarse[j]), bisect_left(points, coarse[j + 1]))
 
     def reversed(self) -> Grid:
         """The same intervals met from the other end: the grid of the adjoint sweep."""

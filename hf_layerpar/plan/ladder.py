@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.config import MOST_ITERATIONS, LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.operators import OPERATORS
 from hf_layerpar.plan.ownership import contiguous_owner
@@ -51,8 +51,8 @@ def escalation(config: LayerParallelConfig) -> list[LayerParallelConfig]:
     coarsening, the richest operator, exact. Steps that change nothing are left out.
     """
     more = {
-        "forward_iterations": 2 * config.forward_iterations,
-        "backward_iterations": 2 * config.backward_iterations,
+        "forward_iterations": min(2 * config.forward_iterations, MOST_ITERATIONS),
+        "backward_iterations": min(2 * config.backward_iterations, MOST_ITERATIONS),
     }
     c = config.factors[0]
     changes = (more, {"coarsening": c}, {"coarsening": max(2, c // 2)}, {"coarse_operator": "aggregate"})

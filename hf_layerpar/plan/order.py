@@ -19,7 +19,8 @@ hangs on it. Smallest first; the plan's order breaks ties."""
 class Rule:
     """What a rank takes next of the tasks whose inputs have arrived: the first by `priority` that nothing forbids.
 
-    sequence: final steps of one rank and direction are worked strictly in this order; None: as they come.
+    sequence: final steps of one rank and direction are worked strictly in this order (unless a stack is passed several
+        times); None: as they come.
     flight: of a rank, the most blocks of layers (final forward steps) that may be ahead of their backward.
     memory: of a rank, the most micro-batches whose graphs it may hold, counted in layers; a graph is held until the
         weight gradients, which need much of it. A micro-batch enters only where all its later blocks on the rank
@@ -64,7 +65,9 @@ class Work:
     def ordered(self, rule: Rule) -> Plan:
         tasks = self.plan.tasks
         keys = [(*rule.priority(task, self.tail[i]), i) for i, task in enumerate(tasks)]
-        later = self.later if rule.sequence is None else self._in_sequence(rule.sequence)
+        # where a stack is passed several times, its sums have an order of their own, micro-batch by micro-batch
+        repeats = len(set(self.plan.stacks)) < len(self.plan.stacks)
+        later = self.later if rule.sequence is None or repeats else self._in_sequence(rule.sequence)
         order = self._list_schedule(keys, later, _Room(self.plan, rule))
         return dataclasses.replace(self.plan, tasks=tuple(tasks[i] for i in order))
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import heapq
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
+from numbers import Integral
 from typing import Literal
 
+from hf_layerpar.config import shown
 from hf_layerpar.errors import ConfigurationError
 
 INTERLEAVED = "interleaved"
@@ -22,12 +26,14 @@ def contiguous_owner(
     Raises ConfigurationError when a rank would own nothing or `split` doesn't add up.
     """
     if split is not None:
-        if len(split) != num_ranks or sum(split) != num_layers or min(split) < 1:
+        counts = list(split) if isinstance(split, Sequence) and not isinstance(split, str | bytes) else []
+        numbers = [n for n in counts if isinstance(n, Integral) and not isinstance(n, bool) and n >= 1]
+        if not len(numbers) == len(counts) == num_ranks or sum(numbers) != num_layers:
             raise ConfigurationError(
-                f"split={tuple(split)} doesn't share {num_layers} layers over {num_ranks} lp ranks; give {num_ranks} "
-                f"positive numbers that add up to {num_layers}"
+                f"split={shown(tuple(counts) or split)} doesn't share {num_layers} layers over {num_ranks} lp ranks; "
+                f"give {num_ranks} positive integers that add up to {num_layers}"
             )
-        return tuple(rank for rank, count in enumerate(split) for _ in range(count))
+        return tuple(rank for rank, count in enumerate(numbers) for _ in range(count))
     if num_ranks > num_layers:
         raise ConfigurationError(
             f"lp_size={num_ranks} is more than the {num_layers} layers of the stack; use lp_size <= {num_layers} "
@@ -38,10 +44,11 @@ def contiguous_owner(
         places = list(range(1, num_layers))
     cuts = [0]
     for rank in range(1, num_ranks):
-        after = [p for p in places if p > cuts[-1]]
-        candidates = after[: len(after) - (num_ranks - 1 - rank)]  # leave a cut for every later rank
+        low = bisect_right(places, cuts[-1])
+        high = len(places) - (num_ranks - 1 - rank)  # leave a cut for every later rank
         ideal = rank * num_layers / num_ranks
-        cuts.append(min(candidates, key=lambda p: (abs(p - ideal), -p)))
+        at = bisect_left(places, ideal, low, high)
+        cuts.append(min(places[max(low, at - 1) : min(high, at + 1)], key=lambda p: (abs(p - ideal), -p)))
     cuts.append(num_layers)
     return tuple(rank for rank in range(num_ranks) for _ in range(cuts[rank], cuts[rank + 1]))
 
@@ -63,7 +70,7 @@ def interleaved_owner(
     idle = sorted(set(range(num_ranks)) - set(owner))
     if idle:
         raise ConfigurationError(
-            f"split='interleaved' leaves lp ranks {idle} of {num_ranks} without a layer: {num_layers} layers in "
+            f"split='interleaved' leaves lp ranks {shown(idle)} of {num_ranks} without a layer: {num_layers} layers in "
             f"intervals of {boundaries[1] - boundaries[0]}; use a larger coarsening or a contiguous split"
         )
     return tuple(owner)
@@ -92,7 +99,10 @@ def balanced_split(num_layers: int, num_ranks: int, layer: float, first: float, 
     extra[0] += first
     extra[-1] += last
     counts = [1] * num_ranks
+    loads = [(layer + extra[rank], rank) for rank in range(num_ranks)]
+    heapq.heapify(loads)
     for _ in range(num_layers - num_ranks):
-        rank = min(range(num_ranks), key=lambda r: (counts[r] * layer + extra[r], r))
+        _, rank = loads[0]
         counts[rank] += 1
+        heapq.heapreplace(loads, (counts[rank] * layer + extra[rank], rank))
     return tuple(counts)

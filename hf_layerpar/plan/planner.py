@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.config import LayerParallelConfig, shown
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.ownership import balanced_split, interleaved_owner, two_blocks_owner
@@ -69,26 +71,200 @@ def plan_step(
     buffers: tuple[int, int] = (0, 0),
     micro_batches: Sequence[int] = (1, 2, 4, 8),
     interleaved: bool = False,
+    note: Callable[[str], None] | None = None,
 ) -> list[Choice]:
     """Settings of an accuracy class, the fastest predicted first.
 
-    costs: of the whole batch. micro_batches: the numbers to try (none above the batch size of a rank).
+    Where their plans are too many or too long to make all of them (`MOST_SEARCH`), settings are ranked by stacks of two
+    smaller sizes, as times grow in proportion to the size, and only the first of them predicted and returned.
+
+    costs: of the whole batch; the default ones take half a batch to take half the time and messages to take none.
+    micro_batches: the numbers to try (none above the batch size of a rank).
     interleaved: also try intervals dealt out to all ranks, and pipelines with two blocks a rank.
-    Raises ConfigurationError for more ranks than layers and an unknown accuracy class.
+    note: told of such a ranking.
+
+    Raises ConfigurationError for more ranks than layers, buffers that leave no layer, an unknown accuracy class, and
+    what is too large for either way.
     """
     if accuracy not in get_args(Accuracy):
-        raise ConfigurationError(f"accuracy={accuracy!r} is unknown; use one of {', '.join(get_args(Accuracy))}")
+        raise ConfigurationError(f"accuracy={shown(accuracy)} is unknown; use one of {', '.join(get_args(Accuracy))}")
+    check_shape(num_layers, num_ranks, buffers)
+    shape = _Shape(num_layers, num_ranks, buffers, costs, interleaved)
+    tries = [
+        (config, name)
+        for config in _candidates(shape.inner, num_ranks, accuracy, micro_batches)
+        for name in shape.splits(config)
+    ]
+    if sum(shape.seconds(config) for config, _ in tries) > MOST_SEARCH:
+        tries = _promising(tries, shape, note or (lambda text: None))
+    return sorted((shape.predict(*one) for one in tries), key=lambda choice: choice.time)
+
+
+def check_shape(num_layers: int, num_ranks: int, buffers: tuple[int, int]) -> None:
+    """Raises ConfigurationError for more ranks than layers, and for buffers that leave no layer between them."""
     if not 1 <= num_ranks <= num_layers:
         raise ConfigurationError(
             f"{num_ranks} ranks can't share {num_layers} layers; use 1 to {num_layers} (other devices serve as "
             f"data-parallel ranks)"
         )
-    choices = []
-    for config in _candidates(num_layers - sum(buffers), num_ranks, accuracy, micro_batches):
-        for split, owner in _splits(config, num_layers, num_ranks, buffers, costs or Costs(), interleaved).items():
-            step = predict_step(config, owner, costs, num_ranks=num_ranks, buffers=buffers)
-            choices.append(Choice(config, split, owner, step.makespan, step.share))
-    return sorted(choices, key=lambda choice: choice.time)
+    if sum(buffers) >= num_layers:
+        raise ConfigurationError(
+            f"buffers={buffers} leave none of {num_layers} layers between them; use fewer buffer layers"
+        )
+
+
+MOST_SECONDS = 30
+"""That a plan may take to make (`seconds_of`)."""
+
+MOST_SEARCH = 40
+"""Seconds, of all plans of a search."""
+
+_SAMPLED, _PREDICTED = 15, 8
+"""Seconds of a search that is too long, in smaller stacks, and in those of the full size."""
+
+_KEPT = 4
+
+_Try = tuple[LayerParallelConfig, str]
+"""A setting and the name of a split."""
+
+
+def seconds_of(config: LayerParallelConfig, num_layers: int, num_ranks: int) -> float:
+    """About how long its plan takes to make, on one core. It is in proportion to its tasks; in a pipeline a rank has as
+    many to choose from as there are micro-batches."""
+    if config.strategy != "mgrit":
+        tasks = config.micro_batches * (4 * num_ranks + num_layers / 20) * (1 + config.micro_batches / 200)
+    else:
+        sweeps = sum(1 + 2 * iterations for iterations in (config.forward_iterations, config.backward_iterations))
+        tasks = config.micro_batches * num_layers * sweeps
+    return tasks / 10_000
+
+
+def check_size(config: LayerParallelConfig, num_layers: int, num_ranks: int) -> None:
+    """Raises ConfigurationError for a plan that takes minutes to make."""
+    seconds = seconds_of(config, num_layers, num_ranks)
+    iterations = f"{config.forward_iterations}/{config.backward_iterations} iterations"
+    if seconds > MOST_SECONDS:
+        raise ConfigurationError(
+            f"{num_layers} layers on {num_ranks} ranks with {config.micro_batches} micro-batches"
+            f"{f' and {iterations}' if config.strategy == 'mgrit' else ''} take about {seconds:.0f} s to plan, and the "
+            f"limit is {MOST_SECONDS} s; use less of one of them"
+        )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What settings are tried on. Splits have names here, so that they can be told apart at any size."""
+
+    num_layers: int
+    num_ranks: int
+    buffers: tuple[int, int]
+    costs: Costs | None
+    interleaved: bool
+
+    @property
+    def inner(self) -> int:
+        return self.num_layers - sum(self.buffers)
+
+    def seconds(self, config: LayerParallelConfig) -> float:
+        return seconds_of(config, self.num_layers, self.num_ranks)
+
+    def splits(self, config: LayerParallelConfig) -> dict[str, tuple[Split, tuple[int, ...]]]:
+        """Splits worth trying and the owners they make: blocks (fewer layers beside the ends, by their cost), blocks
+        cut at C-points, and dealt out."""
+        num_layers, num_ranks, buffers = self.num_layers, self.num_ranks, self.buffers
+        costs = self.costs or Costs()
+
+        def blocks(counts: Sequence[int]) -> tuple[Split, tuple[int, ...]]:
+            return tuple(counts), tuple(rank for rank, count in enumerate(counts) for _ in range(count))
+
+        layer, front = costs.graph_step + costs.final_vjp, costs.front + costs.front_backward
+        found = {"blocks": blocks(balanced_split(num_layers, num_ranks, layer, front, costs.tail))}
+        if config.strategy != "mgrit":
+            if self.interleaved and num_ranks > 1 and num_layers >= 2 * num_ranks:
+                found["interleaved"] = ("interleaved", two_blocks_owner(num_layers, num_ranks, "interleaved"))
+                found["v"] = ("v", two_blocks_owner(num_layers, num_ranks, "v"))
+            return found
+        points = interval_points(config, num_layers, buffers)
+        places = [0, *points[1:-1], num_layers]
+        ideal = [rank * num_layers / num_ranks for rank in range(num_ranks + 1)]
+        cuts = sorted({_nearest(places, cut) for cut in ideal})
+        if len(cuts) == num_ranks + 1:
+            at_points = blocks([b - a for a, b in pairwise(cuts)])
+            if at_points != found["blocks"]:
+                found["points"] = at_points
+        if self.interleaved and num_ranks > 1:
+            with suppress(ConfigurationError):  # intervals too short to give every rank a layer
+                found["interleaved"] = ("interleaved", interleaved_owner(num_layers, num_ranks, points, buffers))
+        return found
+
+    def predict(self, config: LayerParallelConfig, name: str) -> Choice:
+        split, owner = self.splits(config)[name]
+        step = predict_step(config, owner, self.costs, num_ranks=self.num_ranks, buffers=self.buffers)
+        return Choice(config, split, owner, step.makespan, step.share)
+
+    def resized(self, inner: int, num_ranks: int) -> _Shape:
+        return dataclasses.replace(self, num_layers=inner + sum(self.buffers), num_ranks=num_ranks)
+
+    def carried(self, config: LayerParallelConfig, other: _Shape) -> LayerParallelConfig:
+        """`config` on another shape: coarsenings that follow from the number of ranks follow from its number."""
+        follows = {-(-self.inner // self.num_ranks): -(-other.inner // other.num_ranks)}
+        follows |= {self.num_ranks: other.num_ranks} | {c: c for c in _FACTORS}
+        return dataclasses.replace(config, coarsening=tuple(follows[c] for c in config.factors))
+
+
+def _promising(tries: Sequence[_Try], shape: _Shape, note: Callable[[str], None]) -> list[_Try]:
+    """The first of the tries by their times on two smaller stacks, extrapolated to this one. Those with more than the
+    fewest micro-batches are timed if they are pipelines, or among the first `_KEPT` with the fewest."""
+    least = min(config.micro_batches for config, _ in tries)
+    early = [one for one in tries if one[0].micro_batches == least or one[0].strategy != "mgrit"]
+    late = [one for one in tries if one not in early]
+    for small, large in _smaller(shape):
+        first, then = (sum(at.seconds(config) for at in (small, large) for config, _ in part) for part in (early, late))
+        if first + then * min(1.0, _KEPT / len(early)) <= _SAMPLED:
+            break
+    else:
+        raise ConfigurationError(
+            f"a search of {len(tries)} settings for {shape.num_layers} layers on {shape.num_ranks} ranks is too long; "
+            "try fewer micro-batches, or predict single settings"
+        )
+    times: dict[_Try, float] = {}
+
+    def time(part: Iterable[_Try]) -> list[_Try]:
+        """The tries that were timed so far, the fastest first."""
+        for config, name in part:
+            with suppress(ConfigurationError, KeyError):  # it doesn't fit a stack so small
+                a, b = (at.predict(shape.carried(config, at), name).time for at in (small, large))
+                times[config, name] = b + (b - a) * (shape.inner - large.inner) / (large.inner - small.inner)
+        return sorted(times, key=lambda one: times[one])
+
+    kept = set(time(early)[:_KEPT])
+    ranked = time(
+        (config, name) for config, name in late if (dataclasses.replace(config, micro_batches=least), name) in kept
+    )
+    seconds = list(accumulate(shape.seconds(config) for config, _ in ranked))
+    best = ranked[: max(1, bisect_right(seconds, _PREDICTED))]
+    check_size(best[0][0], shape.num_layers, shape.num_ranks)
+    note(
+        f"{len(tries)} settings were ranked by stacks of {small.num_layers} and {large.num_layers} layers on "
+        f"{small.num_ranks} and {large.num_ranks} ranks, and the first {len(best)} predicted in full, for "
+        f"{shape.num_layers} layers on {shape.num_ranks}"
+    )
+    return best
+
+
+def _smaller(shape: _Shape) -> Iterator[tuple[_Shape, _Shape]]:
+    """Pairs of shapes, the second twice the size of the first: along both numbers, else along the layers alone."""
+    for power in range(shape.num_ranks.bit_length() - 2, 1, -1):
+        ranks = 2**power
+        inner = shape.inner * ranks // shape.num_ranks
+        yield shape.resized(inner, ranks), shape.resized(2 * inner, 2 * ranks)
+    inner = shape.inner // 2
+    while inner // 2 >= 2 * shape.num_ranks:
+        inner //= 2
+        yield shape.resized(inner, shape.num_ranks), shape.resized(2 * inner, shape.num_ranks)
+
+
+_FACTORS = (2, 4, 8)
 
 
 def _candidates(
@@ -101,7 +277,7 @@ def _candidates(
     if accuracy == "any":
         cycles |= {"rediscretize": [(1, 1), (2, 1)], "identity": [(1, 1), (2, 1)]}
     # two intervals at least, and a coarse solve worth having
-    factors = sorted({c for c in (2, 4, 8, num_ranks, -(-inner // num_ranks)) if 2 <= c < inner})
+    factors = sorted({c for c in (*_FACTORS, num_ranks, -(-inner // num_ranks)) if 2 <= c < inner})
     for pieces in micro_batches:
         yield LayerParallelConfig(strategy="pipeline", micro_batches=pieces)
         for operator, iterations in cycles.items():
@@ -120,55 +296,7 @@ def _candidates(
                         )
 
 
-def _splits(
-    config: LayerParallelConfig,
-    num_layers: int,
-    num_ranks: int,
-    buffers: tuple[int, int],
-    costs: Costs,
-    interleaved: bool,
-) -> dict[Split, tuple[int, ...]]:
-    """Splits worth trying and the owners they make: blocks (fewer layers beside the ends, by their cost), blocks cut at
-    C-points, and dealt out."""
-
-    def blocks(counts: Sequence[int]) -> dict[Split, tuple[int, ...]]:
-        return {tuple(counts): tuple(rank for rank, count in enumerate(counts) for _ in range(count))}
-
-    found: dict[Split, tuple[int, ...]] = {}
-    layer, front = costs.graph_step + costs.final_vjp, costs.front + costs.front_backward
-    found |= blocks(balanced_split(num_layers, num_ranks, layer, front, costs.tail))
-    if config.strategy != "mgrit":
-        if interleaved and num_ranks > 1 and num_layers >= 2 * num_ranks:
-            found["interleaved"] = two_blocks_owner(num_layers, num_ranks, "interleaved")
-            found["v"] = two_blocks_owner(num_layers, num_ranks, "v")
-        return found
-    points = interval_points(config, num_layers, buffers)
-    places = [0, *points[1:-1], num_layers]
-    ideal = [rank * num_layers / num_ranks for rank in range(num_ranks + 1)]
-    cuts = sorted({min(places, key=lambda p: abs(p - cut)) for cut in ideal})
-    if len(cuts) == num_ranks + 1:
-        found |= blocks([b - a for a, b in pairwise(cuts)])
-    if interleaved and num_ranks > 1:
-        with suppress(ConfigurationError):  # intervals too short to give every rank a layer
-            found["interleaved"] = interleaved_owner(num_layers, num_ranks, points, buffers)
-    return found
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A textbook schedule: its time for one step, and the kept graphs of its fullest rank in those of a whole batch."""
-
-    time: float
-    graphs: float
-
-
-def gpipe(num_layers: int, num_ranks: int, micro_batches: int) -> Reference:
-    """All forwards, then all backwards (arXiv 1811.06965): (M + P - 1)/M of the ideal 3N/P, in layer forwards."""
-    ideal = 3 * num_layers / num_ranks
-    return Reference((micro_batches + num_ranks - 1) / micro_batches * ideal, num_layers / num_ranks)
-
-
-def one_forward_one_backward(num_layers: int, num_ranks: int, micro_batches: int) -> Reference:
-    """1F1B (arXiv 1806.03377): GPipe's bubble, with at most P micro-batches in flight on the first rank."""
-    same = gpipe(num_layers, num_ranks, micro_batches)
-    return Reference(same.time, same.graphs * min(num_ranks, micro_batches) / micro_batches)
+def _nearest(places: Sequence[int], to: float) -> int:
+    """Of an ascending list; of two as near, the smaller."""
+    at = bisect_left(places, to)
+    return min(places[max(0, at - 1) : at + 1], key=lambda p: abs(p - to))

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from hf_layerpar.diagnosis.readings import Diagnosis, LayerReading, SettingReading, setting_name
 from hf_layerpar.diagnosis.suggest import LEAST_COSINE, is_friendly, standing_out
-from hf_layerpar.report.drawing import matplotlib_classes
+from hf_layerpar.report.drawing import check_picture, matplotlib_classes
 
 _WIDTH = 140
 """Least columns: what the tables need."""
@@ -89,8 +89,9 @@ def _optional(reading: SettingReading) -> tuple[float | None, ...]:
 def draw_diagnosis(diagnosis: Diagnosis, path: Path | str) -> None:
     """Writes a PNG: every layer's readings above, every setting's accuracy against its predicted step below.
 
-    Raises LayerParallelError when matplotlib is missing.
+    Raises LayerParallelError when matplotlib is missing, ConfigurationError for a file name of no known format.
     """
+    check_picture(path)
     d = diagnosis
     figure_class, _ = matplotlib_classes()
     figure = figure_class(figsize=(10.0, 7.2), dpi=150, layout="constrained")

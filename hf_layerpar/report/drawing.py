@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
 from typing import Any
 
-from hf_layerpar.errors import LayerParallelError
+from hf_layerpar.errors import ConfigurationError, LayerParallelError
+
+FORMATS = (".png", ".pdf", ".svg")
+
+
+def check_picture(path: Path | str) -> None:
+    """Before a picture is made: raises ConfigurationError for a name of another format, FileNotFoundError where its
+    folder is missing."""
+    path = Path(path)
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigurationError(f"{path} is no name of a picture; give one that ends in {', '.join(FORMATS)}")
+    check_folder(path)
+
+
+def check_folder(path: Path) -> None:
+    """Raises FileNotFoundError where the folder of a file to write is missing."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
 
 
 def matplotlib_classes() -> tuple[Any, Any]:

@@ -1,7 +1,7 @@
 """A training run as plain records, read from the log history that the Trainer keeps in trainer_state.json.
 
 What a check of the controller found stands in the history as an entry with keys `lp_check_*`; its setting is the one in
-force from its step on, and its readings are of the setting before.
+force from its step on, and its readings are of what it measured: the setting before, and those that it tried.
 """
 
 from __future__ import annotations
@@ -9,38 +9,61 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from hf_layerpar.config import MOST, shown
 from hf_layerpar.errors import CheckpointError
 
 STATE = "trainer_state.json"
 UNKNOWN = "before the first check"
 """Stands for a setting that the history doesn't name."""
 _PREFIX = "lp_check_"
+READINGS = ("rho_forward", "rho_backward", "cosine", "norm_ratio", "bias_to_noise", "bias")
+"""Names of what a check measures of a setting."""
 
 Series = list[tuple[int, float]]
 """(training step, value), in the order of steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a check read of one setting (see `READINGS`); None: not measured. setting: its place on the ladder."""
+
+    name: str = ""
+    setting: int | None = None
+    rho_forward: float | None = None
+    rho_backward: float | None = None
+    cosine: float | None = None
+    norm_ratio: float | None = None
+    bias_to_noise: float | None = None
+    bias: float | None = None
+
+    @property
+    def values(self) -> dict[str, float]:
+        return {name: value for name in READINGS if (value := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Check:
     """One check; None and empty: not measured.
 
-    name, setting: the setting in force from here on, and its place on the ladder, 0 being the cheapest.
+    readings: of the setting in force until then, and of those that were tried; where the exact solve was in force, of
+        the tried ones alone.
+    bound: on the bias.
+    before: the setting in force until then.
+    name, setting: the one in force from here on, and its place on the ladder, 0 being the cheapest.
     share: its predicted step time over that of serial training.
     reason: why it changed; empty where it did not.
     lipschitz: an estimate for every layer.
     """
 
     step: int
-    rho_forward: float | None = None
-    rho_backward: float | None = None
-    cosine: float | None = None
-    norm_ratio: float | None = None
-    bias_to_noise: float | None = None
+    readings: tuple[Measured, ...] = ()
+    bound: float | None = None
+    before: str = ""
     name: str = ""
     setting: int | None = None
     share: float | None = None
@@ -70,10 +93,17 @@ class Run:
     factors: dict[str, Series] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
 
-    def series(self, name: str) -> Series:
-        """The readings of that name of all checks that have one."""
-        found = [(check.step, getattr(check, name)) for check in self.checks]
-        return [(step, value) for step, value in found if value is not None]
+    def series(self, name: str) -> list[tuple[str, Series]]:
+        """(setting, its readings of that name) of the first setting that each check measured, anew whenever that is
+        another one than in the check before."""
+        found: list[tuple[str, Series]] = []
+        for check in self.checks:
+            for one in check.readings[:1]:
+                if (value := getattr(one, name)) is not None:
+                    if not found or found[-1][0] != one.name:
+                        found.append((one.name, []))
+                    found[-1][1].append((check.step, value))
+        return found
 
     @property
     def spans(self) -> list[Span]:
@@ -133,37 +163,79 @@ def read_run(folder: Path | str) -> Run:
     for path in states:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            found.append((state["global_step"], state["log_history"]))
-        except (ValueError, KeyError, TypeError) as error:
+            step, log = state["global_step"], state["log_history"]
+            if _step(step) is None or not isinstance(log, list):
+                raise ValueError(f"global_step is {shown(step)}, log_history a {type(log).__name__}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(f"{path} is no state of a Trainer: {error!r}; delete it or copy it anew") from error
+        found.append((step, log))
     return run_of(max(found, key=lambda entry: entry[0])[1], str(folder))
 
 
-def run_of(log_history: Sequence[Mapping[str, Any]], name: str) -> Run:
-    """The records in a Trainer's `state.log_history`; entries and keys of other kinds are left alone."""
-    run = Run(name, max((entry["step"] for entry in log_history), default=0))
-    for entry in log_history:
-        step = entry["step"]
-        if "loss" in entry:
-            run.training.append((step, entry["loss"]))
-        if "eval_loss" in entry:
-            run.validation.append((step, entry["eval_loss"]))
+def run_of(log_history: Sequence[Any], name: str) -> Run:
+    """The records in a Trainer's `state.log_history`; entries, keys and values of other kinds are left alone."""
+    entries = [(step, e) for e in log_history if isinstance(e, Mapping) and (step := _step(e.get("step"))) is not None]
+    run = Run(name, max((step for step, _ in entries), default=0))
+    series = {"loss": run.training, "eval_loss": run.validation}
+    for step, entry in entries:
         for direction in ("forward", "backward"):
-            if (factor := entry.get(f"lp_{direction}_factor")) is not None:
-                run.factors.setdefault(direction, []).append((step, factor))
-        if any(key.startswith(_PREFIX) for key in entry):
-            run.checks.append(_check(entry))
+            if _number(entry.get(key := f"lp_{direction}_factor")) is not None:
+                series[key] = run.factors.setdefault(direction, [])
+        for key, values in series.items():
+            if (value := _number(entry.get(key))) is not None:
+                values.append((step, value))
+        if any(str(key).startswith(_PREFIX) for key in entry):
+            run.checks.append(_check(step, entry, run.checks[-1].name if run.checks else ""))
     return run
 
 
-def _check(entry: Mapping[str, Any]) -> Check:
-    known = {f.name: entry.get(_PREFIX + f.name) for f in fields(Check) if f.name != "step"}
-    values = {name: value for name, value in known.items() if value is not None}
-    if "setting" in values:
-        values["setting"] = int(values["setting"])  # trackers take floats
-    if "lipschitz" in values:
-        values["lipschitz"] = tuple(values["lipschitz"])
-    return Check(step=entry["step"], **values)
+def _check(step: int, entry: Mapping[str, Any], before: str) -> Check:
+    """before: the setting in force until then, empty where it isn't known."""
+    found = {str(key).removeprefix(_PREFIX): value for key, value in entry.items() if str(key).startswith(_PREFIX)}
+    name, reason = _text(found.get("name")), _text(found.get("reason"))
+    before = before or ("" if reason else name)
+    listed = found.get("readings")
+    if isinstance(listed, list):
+        readings = tuple(_measured(one) for one in listed if isinstance(one, Mapping))
+        before = before or (readings[0].name if readings else "")
+    else:  # of an older run: which setting the exact solve tried is not known
+        of = before if before.startswith("mgrit") else ""
+        readings = tuple(one for one in [_measured({**found, "name": of, "setting": None})] if one.values)
+    lipschitz = found.get("lipschitz")
+    lipschitz = [_number(value) for value in lipschitz] if isinstance(lipschitz, list) else []
+    return Check(
+        step=step,
+        readings=readings,
+        bound=_number(found.get("bound")),
+        before=before,
+        name=name,
+        setting=_step(found.get("setting")),
+        share=_number(found.get("share")),
+        reason=reason,
+        lipschitz=tuple(math.nan if value is None else value for value in lipschitz),
+    )
+
+
+def _measured(values: Mapping[str, Any]) -> Measured:
+    numbers = {name: _number(values.get(name)) for name in READINGS}
+    return Measured(name=_text(values.get("name")), setting=_step(values.get("setting")), **numbers)
+
+
+def _number(value: Any) -> float | None:
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:
+        return math.inf
+
+
+def _step(value: Any) -> int | None:
+    """A whole number from 0 on; trackers make floats of it."""
+    number = _number(value)
+    return int(number) if number is not None and 0 <= number <= MOST and number == int(number) else None
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def summary(run: Run, against: Sequence[Run] = ()) -> dict[str, Any]:
@@ -174,15 +246,22 @@ def summary(run: Run, against: Sequence[Run] = ()) -> dict[str, Any]:
         "losses": _losses(run),
         "against": [{"run": other.name, "losses": _losses(other)} for other in against],
         "settings": run.shares,
-        "switches": [{"step": c.step, "to": c.name, "reason": c.reason} for c in run.switches],
+        "switches": [
+            {"step": c.step, "from": c.before, "to": c.name, "reason": c.reason, **_readings(c)} for c in run.switches
+        ],
         "mean_predicted_share": run.mean_share,
         "checks": len(run.checks),
-        "last_readings": {
-            name: values[-1][1]
-            for name in ("rho_forward", "rho_backward", "cosine", "norm_ratio", "bias_to_noise")
-            if (values := run.series(name))
-        },
+        "last_readings": next(({"step": c.step, **_readings(c)} for c in run.checks[::-1] if c.readings), None),
     }
+
+
+def _readings(check: Check) -> dict[str, Any]:
+    """What a check measured, each under the name of its setting, and the bound on the bias."""
+    measured = [
+        {"setting": one.name} | {name: value if math.isfinite(value) else None for name, value in one.values.items()}
+        for one in check.readings
+    ]
+    return {"measured": measured} | ({} if check.bound is None else {"bound": check.bound})
 
 
 def _losses(run: Run) -> dict[str, float | None]:
@@ -200,14 +279,33 @@ def as_text(run: Run, against: Sequence[Run] = ()) -> str:
         theirs = other["losses"]
         lines.append(f"against {other['run']}: {_loss_text(theirs)}{_difference(found['losses'], theirs)}")
     lines += [f"{100 * share:5.1f} % of the steps with {name}" for name, share in found["settings"].items()]
-    if run.mean_share is not None:
+    if run.mean_share:
         lines.append(f"predicted step time, mean: {run.mean_share:.3f} of serial ({1 / run.mean_share:.2f}x)")
-    if found["last_readings"]:
-        lines.append("last readings: " + ", ".join(f"{k} {v:.3g}" for k, v in found["last_readings"].items()))
+    if (last := found["last_readings"]) is not None:
+        lines.append(f"last readings, at step {last['step']}: {_reading_text(last)}")
     if run.checks:
         lines.append(f"{len(run.switches)} switches in {len(run.checks)} checks" + (":" if run.switches else ""))
-    lines += [f"  step {s['step']}: to {s['to'] or 'unnamed settings'}: {s['reason']}" for s in found["switches"]]
+    for s in found["switches"]:
+        origin = f"from {s['from']} " if s["from"] else ""
+        lines.append(f"  step {s['step']}: {origin}to {s['to'] or 'unnamed settings'}: {s['reason']}")
+        if biases := _reading_text(s, ("bias",)):
+            lines.append(f"    {biases}")
     return "\n".join(lines)
+
+
+def _reading_text(found: Mapping[str, Any], names: Sequence[str] = READINGS) -> str:
+    """As in "mgrit identity 1/1 c=4: bias 0.6 (bound 0.3); mgrit aggregate 1/1 c=4: bias 0.1 (bound 0.3)"."""
+    said = []
+    for one in found["measured"]:
+        values = []
+        for name in names:
+            if name in one:
+                number = "not finite" if one[name] is None else f"{one[name]:.3g}"
+                bound = f" (bound {found['bound']:.3g})" if name == "bias" and "bound" in found else ""
+                values.append(f"{name} {number}{bound}")
+        if values:
+            said.append(f"{one['setting'] or 'unnamed settings'}: {', '.join(values)}")
+    return "; ".join(said)
 
 
 def _loss_text(losses: Mapping[str, float | None]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hf_layerpar.plan.simulate import Timeline
 from hf_layerpar.plan.tasks import Plan, Task
-from hf_layerpar.report.drawing import matplotlib_classes
+from hf_layerpar.report.drawing import check_picture, matplotlib_classes
 
 KINDS: dict[str, tuple[str, str]] = {
     "front": ("E", "#2c7a7b"),
@@ -57,17 +57,19 @@ def as_text(step: Timeline, width: int = 96, max_rows: int = 32) -> str:
     """One line a rank (of more than `max_rows`, every k-th) and `width` columns of time; a column shows what its rank
     does for most of it."""
     num_ranks = step.plan.num_ranks
-    scale = width / step.makespan
-    shares: list[list[dict[str, float]]] = [[{} for _ in range(width)] for _ in range(num_ranks)]
+    drawn = range(0, num_ranks, -(-num_ranks // max_rows))
+    shares: dict[int, list[dict[str, float]]] = {rank: [{} for _ in range(width)] for rank in drawn}
     seen = set()
     for rank, kind, _, start, end in bars(step):
         seen.add(kind)
-        letter, a, b = KINDS[kind][0], start * scale, end * scale
+        if rank not in shares:
+            continue
+        letter, a, b = KINDS[kind][0], width * (start / step.makespan), width * (end / step.makespan)
         for column in range(int(a), min(width, math.ceil(b))):
             cell = shares[rank][column]
             cell[letter] = cell.get(letter, 0.0) + min(b, column + 1) - max(a, column)
     lines = []
-    for rank in range(0, num_ranks, -(-num_ranks // max_rows)):
+    for rank in drawn:
         letters = ["." if sum(c.values()) < 0.5 else max(c, key=lambda k, c=c: c[k]) for c in shares[rank]]
         lines.append(f"rank {rank:>{len(str(num_ranks - 1))}} |{''.join(letters)}|")
     legend = ", ".join(f"{letter} {kind}" for kind, (letter, _) in KINDS.items() if kind in seen)
@@ -77,8 +79,11 @@ def as_text(step: Timeline, width: int = 96, max_rows: int = 32) -> str:
 def draw(steps: Mapping[str, Timeline], path: Path | str, *, unit: str = "layer forwards of the whole batch") -> None:
     """Writes a PNG with one panel a step, titled by its name, all on one time axis.
 
-    Micro-batches of a kind differ in shade. Raises LayerParallelError when matplotlib is missing.
+    Micro-batches of a kind differ in shade.
+
+    Raises LayerParallelError when matplotlib is missing, ConfigurationError for a file name of no known format.
     """
+    check_picture(path)
     figure_class, patch = matplotlib_classes()
     ranks = [step.plan.num_ranks for step in steps.values()]
     heights = [max(0.9, min(0.26 * n, 6.0)) for n in ranks]  # inches; rows get thinner where there are many
@@ -98,16 +103,17 @@ def draw(steps: Mapping[str, Timeline], path: Path | str, *, unit: str = "layer 
             colour = _shade(KINDS[kind][1], 0.45 * micro_batch / max(1, micro_batches - 1))
             edge = 0.35 if min(length for _, length in spans) > thin else 0.0
             axes.broken_barh(spans, (rank - 0.43, 0.86), facecolor=colour, edgecolor="white", linewidth=edge)
-        speedup = 1.0 / step.share
         axes.set_title(name, loc="left", fontsize=10, fontweight="bold")
-        figures = f"predicted {100 * step.share:.0f} % of serial ({speedup:.2f}x), idle {100 * step.idle_share:.0f} %"
-        axes.set_title(figures, loc="right", fontsize=9, color="#4a5568")
+        figures = [f"idle {100 * step.idle_share:.0f} %"]
+        if step.share:  # nothing to compare with where the time on one rank isn't known
+            figures.insert(0, f"predicted {100 * step.share:.0f} % of serial ({1 / step.share:.2f}x)")
+        axes.set_title(", ".join(figures), loc="right", fontsize=9, color="#4a5568")
         axes.set_ylim(num_ranks - 0.4, -0.6)
         every = max(1, -(-num_ranks // 8))
         axes.set_yticks(range(0, num_ranks, every), [f"rank {r}" for r in range(0, num_ranks, every)], fontsize=8)
         axes.tick_params(length=0, labelsize=8)
         axes.spines[:].set_visible(False)
-        axes.set_xlim(0.0, longest)
+        axes.set_xlim(0.0, longest or 1.0)
     panels[-1].spines["bottom"].set_visible(True)
     panels[-1].tick_params(axis="x", length=3)
     panels[-1].set_xlabel(f"time in {unit}", fontsize=9)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
 from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.run.transport import GroupTransport, group_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,22 +53,30 @@ def check_lp_size(world_size: int, lp_size: int) -> None:
         )
 
 
-def build_mesh(lp_size: int, device_type: str = "cpu") -> Mesh:
-    """The mesh over the default process group (or one process without one). Collective.
+def build_mesh(lp_size: int) -> Mesh:
+    """The mesh over the default process group (or one process without one). Collective. Its groups have the default
+    group's backends and timeout; one of all processes is that group itself.
 
-    Raises ConfigurationError where lp_size does not divide the number of processes.
+    Raises ConfigurationError where lp_size does not divide the number of processes, RankMismatchError on all of them
+    where they were given several.
     """
-    world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    everyone = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    world = 1 if everyone is None else dist.get_world_size()
+    if everyone is not None and world > 1:
+        GroupTransport(everyone, "processes").agree({"lp_size": lp_size}, remedy="give all processes the same lp_size")
     check_lp_size(world, lp_size)
-    if world == 1:
+    if everyone is None or world == 1:
         return Mesh()
-    dp_size = world // lp_size
-    grid = init_device_mesh(device_type, (dp_size, lp_size), mesh_dim_names=("dp", "lp"))
+    dp_rank, lp_rank = divmod(dist.get_rank(), lp_size)
+    of_lp = range(dp_rank * lp_size, (dp_rank + 1) * lp_size)
+    of_dp = range(lp_rank, world, lp_size)
+    # all processes make them in this order
+    lp_group, dp_group = (everyone if len(r) == world else group_of(r, "mesh") for r in (of_lp, of_dp))
     return Mesh(
-        dp_size=dp_size,
+        dp_size=world // lp_size,
         lp_size=lp_size,
-        dp_rank=grid.get_local_rank("dp"),
-        lp_rank=grid.get_local_rank("lp"),
-        dp_group=grid.get_group("dp"),
-        lp_group=grid.get_group("lp"),
+        dp_rank=dp_rank,
+        lp_rank=lp_rank,
+        dp_group=dp_group,
+        lp_group=lp_group,
     )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from datetime import timedelta
+from enum import Enum
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hf_layerpar.errors import ConfigurationError, PeerLostError, RankMismatchError
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -31,8 +37,118 @@ def peer_loss(doing: str) -> Iterator[None]:
 
 def _is_of_a_group(error: RuntimeError) -> bool:
     text = str(error).lower()
-    # gloo raises bare RuntimeErrors that name its source files
-    return (isinstance(error, dist.DistError) or "gloo" in text) and "out of memory" not in text
+    # gloo raises bare RuntimeErrors that name its source files, or what became of the connection of a pair
+    is_gloo = "gloo" in text or "pair clos" in text
+    return (isinstance(error, dist.DistError) or is_gloo) and "out of memory" not in text
+
+
+# ---- groups
+_groups: dict[tuple[tuple[int, ...], str, str | None], dist.ProcessGroup] = {}
+
+
+def group_of(ranks: Sequence[int], purpose: str, backend: str | None = None) -> dist.ProcessGroup:
+    """The process group of these world ranks for a purpose: made once, since every group keeps connections for as long
+    as the process lives, and as patient as the default group. Collective over `ranks`."""
+    key = (tuple(ranks), purpose, backend)
+    # one of a default group that was destroyed is of no use
+    if key not in _groups or _groups[key] not in dist.distributed_c10d._world.pg_map:
+        made: Any = dist.new_group(
+            list(ranks), backend=backend, timeout=timeout_of(dist.group.WORLD), use_local_synchronization=True
+        )
+        _groups[key] = made
+    return _groups[key]
+
+
+def timeout_of(group: Any) -> timedelta | None:
+    """How long the ranks of a group wait for each other; None where its backend doesn't say."""
+    options: list[Any] = [getattr(group._get_backend(device), "options", None) for device in group._device_types]
+    return min((o._timeout for o in options if hasattr(o, "_timeout")), default=None)
+
+
+# ---- what ranks compare
+ALIKE = (
+    "the ranks of one lp group must get the same batch and settings, and the same random seed (torch.manual_seed) "
+    "before training"
+)
+
+
+class Attempt(Generic[Result]):
+    """What a function gave, or the error that it raised instead, for the ranks to agree on before it is raised."""
+
+    def __init__(self, function: Callable[[], Result]) -> None:
+        self.value: Result | None = None
+        self.error: Exception | None = None
+        try:
+            self.value = function()
+        except Exception as error:
+            self.error = error
+
+    def given(self) -> Result:
+        assert self.value is not None
+        return self.value
+
+
+class Roughly(float):
+    """A number of which every rank may have computed other last digits."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Roughly) and abs(float(self) - float(other)) <= 0.01
+
+    __hash__ = float.__hash__
+
+
+def fact(value: Any) -> Any:
+    """What ranks compare of any value: plain data, and the names of what isn't."""
+    if isinstance(value, Enum):
+        return value.value
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, Mapping):
+        return {str(key): fact(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [fact(v) for v in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _differing(said: Sequence[Any], name: str = "") -> Iterator[tuple[str, Sequence[Any]]]:
+    """(name, what each rank has there) of the innermost entries that differ."""
+    if all(value == said[0] or repr(value) == repr(said[0]) for value in said):
+        return
+    if all(dataclasses.is_dataclass(value) for value in said):
+        said = [vars(value) for value in said]
+    if all(isinstance(value, Mapping) for value in said):
+        for key in dict.fromkeys(key for value in said for key in value):
+            yield from _differing([value.get(key) for value in said], f"{name}.{key}" if name else str(key))
+    elif all(isinstance(v, list | tuple) for v in said) and len({len(v) for v in said}) == 1:
+        for i, entries in enumerate(zip(*said, strict=True)):
+            yield from _differing(entries, f"{name}[{i}]")
+    else:
+        yield name, said
+
+
+_RECORD = 32
+"""Bytes that ranks exchange to compare: those of a sha256."""
+_MOST_NAMED = 8
+_brief = reprlib.Repr()
+_brief.maxstring = _brief.maxother = 200
+_brief.maxlist = _brief.maxtuple = _brief.maxdict = _MOST_NAMED
+
+
+def _by_rank(said: Sequence[Any]) -> str:
+    """What each rank said; of many ranks, which of them said it."""
+    texts = [_brief.repr(value) for value in said]
+    if len(texts) <= _MOST_NAMED:
+        return f"[{', '.join(texts)}]"
+    ranks: dict[str, list[int]] = {}
+    for rank, text in enumerate(texts):
+        ranks.setdefault(text, []).append(rank)
+    return "; ".join(f"{text} of {_brief.repr(found)}" for text, found in list(ranks.items())[:_MOST_NAMED])
 
 
 class Transport(Protocol):
@@ -75,8 +191,21 @@ class Transport(Protocol):
         """Starts a non-blocking sum over all ranks, in place; returns a handle for `wait`."""
         ...
 
-    def agree(self, facts: dict[str, Any]) -> None:
-        """Raises RankMismatchError on every rank if `facts` differ between the ranks."""
+    def agree(self, facts: dict[str, Any], error: Exception | None = None, remedy: str = ALIKE) -> None:
+        """Raises RankMismatchError on every rank if `facts` differ between the ranks. Collective.
+
+        error: what kept this rank from going on, instead of raising it alone: it is raised where all ranks have one,
+        and is else told to all, so that none waits for a rank that gave up.
+        """
+        ...
+
+    def agree_in_common(self, facts: dict[str, Any], remedy: str = ALIKE) -> None:
+        """`agree`, of what several ranks have a fact of. Collective."""
+        ...
+
+    def any_of(self, doing: str, flags: Sequence[bool]) -> list[bool]:
+        """Of each flag, whether it is set on any rank. Collective; raises RankMismatchError on every rank where some
+        are not `doing` this."""
         ...
 
 
@@ -108,7 +237,14 @@ class LocalTransport:
 
     def start_all_reduce(self, tensor: Tensor) -> Any: ...
 
-    def agree(self, facts: dict[str, Any]) -> None: ...
+    def agree(self, facts: dict[str, Any], error: Exception | None = None, remedy: str = ALIKE) -> None:
+        if error is not None:
+            raise error
+
+    def agree_in_common(self, facts: dict[str, Any], remedy: str = ALIKE) -> None: ...
+
+    def any_of(self, doing: str, flags: Sequence[bool]) -> list[bool]:
+        return list(flags)
 
 
 class GroupTransport:
@@ -119,25 +255,22 @@ class GroupTransport:
     communicator of each pair of ranks, which is made at its first message while both programs stand still, is made
     beforehand in one order for all ranks; and facts are compared on the host, by a gloo group, without a wait for the
     device.
+
+    names: what its ranks are called.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+    def __init__(self, group: dist.ProcessGroup, names: str = "lp ranks") -> None:
+        self.group, self.names = group, names
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._world_rank = [dist.get_global_rank(group, r) for r in range(self.size)]
         self._backends = _backends_of(group)
         self._messages = self._host = group
         if self.size > 1 and set(self._backends.values()) != {"gloo"}:
-            self._messages = self._beside(None)
+            self._messages = group_of(self._world_rank, "messages")
             if self._backends.get("cpu") != "gloo":
-                self._host = self._beside("gloo")
+                self._host = group_of(self._world_rank, "host", "gloo")
         self._opened: set[tuple[int, int]] = set()
         self._broken: str | None = None
-
-    def _beside(self, backend: str | None) -> dist.ProcessGroup:
-        """Another group of the same ranks."""
-        made: Any = dist.new_group(self._world_rank, backend=backend, use_local_synchronization=True)
-        return made
 
     def open(self, pairs: Iterable[tuple[int, int]], device: torch.device) -> None:
         backend = self._backends.get(device.type)
@@ -202,35 +335,56 @@ class GroupTransport:
         with peer_loss("a sum over the lp ranks"):
             return dist.all_reduce(tensor, group=self.group, async_op=True)
 
-    def agree(self, facts: dict[str, Any]) -> None:
-        said = self._said_by_all(facts)
-        if said is not None:
-            self._raise_mismatch(said)
+    def agree(self, facts: dict[str, Any], error: Exception | None = None, remedy: str = ALIKE) -> None:
+        if error is not None:
+            facts = facts | {"error": f"{type(error).__name__}: {error}"}
+        record = hashlib.sha256(repr(sorted(facts.items())).encode()).digest()
+        if not self._are_alike(self._exchange(record)):
+            said = self._all_say(facts)
+            if error is None or not all("error" in s for s in said):  # named first: other differences come of it
+                self._refuse_differing([{"error": s.get("error")} | s for s in said], remedy)
+        if error is not None:
+            raise error
 
-    def _said_by_all(self, facts: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """Everybody's facts, or None where they are alike."""
+    def agree_in_common(self, facts: dict[str, Any], remedy: str = ALIKE) -> None:
+        said = self._all_say(facts)
+        first = {name: value for s in said[::-1] for name, value in s.items()}
+        self._refuse_differing([first | s for s in said], remedy)
+
+    def any_of(self, doing: str, flags: Sequence[bool]) -> list[bool]:
+        tag = _RECORD - len(flags)
+        every = self._exchange(hashlib.sha256(doing.encode()).digest()[:tag] + bytes(flags))
+        if not self._are_alike(every[:, :tag]):
+            self._refuse_differing(self._all_say({"about to": doing}), ALIKE)
+        return every[:, tag:].any(0).tolist()
+
+    def _exchange(self, mine: bytes) -> Tensor:
+        """What all ranks say, `[ranks, 32]`. All that is compared goes this way first, so that a rank that compares
+        something else is found out, whatever it is."""
         self._check()
-        mine = torch.frombuffer(
-            bytearray(hashlib.sha256(repr(sorted(facts.items())).encode()).digest()), dtype=torch.uint8
-        )
-        every = torch.empty(self.size * mine.numel(), dtype=torch.uint8)
-        with peer_loss("the comparison of inputs"):
-            dist.all_gather(list(every.split(mine.numel())), mine, group=self._host)
-        if bool((every.view(self.size, -1) == mine).all()):
-            return None
+        record = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
+        every = torch.empty(self.size, _RECORD, dtype=torch.uint8)
+        with peer_loss("the comparison of what the ranks are about to do"):
+            dist.all_gather(list(every), record, group=self._host)
+        return every
+
+    @staticmethod
+    def _are_alike(records: Tensor) -> bool:
+        return bool((records == records[0]).all())
+
+    def _all_say(self, facts: dict[str, Any]) -> list[dict[str, Any]]:
         said: list[Any] = [None] * self.size
-        with peer_loss("the comparison of inputs"):
+        with peer_loss("the comparison of what the ranks are about to do"):
             dist.all_gather_object(said, facts, group=self._host)
         return said
 
-    def _raise_mismatch(self, said: list[dict[str, Any]]) -> None:
-        names = dict.fromkeys(name for s in said for name in s)
-        differing = {n: [s.get(n) for s in said] for n in names if len({repr(s.get(n)) for s in said}) > 1}
-        remedy = (
-            "the ranks of one lp group must get the same batch and settings, and the same random seed "
-            "(torch.manual_seed) before training"
-        )
-        raise RankMismatchError(f"the {self.size} lp ranks disagree on {differing} (by lp rank); {remedy}")
+    def _refuse_differing(self, said: Sequence[Mapping[str, Any]], remedy: str) -> None:
+        differing = dict(_differing(said))
+        if not differing:
+            return  # numbers that are roughly alike, or another order
+        told = ", ".join(f"{name!r}: {_by_rank(values)}" for name, values in list(differing.items())[:_MOST_NAMED])
+        more = f" and {len(differing) - _MOST_NAMED} more" if len(differing) > _MOST_NAMED else ""
+        raise RankMismatchError(f"the {self.size} {self.names} disagree on {{{told}}}{more} (by rank); {remedy}")
 
     def __deepcopy__(self, memo: dict) -> GroupTransport:
         return self  # a copied model speaks through the same process group

@@ -3,16 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
-from typing import get_args
 
+import torch
 from transformers import Seq2SeqTrainingArguments
 
-from hf_layerpar.config import Ends, LayerParallelConfig, Relaxation, Strategy
+from hf_layerpar.config import (
+    Check,
+    Ends,
+    LayerParallelConfig,
+    Relaxation,
+    Strategy,
+    checked,
+    flag,
+    one_of,
+    optional,
+    real,
+    shown,
+    whole,
+)
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.step import check_config
 from hf_layerpar.run.mesh import check_lp_size
 from hf_layerpar.training.controller import Policy
+
+_CHECKS: dict[str, Check] = {
+    "lp_size": whole(1),
+    "controller": one_of(Policy),
+    "check_every": whole(1),
+    "check_gradient": flag,
+    "check_layers": flag,
+    "controller_bound": real(lambda bound: 0 < bound < math.inf, "positive and finite; controller='off' has no bound"),
+    "controller_ranks": optional(whole(1, remedy=", or None for lp_size")),
+}
 
 
 @dataclass
@@ -89,32 +113,23 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        if not isinstance(self.coarsening, list | tuple):  # YAML and Python callers give one number
-            self.coarsening = [self.coarsening]
-        self.coarsening = list(self.coarsening)
+        checked(self, _CHECKS)
+        # YAML and Python callers give one number
+        self.coarsening = list(self.coarsening) if isinstance(self.coarsening, list | tuple) else [self.coarsening]
         check_config(self.layer_parallel_config, self.lp_size)  # before the process group is started
-        self._check_controller()
+        self._check_rows()
+        # a launcher's CPU setting doesn't reach stock, which then finds one process
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
         check_lp_size(self.world_size, self.lp_size)
 
-    def _check_controller(self) -> None:
-        if self.controller not in get_args(Policy):
-            raise ConfigurationError(
-                f"controller={self.controller!r} is unknown; use one of {', '.join(get_args(Policy))}"
-            )
-        if self.check_every < 1:
-            raise ConfigurationError(f"check_every={self.check_every} must be at least 1 step")
-        if not self.controller_bound > 0:
-            raise ConfigurationError(f"controller_bound={self.controller_bound} must be positive")
-        if self.controller_ranks is not None and self.controller_ranks < 1:
-            raise ConfigurationError(
-                f"controller_ranks={self.controller_ranks} must be at least 1, or None for lp_size"
-            )
+    def _check_rows(self) -> None:
         compares = self.controller == "adaptive" or (self.controller != "off" and self.check_gradient)
-        if compares and self.per_device_train_batch_size < 2:
+        rows = self.per_device_train_batch_size
+        if compares and (not isinstance(rows, int) or rows < 2):
             raise ConfigurationError(
                 f"controller={self.controller!r} compares the gradient's bias with its noise, which it reads off the "
-                f"batch's halves; use per_device_train_batch_size of at least 2, not {self.per_device_train_batch_size}"
+                f"batch's halves; use per_device_train_batch_size of at least 2, not {shown(rows)}"
             )
 
     @property
@@ -122,5 +137,4 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
         """The settings as `parallelize` takes them."""
         names = [f.name for f in dataclasses.fields(LayerParallelConfig)]
         values = {name: getattr(self, name) for name in names}
-        values["coarsening"] = self.coarsening[0] if len(self.coarsening) == 1 else tuple(self.coarsening)
         return LayerParallelConfig(**values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from hf_layerpar.run.transport import peer_loss
 
 BUCKET_BYTES = 8 << 20
 """Gradients travel in flat buckets of about this size: large enough to fill a link, small enough to overlap."""
+_UNDER_WAY = 4
+"""So many of them at a time: they are copies, and all together another model's memory."""
 
 
 @peer_loss("the averaging of gradients")
@@ -34,17 +37,23 @@ def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGro
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             grads.append(parameter.grad)
+    under_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()
+
+    def finish() -> None:
+        bucket, flat, work = under_way.popleft()
+        work.wait()
+        flat.div_(size)
+        for grad, piece in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(piece.view_as(grad))
+
     with torch.no_grad():
-        sent = []
         for bucket in _buckets(grads):
+            if len(under_way) == _UNDER_WAY:
+                finish()
             flat = torch.cat([grad.reshape(-1) for grad in bucket])
-            sent.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
-        for bucket, flat, work in sent:
-            work.wait()
-            flat.div_(size)
-            pieces = flat.split([grad.numel() for grad in bucket])
-            for grad, piece in zip(bucket, pieces, strict=True):
-                grad.copy_(piece.view_as(grad))
+            under_way.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
+        while under_way:
+            finish()
 
 
 def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:

@@ -63,11 +63,14 @@ class Controller:
     A reading is good if no convergence factor is above 1 (`paper`), if besides the bias, where it was measured, is at
     most `bound` (`raise`), or if the bias is (`adaptive`: factors say how fast a solve converges, not how far off it
     is).
+
+    readings: (place on the ladder, reading) of everything that the last check measured, in that order.
     """
 
     def __init__(self, policy: Policy, ladder: Sequence[LayerParallelConfig], *, bound: float) -> None:
         self.policy, self.ladder, self.bound = policy, tuple(ladder), bound
         self.place = 0
+        self.readings: list[tuple[int, Reading]] = []
         self._trial = 0  # the cheaper settings that were tried last
         self._biases: dict[int, float] = {}  # by place, as last measured
 
@@ -88,6 +91,7 @@ class Controller:
     def check(self, measure: Measure) -> tuple[Reading, str | None]:
         """Measures the settings in force, and others where it has to choose. Returns their reading (where the exact
         ones are in force, that of those it tried), and why the settings changed (None: they didn't)."""
+        self.readings = []
         if self.is_exact:
             return self._try_cheaper(measure, Reading())
         reading = self._measured(measure, self.place, factors=True)
@@ -121,6 +125,7 @@ class Controller:
 
     def _measured(self, measure: Measure, place: int, *, factors: bool) -> Reading:
         reading = measure(self.ladder[place], factors=factors)
+        self.readings.append((place, reading))
         if reading.bias is not None:
             # what is no number is the worst there is, and sorts so
             self._biases[place] = reading.bias if reading.bias < math.inf else math.inf

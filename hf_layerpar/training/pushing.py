@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from huggingface_hub import CommitInfo, ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from transformers import TrainingArguments
@@ -69,25 +68,17 @@ class HubPushing(ShardedSaving):
 
         Returns the commit (a future of it with blocking=False) on the first process, None on the others.
 
-        Raises what failed on the first process, and HubError that quotes it on the others; with blocking=False a
-        failure of the upload itself is in the future only.
+        Raises CheckpointError on all where the model can't be written. Else what failed on the first process, and
+        HubError that quotes it on the others; with blocking=False a failure of the upload itself is in the future only.
         """
         args = self.args
         self.callback_handler.on_push_begin(args, self.state, self.control)
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
-        failure: Exception | None = None
-        try:
-            self.save_model(_internal_call=True)
-        except Exception as error:
-            if not self.is_world_process_zero():
-                raise
-            failure = error  # the others wait to be told
+        self.save_model(_internal_call=True)
         folder = Path(str(args.output_dir))
 
         def upload() -> CommitInfo | Future[CommitInfo]:
-            if failure is not None:
-                raise failure
             self.create_model_card(**kwargs)
             self._await_pushes()
             paths = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
@@ -107,36 +98,33 @@ class HubPushing(ShardedSaving):
         if busy and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        self.create_model_card()
-        folder, output_dir = Path(checkpoint_folder), Path(str(args.output_dir))
-        names = [path.name for path in folder.iterdir() if path.is_file()]
-        files = {name: folder / name for name in names if not checkpoints.is_training_state(name)}
-        files[CARD_NAME] = output_dir / CARD_NAME
-        replaced = ""
-        if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            replaced = _LAST_CHECKPOINT if args.hub_strategy == HubStrategy.CHECKPOINT else folder.name
-            files |= {f"{replaced}/{name}": folder / name for name in names}
-        if not busy:
-            for left_over in output_dir.glob(f"{_STAGED}*"):
-                shutil.rmtree(left_over)
-        staged = output_dir / f"{_STAGED}{self.state.global_step}"
-        # links to what the checkpoint holds now, since it may be deleted before the upload is through
-        for name, path in files.items():
-            (staged / name).parent.mkdir(parents=True, exist_ok=True)
-            (shutil.copy2 if name == CARD_NAME else _link)(path, staged / name)
         when = f"step {self.state.global_step}"
         if args.save_strategy != SaveStrategy.STEPS:
             when = f"epoch {int(self.state.epoch)}"
-        commit = self._committing([(name, staged / name) for name in files], f"Training in progress, {when}", replaced)
+        output_dir = Path(str(args.output_dir))
+        staged = output_dir / f"{_STAGED}{self.state.global_step}"
+
+        def failed(error: Exception) -> None:
+            logger.error(
+                f"The push of {when} to {self.hub_model_id} failed: {type(error).__name__}: {error}. The Hub has "
+                "what it had; the next push, or trainer.push_to_hub(), brings it up to date."
+            )
+
+        try:
+            if not busy:
+                for left_over in output_dir.glob(f"{_STAGED}*"):
+                    shutil.rmtree(left_over)
+            commit = self._stage(Path(checkpoint_folder), staged, f"Training in progress, {when}")
+        except Exception as error:  # of this rank alone, which the others don't wait for
+            failed(error)
+            shutil.rmtree(staged, ignore_errors=True)
+            return
 
         def push() -> None:
             try:
                 commit()
             except Exception as error:
-                logger.error(
-                    f"The push of {when} to {self.hub_model_id} failed: {type(error).__name__}: {error}. The Hub has "
-                    "what it had; the next push, or trainer.push_to_hub(), brings it up to date."
-                )
+                failed(error)
             finally:
                 shutil.rmtree(staged, ignore_errors=True)
 
@@ -145,6 +133,22 @@ class HubPushing(ShardedSaving):
             running.jobs.append(job)
         else:
             self.push_in_progress = PushInProgress([job])  # pyright: ignore[reportArgumentType]
+
+    def _stage(self, folder: Path, staged: Path, message: str) -> Callable[[], CommitInfo]:
+        """Links what is to be pushed of the checkpoint `folder`, since that may be deleted before the upload is
+        through; returns what uploads it."""
+        self.create_model_card()
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        files = {name: folder / name for name in names if not checkpoints.is_training_state(name)}
+        files[CARD_NAME] = Path(str(self.args.output_dir)) / CARD_NAME
+        replaced = ""
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            replaced = _LAST_CHECKPOINT if self.args.hub_strategy == HubStrategy.CHECKPOINT else folder.name
+            files |= {f"{replaced}/{name}": folder / name for name in names}
+        for name, path in files.items():
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copy2 if name == CARD_NAME else _link)(path, staged / name)
+        return self._committing([(name, staged / name) for name in files], message, replaced)
 
     def _finish_current_push(self) -> None:
         """Collective over all ranks, so that no process goes ahead into a long wait for the first one."""
@@ -183,8 +187,7 @@ class HubPushing(ShardedSaving):
         return commit
 
     def _on_first(self, action: Callable[[], Any]) -> Any:
-        group = dist.group.WORLD if self.mesh.world_size > 1 else None
-        return on_first_rank(action, "the push to the Hub", group, self.args.device)
+        return on_first_rank(action, "the push to the Hub", self._world, self.args.device)
 
     # ---- the card
     def create_model_card(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,9 +22,11 @@ from transformers.trainer_utils import unwrap_peft_model
 
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
+from hf_layerpar.ode.rehearsal import loss_and_metrics
 from hf_layerpar.run.mesh import build_mesh
 from hf_layerpar.run.sharing import share
-from hf_layerpar.sharding import layer_parallel, parallelize
+from hf_layerpar.run.transport import Attempt, GroupTransport, LocalTransport, Transport, fact
+from hf_layerpar.sharding import layer_parallel, model_facts, parallelize
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.callbacks import solver_log
 from hf_layerpar.training.collectives import average_gradients, broadcast_model, gather_rows
@@ -31,6 +36,16 @@ from hf_layerpar.training.pushing import HubPushing
 from hf_layerpar.training.streams import SeededCollator, kept_streams, main_streams, set_main_streams
 from hf_layerpar.training.support import refuse_unsupported
 from hf_layerpar.training.watching import STATE, Watch
+
+_SEEN_BY_ONE_PROCESS = (
+    *("disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "report_to", "run_name", "project"),
+    *("hub_token", "skip_memory_metrics", "debug", "logging_nan_inf_filter", "local_rank", "dataloader_num_workers"),
+    *("dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_in_order"),
+    "dataloader_multiprocessing_context",
+)
+"""Training arguments that may differ between processes."""
+_CONTROLS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
+_REMEDY = "give all processes the same arguments, data and model, and let no code between depend on the rank"
 
 
 class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
@@ -47,11 +62,15 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
       (stock trusts the signature of `forward` and scales such gradients wrongly).
     - A push to the Hub is one commit, with a card that says how the layers were solved.
     - Checkpoints are written whole or not at all, and a run resumes bit-identically at another lp size.
-    - Training logs have the solver's residuals, convergence factors and times (`lp_*`).
+    - Training logs have the solver's residuals, convergence factors and times (`lp_*`), and the metrics that
+      `compute_loss` may return beside the loss in training, `(loss, {"name": scalar})`.
+    - What a callback asks for on one process (to stop, save, evaluate or log) all processes do.
     - With `predict_with_generate` it evaluates and predicts as `Seq2SeqTrainer` does, but every sample counts once
       (stock repeats samples to fill the last batch, and weighs the loss of a small last batch as that of a full one).
 
     Raises ConfigurationError at construction for what can't work, and those of `convert_to_ode` and `parallelize`.
+    RankMismatchError on all processes where they were given other arguments, models, data or optimizers, or are about
+    to do different things.
     """
 
     args: LayerParallelTrainingArguments
@@ -68,8 +87,10 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
                 f"args is a {type(args).__name__}; LayerParallelTrainer needs LayerParallelTrainingArguments, which "
                 "take the same arguments and lp_size"
             )
+        self._everyone = _all_processes(args)
+        self._everyone.agree(_settings(args), remedy=_REMEDY)
         refuse_unsupported(args, model)
-        self.mesh = build_mesh(args.lp_size, args.device.type)
+        self.mesh = build_mesh(args.lp_size)
         self._collator: SeededCollator | None = None
         self._order: torch.Generator | None = None
         self._sharding_args = args  # call_model_init runs inside super().__init__
@@ -89,6 +110,8 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         self.is_distributed_loading_by_transformers = True
         declared = getattr(unwrap_peft_model(self.model), "accepts_loss_kwargs", None)
         self._item_count_unknown = declared is None and self.model_accepts_loss_kwargs
+        self._metrics, self._metric_batches = Counter[str](), 0
+        self._beside_loss: tuple[dict[str, float], dict[str, str]] = {}, {}
         self._watch: Watch | None = None
         self._watched_run: Any = None
         if args.controller != "off":
@@ -112,10 +135,9 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
                 )
             handle.config = args.layer_parallel_config
             return model
-        try:
-            ode_view(model)
-        except UnsupportedModelError:
-            model = convert_to_ode(model)
+        found = Attempt(lambda: _converted(model))
+        self._everyone.agree(model_facts(found.value or model), found.error, remedy=_REMEDY)
+        model = found.given()
         if args.place_model_on_device is not False:
             model.to(args.device)
         parallelize(model, args.layer_parallel_config, mesh.lp_group)
@@ -140,6 +162,56 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
     def get_tp_size(self) -> int:
         """The processes that share a batch: stock divides batch sizes, item counts and the loss scale by it."""
         return self.mesh.lp_size
+
+    # ---- all processes do the same
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        self._agree(
+            "train",
+            resume_from_checkpoint=str(resume_from_checkpoint or None),
+            rows=_length(self.train_dataset),
+            **{"rows to evaluate": {str(name): _length(dataset) for name, dataset in datasets.items()}},
+        )
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        made = Attempt(self.create_optimizer)
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        facts = {"max_steps": max_steps, "batches": _length(train_dataloader), "optimizer": type(optimizer).__name__}
+        facts["optimizer's defaults"] = fact(getattr(optimizer, "defaults", {}))
+        self._everyone.agree(facts | {"about to": "start to train"}, made.error, _REMEDY)
+        vars(self)["create_optimizer"] = lambda *_: self.optimizer  # stock would call it again
+        try:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        finally:
+            del vars(self)["create_optimizer"]
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        members: dict[str, Any] = {"scheduler": type(self.lr_scheduler).__name__}
+        for group in optimizer.param_groups:
+            options = fact({k: v for k, v in group.items() if k not in ("params", "param_names")})
+            members |= {f"optimizer group of {names.get(id(p), '?')}": options for p in group["params"]}
+        self._everyone.agree_in_common(members, _REMEDY)  # lp ranks may have groups of their own layers
+        return prepared
+
+    def _agree(self, doing: str, **facts: Any) -> None:
+        self._everyone.agree({**_settings(self.args), "about to": doing, **facts}, remedy=_REMEDY)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._join_controls()
+        acts = self.control.should_log or self.control.should_evaluate or self.control.should_save
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            numbers, modes = solver_log(self.layer_parallel.report())
+            self._beside_loss = numbers | self._mean_metrics(), modes
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if acts:
+            self._join_controls()  # a callback may have asked to stop meanwhile
+
+    def _join_controls(self) -> None:
+        asked = [bool(getattr(self.control, name)) for name in _CONTROLS]
+        for name, value in zip(_CONTROLS, self._everyone.any_of("go on after a step", asked), strict=True):
+            setattr(self.control, name, value)
 
     # ---- batches
     @property
@@ -177,15 +249,19 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
-        with kept_streams():
-            if self._collator is not None:
-                self._collator.reseed()
-            batches = list(itertools.islice(epoch_iterator, num_batches))
-        batches = self._share(batches)
+        def read() -> list[Any]:
+            with kept_streams():
+                if self._collator is not None:
+                    self._collator.reseed()
+                return list(itertools.islice(epoch_iterator, num_batches))
+
+        found = Attempt(read)
+        batches = self._share(f"share the batches of step {self.state.global_step}", found.value, found.error)
         return batches, self._get_num_items_in_batch(batches, device)
 
-    def _share(self, data: Any) -> Any:
+    def _share(self, doing: str, data: Any, error: Exception | None = None) -> Any:
         """lp rank 0's data on all its lp ranks, and its random streams too: nothing a collator does can part them."""
+        self.layer_parallel.agree({"about to": doing}, error)
         if self.mesh.lp_size == 1:
             return data
         assert self.mesh.lp_group is not None
@@ -208,7 +284,7 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
 
         def loss(count: Tensor) -> Tensor:
             with self.compute_loss_context_manager():
-                return self.compute_loss(self.model, dict(inputs), num_items_in_batch=count)  # type: ignore[return-value]
+                return loss_and_metrics(self.compute_loss(self.model, dict(inputs), num_items_in_batch=count))[0]
 
         depends = depends_on_item_count(self.model, loss, self.args.device)
         # all ranks decide alike: a batch that shows the dependence on any of them settles it
@@ -249,7 +325,20 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         if self.accelerator.sync_gradients and self.mesh.dp_size > 1:
             assert self.mesh.dp_group is not None
             average_gradients([p for p in model.parameters() if p.requires_grad], self.mesh.dp_group)
+        value, metrics = loss_and_metrics(value)
+        self._metrics.update({name: float(number) for name, number in metrics.items()})
+        self._metric_batches += 1
         return value / steps
+
+    def _mean_metrics(self) -> dict[str, float]:
+        """What `compute_loss` returned beside the loss since the last log, a mean over batches. Collective."""
+        names, batches = sorted(self._metrics), self._metric_batches
+        sums = torch.tensor([self._metrics[name] for name in names], dtype=torch.float64, device=self.args.device)
+        if names and self.mesh.dp_size > 1:
+            dist.all_reduce(sums, group=self.mesh.dp_group)
+        self._metrics.clear()
+        self._metric_batches = 0
+        return dict(zip(names, (sums / (batches * self.mesh.dp_size)).tolist(), strict=True)) if names else {}
 
     def _check_settings(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Before a step: what the controller checks, decides and logs."""
@@ -281,13 +370,14 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         return self.layer_parallel.grad_norm() if grad_norm is None else grad_norm
 
     # ---- evaluation
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+    def evaluation_loop(self, dataloader: DataLoader, description: str, *args: Any, **kwargs: Any) -> Any:
+        self._agree(description, batches=_length(dataloader))
         # stock forgets eval_use_gather_object after its first loop, and Seq2SeqTrainer sets a function that gathers
         # from the whole world, samples that fill the last batch up included
         self.gather_function = functools.partial(
             self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
         )
-        return super().evaluation_loop(*args, **kwargs)
+        return super().evaluation_loop(dataloader, description, *args, **kwargs)
 
     def prediction_step(
         self,
@@ -297,7 +387,7 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         ignore_keys: list[str] | None = None,
         **gen_kwargs: Any,
     ) -> Any:
-        inputs = self._share(inputs)
+        inputs = self._share("share a batch to evaluate", inputs)
         found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **gen_kwargs)
         rows = find_batch_size(inputs)
         if self.args.predict_with_generate and found[1] is not None and len(found[1]) != rows:
@@ -331,11 +421,43 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         modes: dict[str, str] = {}
-        if "loss" in logs:
-            numbers, modes = solver_log(self.layer_parallel.report())
+        if "loss" in logs:  # once: a callback may log a loss of its own, on one process
+            (numbers, modes), self._beside_loss = self._beside_loss, ({}, {})
             logs |= numbers
         super().log(logs, start_time)
         self.state.log_history[-1] |= modes
+
+
+def _all_processes(args: LayerParallelTrainingArguments) -> Transport:
+    """With the timeout of the arguments, which stock leaves out on the CPU."""
+    group = dist.group.WORLD if dist.is_initialized() else None
+    if group is None or dist.get_world_size() == 1:
+        return LocalTransport()
+    default = next(f.default for f in dataclasses.fields(args) if f.name == "ddp_timeout")
+    if args.ddp_timeout != default:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=args.ddp_timeout), group)
+    return GroupTransport(group, "processes")
+
+
+def _settings(args: LayerParallelTrainingArguments) -> dict[str, Any]:
+    """What all processes must have been told alike."""
+    names = [f.name for f in dataclasses.fields(LayerParallelTrainingArguments) if f.init]
+    return {name: fact(getattr(args, name)) for name in names if name not in _SEEN_BY_ONE_PROCESS}
+
+
+def _converted(model: nn.Module) -> nn.Module:
+    try:
+        ode_view(model)
+    except UnsupportedModelError:
+        return convert_to_ode(model)
+    return model
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data)
+    except TypeError:  # None, or an iterable that doesn't know
+        return None
 
 
 def _all_tensors(data: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_layerpar.agreement import GradientProbe, batch_rows
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.config import MOST_ITERATIONS, LayerParallelConfig
 from hf_layerpar.diagnosis.sharded import lipschitz_of_layers
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.ladder import cheapest_first, describe, escalation, exact_settings, predicted_share
@@ -86,10 +86,15 @@ class Watch:
         decided = self._from_first(controller.state_dict())
         controller.load_state_dict(decided)
         self.handle.config = controller.settings
-        numbers = {
-            f"lp_check_{name}": value for name, value in dataclasses.asdict(reading).items() if value is not None
-        }
+        numbers = {f"lp_check_{name}": value for name, value in _read(reading).items()}
+        if self.with_gradient and controller.policy != "paper":
+            numbers["lp_check_bound"] = controller.bound
+        # the settings in force from here on, and each that was measured under its own name
         texts: dict[str, Any] = {"lp_check_name": describe(controller.settings)}
+        texts["lp_check_readings"] = [
+            {"name": describe(controller.ladder[place]), "setting": place, **_read(one)}
+            for place, one in controller.readings
+        ]
         if reason:
             texts["lp_check_reason"] = reason
         unseen = reading.rho is None and (reading.bias is None or controller.policy == "paper")
@@ -113,8 +118,8 @@ class Watch:
         if factors:
             doubled = dataclasses.replace(
                 settings,
-                forward_iterations=2 * settings.forward_iterations,
-                backward_iterations=2 * settings.backward_iterations,
+                forward_iterations=min(2 * settings.forward_iterations, MOST_ITERATIONS),
+                backward_iterations=min(2 * settings.backward_iterations, MOST_ITERATIONS),
             )
             probe.gradient(doubled)
             report = probe.handle.report()
@@ -168,6 +173,11 @@ class Watch:
         with peer_loss("the controller's decision"):
             dist.broadcast_object_list(said, 0)
         return said[0]
+
+
+def _read(reading: Reading) -> dict[str, float]:
+    """What was measured."""
+    return {name: value for name, value in dataclasses.asdict(reading).items() if value is not None}
 
 
 def _last_factor(sweep: SweepReport) -> float:

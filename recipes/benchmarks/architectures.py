@@ -6,7 +6,8 @@ Of every architecture a small random model is built, in float64 where stock can,
 mean of what its head returns. Gradients of `train_step` on 1 or more ranks are compared with stock's. Each architecture
 runs in processes of its own, with a limit of time. Outcomes: equal to the bit; equal (up to rounding); wrong; refused
 (by an error of hf_layerpar, which is noted); failed (any other error); and for those that stock could not run here, not
-built. Written to recipes/benchmarks/results/architectures.json, for each number of ranks.
+built. Written to recipes/benchmarks/results/architectures.json, for each number of ranks, in place of what was known of
+the same architectures.
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ TRIES: tuple[dict[str, Any], ...] = (
     {"layers": 2},
     {"only": ("layers", "vocab")},
 )
-"""Changes of `SIZES`, tried until stock can build and run the model: all rules, all but one, or some only; lists with an
-entry for each layer cut; sizes that are None by default set too."""
+"""Changes of `SIZES`, tried until stock can build and run the model: all rules, all but one, or some only; lists with
+an entry for each layer cut; sizes that are None by default set too."""
 
 OF_TYPE: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -313,7 +314,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="TASK")
-    parser.add_argument("--only", nargs="+", default=[], metavar="MODEL_TYPE", help="print these, and write nothing")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="MODEL_TYPE", help="these alone; others stay in the file"
+    )
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for an architecture")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -326,11 +329,11 @@ def main() -> None:
             print(found["where"])
     counts = {task: Counter(row["outcome"] for row in rows if row["task"] == task) for task in args.tasks}
     print_table([(task, ", ".join(f"{count[o]} {o}" for o in OUTCOMES if count[o])) for task, count in counts.items()])
-    if not args.only:
-        path = RESULTS / "architectures.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        kept = [r for r in before.get(str(args.ranks), []) if r["task"] not in args.tasks]
-        write_json(path, before | {str(args.ranks): kept + rows})
+    path = RESULTS / "architectures.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    done = {(row["task"], row["model_type"]) for row in rows}
+    kept = [row for row in before.get(str(args.ranks), []) if (row["task"], row["model_type"]) not in done]
+    write_json(path, before | {str(args.ranks): kept + rows})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,21 @@ def fine_tuning() -> str:
     return markdown([*head, "deviation of serial's runs", "most frequent label"], rows)
 
 
+def architectures() -> str:
+    """What became of the architectures of transformers' Auto classes, by task."""
+    outcomes = ["equal to the bit", "equal", "refused", "failed", "not built"]
+    counts: dict[str, Counter[str]] = {}
+    for row in load("architectures.json")["1"]:
+        counts.setdefault(row["task"], Counter())[row["outcome"]] += 1
+    total = sum(counts.values(), Counter())
+    strange = set(total) - set(outcomes)
+    assert not strange, f"outcomes that the table doesn't have: {strange}"
+    rows = [[task, *(str(count[o]) for o in outcomes)] for task, count in [*counts.items(), ("all", total)]]
+    return markdown(["task", *outcomes], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "architectures": architectures,
     "parity": parity,
     "parity_runs": parity_runs,
     "memory": memory,

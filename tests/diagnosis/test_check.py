@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -99,6 +100,52 @@ def test_what_can_not_be_checked_is_refused(tmp_path, text, labelled, capsys):
     )
     with pytest.raises(SystemExit):  # neither --text nor --random
         main(["check", gpt2])
+
+
+def broken(folder, name: str, content: bytes):
+    """A copy of a checkpoint with one file changed."""
+    copy = folder.parent / f"broken-{len(list(folder.parent.iterdir()))}"
+    shutil.copytree(folder, copy)
+    (copy / name).write_bytes(content)
+    return copy
+
+
+DEEP = b"[" * 100_000 + b"]" * 100_000
+
+
+def test_damaged_input_is_refused_in_one_line(tmp_path, text, labelled, capsys):
+    def refused(*arguments: object) -> str:
+        assert main(["check", *map(str, arguments)]) == 2
+        said = capsys.readouterr().err
+        assert "Traceback" not in said
+        assert said.splitlines()[-1].startswith("hf-layerpar: ")
+        return said.splitlines()[-1]
+
+    gpt2 = saved(tmp_path, "gpt2")
+    weights = (gpt2 / "model.safetensors").read_bytes()
+    config = json.loads((gpt2 / "config.json").read_text())
+    damaged = [
+        ("model.safetensors", weights[: len(weights) // 2]),
+        ("config.json", DEEP),
+        ("config.json", b'{"model_type": ' + DEEP + b"}"),
+        ("config.json", b"[1, 2]"),
+        ("config.json", json.dumps(config | {"architectures": 5}).encode()),
+        ("config.json", json.dumps(config | {"n_head": "x"}).encode()),
+        ("config.json", json.dumps(config | {"hf_layerpar": [1]}).encode()),
+        ("tokenizer.json", DEEP),
+    ]
+    for name, content in damaged:
+        assert str(folder := broken(gpt2, name, content)) in refused(folder, "--text", text, *SIZE) or name
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("Bücher".encode("latin-1"))
+    assert f"{latin} is no UTF-8 text (byte 1: invalid start byte)" in refused(gpt2, "--text", latin, *SIZE)
+    task = ["--task", "sequence-classification"]
+    assert "is no UTF-8 text" in refused(gpt2, "--text", latin, *SIZE, *task)
+    labelled.write_text(f"{10**30}\tw1\n")
+    assert "number the labels from 0 to at most 99999" in refused(gpt2, "--text", labelled, *SIZE, *task)
+    assert "--tokens=1 must be an integer of at least 2" in refused(gpt2, "--text", text, "--tokens", 1)
+    assert "--batch-size=1000000000000 must be at most" in refused(gpt2, "--text", text, "--batch-size", 10**12)
+    assert "ends in .png" in refused(gpt2, "--text", text, "--png", tmp_path / "x.foo")
 
 
 def test_rows_of_text_begin_with_bos_where_the_tokenizer_says_so():

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -565,3 +566,50 @@ def test_a_kill_at_any_moment_leaves_no_mixture(
     assert len(outcomes) > 6
     if old_form == "split":  # only the weight file differs: it is replaced in one go
         assert "none" not in outcomes
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "missing"])
+def test_damaged_files_are_named(damage: str, tmp_path: Path) -> None:
+    model, _ = converted("llama", step_size=0.5, form="euler")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    names = ["config.json", "generation_config.json", "model.safetensors.index.json"]
+    names.append(sorted(path.name for path in (tmp_path / "sharded").glob("model-*"))[1])
+    for name in names:
+        folder = shutil.copytree(tmp_path / "sharded", tmp_path / damage / name)
+        file = folder / name
+        if damage == "truncated":
+            os.truncate(file, file.stat().st_size // 2)
+        elif damage == "empty":
+            os.truncate(file, 0)
+        elif damage == "garbage":
+            file.write_bytes(bytes(range(128, 256)) * 8)
+        elif name in (
+            "config.json",
+            names[-1],
+        ):  # stock knows what to say of a lost index, and goes on without the other
+            file.unlink()
+        else:
+            continue
+        with pytest.raises(CheckpointError, match=re.escape(name)):
+            from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"architectures": ["logging"]},
+        {"architectures": "LlamaForCausalLM"},
+        {"architectures": [7]},
+        {"model_type": "ode-nothing"},
+        {"auto_map": None, "model_type": "ode-"},
+        {"hf_layerpar": {"step_size": 0.5, "form": "split", "steps": 3}},
+        {"hf_layerpar": 7},
+    ],
+)
+def test_a_config_that_says_something_else(changes: dict[str, Any], tmp_path: Path) -> None:
+    model, _ = converted("llama", step_size=0.5, form="euler")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises((CheckpointError, ConfigurationError)):
+        from_pretrained(tmp_path)

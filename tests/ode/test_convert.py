@@ -17,10 +17,12 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from hf_layerpar import from_pretrained, parallelize
 from hf_layerpar.config import CONFIG_KEY, OdeSettings
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
 from tests import zoo
+from tests.multiproc import run_ranks
 from tests.ode.helpers import SerialSolver, assert_same, training_step, use_solver, without_cache
 
 # --- refusals
@@ -71,10 +73,10 @@ def test_models_without_flat_stacks():
     with refused(UnsupportedModelError, "got Linear"):
         convert_to_ode(nn.Linear(2, 2))
     sizes: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 2}
-    with refused(UnsupportedModelError, "MPNetModel has no stack"):
-        convert_to_ode(hf.MPNetModel(hf.MPNetConfig(vocab_size=9, **sizes)))
+    with refused(UnsupportedModelError, "AlbertModel has no stack", "stacks=", "albert_layer_groups"):
+        convert_to_ode(hf.AlbertModel(hf.AlbertConfig(vocab_size=9, embedding_size=8, **sizes)))
     swin = hf.SwinModel(hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 1]))
-    with refused(UnsupportedModelError, "stack inside a layer of another", "flat stacks"):
+    with refused(UnsupportedModelError, "stack inside a layer of another", "flat ones", "stacks="):
         convert_to_ode(swin)
 
 
@@ -171,17 +173,6 @@ def solved_llama() -> tuple[Any, zoo.Inputs, SerialSolver]:
     return ours, inputs, use_solver(ours, SerialSolver())
 
 
-def test_state_edited_between_layers():
-    model, inputs, _ = solved_llama()
-    layer = model.model.layers[2]
-    hook = layer.register_forward_pre_hook(lambda module, args: (args[0] + 1, *args[1:]))
-    with refused(UnsupportedModelError, "between layers 1 and 2 of model.layers", "without parallelize"):
-        model(**inputs)
-    use_solver(model, None)
-    assert model(**inputs).loss.isfinite()  # in line it is a model like any other
-    hook.remove()
-
-
 def test_exception_midway_leaves_nothing_behind():
     model, inputs, solver = solved_llama()
     expected = training_step(model, inputs, True)
@@ -203,7 +194,7 @@ def test_exception_midway_leaves_nothing_behind():
     hook.remove()
     assert stack.serial_reason is None
     assert_same(training_step(model, inputs, True), expected)
-    assert solver.runs == [4] * 3
+    assert solver.runs == [4] * 4
 
 
 def test_exception_in_a_loop_called_directly():
@@ -225,7 +216,7 @@ def test_exception_in_a_loop_called_directly():
 def test_layers_left_out_or_repeated():
     model, inputs, solver = solved_llama()
     model.config.num_hidden_layers = 3
-    with refused(UnsupportedModelError, "3 of the 4 layers of model.layers", "num_hidden_layers"):
+    with refused(UnsupportedModelError, "stops there", "num_hidden_layers"):
         model(**inputs)
     model.config.num_hidden_layers = 4
     model.model.layers[2], model.model.layers[1] = model.model.layers[1], model.model.layers[2]
@@ -240,10 +231,10 @@ def test_what_a_sharded_stack_refuses():
     model, inputs, solver = solved_llama()
     for stack in ode_view(model).stacks:
         stack.foreign = frozenset({3})
-    for options in ({"use_cache": True}, {"output_hidden_states": True}, {"output_attentions": True}):
-        with refused(UnsupportedModelError, next(iter(options)), "model.layers", "use_cache=False"):
+    for option in ("use_cache", "output_hidden_states", "output_attentions"):
+        with refused(UnsupportedModelError, option, "model.layers", f"{option}=False"):
             model.set_attn_implementation("eager")
-            model(**inputs, **options)
+            model(**inputs, **{option: True})
     assert solver.runs == []
     assert model(**inputs).loss.isfinite()
     deberta, inputs = zoo.build("deberta")  # gathers its hidden states itself
@@ -320,7 +311,7 @@ def test_state_given_by_name():
     assert solver.runs == [3]
 
 
-def test_layer_class_with_an_unknown_output():
+def test_layers_that_return_a_tuple():
     x = torch.randn(2, 3, 8)
     model = ToyModel(OddLayer, 2, lambda layer, x: layer(x)[0])
     plain = copy.deepcopy(model)
@@ -329,13 +320,88 @@ def test_layer_class_with_an_unknown_output():
         expected = expected + 0.5 * (layer(expected)[0] - expected)
     ours = convert_to_ode(model, step_size=0.5, num_steps=2)
     assert torch.equal(ours(x), expected)
-    use_solver(ours, SerialSolver())
-    with refused(UnsupportedModelError, "between layers 0 and 1"):
-        ours(x)
-    single = convert_to_ode(ToyModel(OddLayer, 1, lambda layer, x: layer(x)))
-    use_solver(single, SerialSolver())
-    with refused(UnsupportedModelError, r"layers.0 \(OddLayer\) returns a tuple", "families"):
-        single(x)
+    solver = use_solver(ours, SerialSolver())
+    assert torch.equal(ours(x), expected)
+    assert solver.runs == [2]
+
+
+# --- which lists of layers
+
+
+def test_layers_of_any_class():
+    """MPNet's are not made for gradient checkpointing."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    stock = hf.MPNetForMaskedLM(hf.MPNetConfig(vocab_size=zoo.VOCAB, num_hidden_layers=3, **sizes))
+    ours = convert_to_ode(copy.deepcopy(stock))
+    assert [stack.path for stack in ode_view(ours).stacks] == ["mpnet.encoder.layer"]
+    solver = use_solver(ours, SerialSolver())
+    assert_same(training_step(ours, zoo.text(), True), training_step(stock, zoo.text(), True))
+    assert solver.runs == [3]
+
+
+def test_feature_extractors_of_speech_models_are_no_stacks():
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    convolutions = {"conv_dim": (16, 16, 16), "conv_stride": (4, 4, 4), "conv_kernel": (8, 8, 8)}
+    config = hf.Wav2Vec2Config(
+        **(sizes | convolutions),
+        num_hidden_layers=3,
+        num_conv_pos_embeddings=16,
+        layerdrop=0.0,
+        mask_time_prob=0.0,
+        vocab_size=9,
+    )
+    torch.manual_seed(0)
+    stock = hf.Wav2Vec2ForCTC(config)
+    inputs = {"input_values": torch.randn(2, 1000), "labels": torch.tensor([[1, 2], [3, 4]])}
+    ours = convert_to_ode(copy.deepcopy(stock))
+    assert [stack.path for stack in ode_view(ours).stacks] == ["wav2vec2.encoder.layers"]
+    solver = use_solver(ours, SerialSolver())
+    assert_same(training_step(ours, inputs, True), training_step(stock, inputs, True))
+    assert solver.runs == [3]
+
+
+def test_chosen_stacks(tmp_path):
+    stock, inputs = zoo.build("bart")
+    ours = convert_to_ode(copy.deepcopy(stock).eval(), step_size=0.5, num_steps=4, stacks=["decoder.layers"])
+    assert [stack.path for stack in ode_view(ours).stacks] == ["model.decoder.layers"]
+    solver = use_solver(ours, SerialSolver())
+    logits = ours(**inputs).logits
+    assert solver.runs == [4]
+    assert not torch.allclose(logits, stock.eval()(**inputs).logits)
+    ours.save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path).eval()
+    assert ode_view(again).settings == ode_view(ours).settings
+    assert torch.equal(again(**inputs, use_cache=False).logits, logits)
+    with refused(ConfigurationError, "no ModuleList 'middle'", "model.decoder.layers"):
+        convert_to_ode(stock, stacks=["middle"])
+    with refused(ConfigurationError, r"stacks='decoder.layers'", "list of names"):
+        convert_to_ode(stock, stacks="decoder.layers")
+    loaded = zoo.build("bart")[0]
+    loaded.config.hf_layerpar = OdeSettings(stacks=("decoder.layers",)).to_dict()
+    with refused(ConfigurationError, r"stacks=\['encoder.layers'\] contradicts", "leave stacks out"):
+        convert_to_ode(loaded, stacks=["encoder.layers"])
+
+
+def packed_rows() -> list[float]:
+    """Losses of two rows one behind the other, told apart by their positions: of stock without and with its KV cache
+    (which is its default), of a step, and of calls with gradients and without."""
+    model, _ = zoo.build("llama")
+    stock, ids = copy.deepcopy(model).eval(), zoo.tokens(2, 6).view(1, -1)
+    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(6).repeat(2)[None]}
+    handle = parallelize(convert_to_ode(model).eval())
+    found = [stock(**batch, use_cache=False).loss, stock(**batch).loss, handle.train_step(batch), model(**batch).loss]
+    with torch.no_grad():
+        return [float(loss) for loss in (*found, model(**batch).loss)]
+
+
+def test_packed_rows_in_a_loop_of_ones_own():
+    """With its cache stock makes tokens see the row before."""
+    for right, wrong, step, call, without_gradients in run_ranks(packed_rows, 2):
+        assert wrong != pytest.approx(right, rel=1e-3)
+        assert [step, call, without_gradients] == pytest.approx([right] * 3, rel=1e-6)
+    right, _, step, *_ = packed_rows()
+    assert step == pytest.approx(right, rel=1e-6)
 
 
 # --- copies and wrappers

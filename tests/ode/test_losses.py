@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.flex_attention import create_block_mask
 
+from hf_layerpar import LayerParallelConfig, convert_to_ode, parallelize
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode.losses import Counting, Whole, factors
 from hf_layerpar.ode.rehearsal import Rehearsed, batch_rows, check_parts, cut_rows, loss_and_metrics
+from tests.multiproc import run_ranks
 
 ROWS = 7
 GENERATOR = torch.Generator().manual_seed(0)
@@ -66,6 +72,7 @@ NOT_ADDING_UP: dict[str, Loss] = {
         functional.mse_loss(x, SCORES[r]) * 1 + (functional.mse_loss(x, SCORES[r]) if r.start else 0)
     ),
     "rows with rows": lambda x, r: functional.cross_entropy(x @ x.T, torch.arange(len(x))),
+    "labels of all rows": lambda x, r: functional.cross_entropy(x, LABELS),
 }
 
 
@@ -172,6 +179,13 @@ def test_losses_that_go_backward_by_themselves_are_refused() -> None:
             torch.autograd.grad(loss, x)
 
 
+def test_one_row_that_would_be_compared_with_all_rows_is_refused() -> None:
+    """Shapes that torch spreads over each other, unlike a target that is one for all rows."""
+    with pytest.raises(ConfigurationError, match=r"compares the logits of a part with targets of the whole batch"):
+        check(lambda x, r: functional.mse_loss(x, SCORES), ROWS)
+    assert check(lambda x, r: functional.mse_loss(x, SCORES[:1]), ROWS).terms is not None
+
+
 # ---- what a loss function returns, and rows
 def test_what_a_loss_function_may_return() -> None:
     loss = torch.ones(())
@@ -194,3 +208,84 @@ def test_cutting_rows() -> None:
     assert all(part["shared"] is batch["shared"] and part["number"] == 2 for part in parts)
     with pytest.raises(ConfigurationError, match=r"5 rows can't be cut into 2 parts.*\(4, 2\).*use micro_batches=1"):
         cut_rows(batch | {"other": torch.ones(4, 2)}, 5, 2)
+
+
+def test_cutting_what_has_its_rows_elsewhere() -> None:
+    """Also where a first dimension happens to be the number of rows."""
+    positions = torch.arange(3 * 3 * 4).view(3, 3, 4)  # kinds, rows, tokens
+    batch = {"input_ids": torch.zeros(3, 4), "position_ids": positions, "cache_position": torch.arange(3)}
+    for i, part in enumerate(cut_rows(((), batch), 3, 3)):
+        assert torch.equal(part[1]["position_ids"], positions[:, i : i + 1])
+        assert part[1]["cache_position"] is batch["cache_position"]
+    two = {"position_ids": torch.zeros(2, 4), "cache_position": torch.arange(4)}
+    assert [len(part["position_ids"]) for part in cut_rows(two, 2, 2)] == [1, 1]
+    for name in ("image_grid_thw", "cu_seq_lens_q"):
+        with pytest.raises(ConfigurationError, match=rf"it holds {name}, a table .*use micro_batches=1"):
+            cut_rows({"input_ids": torch.zeros(2, 4), name: torch.ones(2, 3)}, 2, 2)
+    mask = create_block_mask(lambda b, h, q, k: q >= k, 2, None, 128, 128, device="cpu")
+    with pytest.raises(ConfigurationError, match=r"it holds a BlockMask.*use micro_batches=1"):
+        cut_rows({"input_ids": torch.zeros(2, 4), "attention_mask": mask}, 2, 2)
+
+
+class Biased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        """bias: [H, T, T], for H = 2 parts of the state."""
+        parts = self.mix(x).unflatten(-1, (2, 4)).transpose(1, 2)  # [B, H, T, 4]
+        return x + ((parts @ parts.mT + bias).softmax(-1) @ parts).transpose(1, 2).flatten(2)
+
+
+class BiasedModel(hf.PreTrainedModel):
+    """Its front makes a bias of each head, of which there are as many as rows in the batch."""
+
+    config_class = hf.PreTrainedConfig
+
+    def __init__(self) -> None:
+        super().__init__(hf.PreTrainedConfig(num_hidden_layers=4))
+        torch.manual_seed(0)
+        self.slopes = nn.Parameter(torch.randn(2))
+        self.layers = nn.ModuleList([Biased() for _ in range(4)])
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        bias = self.slopes[:, None, None] * torch.arange(input_ids.shape[1], dtype=input_ids.dtype)[:, None]
+        x = input_ids
+        for layer in self.layers:
+            x = layer(x, bias.expand(-1, -1, input_ids.shape[1]))
+        return {"loss": functional.mse_loss(x, labels), "logits": x}
+
+
+def losses_on_ranks() -> list[Any]:
+    """Errors for a bias of as many heads as rows, in micro-batches; and what is said of losses that look beyond."""
+    model, batch = BiasedModel().double(), {"input_ids": SCORES[:2, :3, None] * LOGITS[0, 0].expand(2, 3, 8)}
+    batch["labels"] = batch["input_ids"].flip(1).contiguous()
+    stock = copy.deepcopy(model)
+    expected = stock(**batch)["loss"]
+    expected.backward()
+    handle = parallelize(convert_to_ode(model), LayerParallelConfig(micro_batches=2))
+    loss = handle.train_step(batch)
+    grads = {n: p.grad for n, p in stock.named_parameters()}
+    errors = [float((p.grad - grads[n]).abs().max()) for n, p in model.named_parameters() if p.grad is not None]
+    said, kept = [], batch["labels"]
+    for settings in ({"micro_batches": 2}, {"ends": "spread"}):
+        ours = convert_to_ode(BiasedModel().double())
+        whole = parallelize(ours, LayerParallelConfig(**settings))
+        for compare in (functional.mse_loss, lambda x, y: functional.l1_loss(x, y) + (x - y).mean()):
+            try:
+                whole.train_step(batch, lambda b, ours=ours, compare=compare: compare(ours(**b)["logits"], kept))
+            except ConfigurationError as error:
+                said.append(str(error))
+    return [abs(float(loss) - float(expected.detach())), max(errors), said]
+
+
+def test_a_bias_with_as_many_heads_as_rows_and_losses_that_look_beyond_their_part() -> None:
+    for world in (1, 2):
+        for loss_error, error, said in run_ranks(losses_on_ranks, world):
+            assert loss_error < 1e-12
+            assert error < 1e-12
+            assert len(said) == (4 if world == 2 else 2)
+            for i, text in enumerate(said):
+                assert ("micro_batches=2", "ends='spread'")[i // 2] in text
+                assert "cuts the batch" in text

@@ -5,14 +5,15 @@ from __future__ import annotations
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from hf_layerpar.cli import main
-from hf_layerpar.errors import LayerParallelError
+from hf_layerpar.errors import ConfigurationError, LayerParallelError
 from hf_layerpar.report import pictures
 from hf_layerpar.report.pictures import EXACT, OTHERS, RUN, SETTINGS, draw_run
 from hf_layerpar.report.run import run_of
-from tests.report.logs import history, write_run
+from tests.report.logs import CHEAP, RICH, history, older, write_run
 
 
 def pixels(path, colour: str) -> int:
@@ -32,7 +33,9 @@ def test_every_panel(tmp_path):
 
 def test_panels_without_data_are_left_out(tmp_path):
     log = history()
-    heights = []
+    draw_run(run_of(log, "lp"), tmp_path / "run.png")
+    heights = [imread(tmp_path / "run.png").shape[0]]  # with the panel of biases
+    log = older(log)
     for without in ((), ("lp_check_lipschitz",), ("lp_check_lipschitz", "lp_check_cosine", "lp_check_bias_to_noise")):
         kept = [{k: v for k, v in entry.items() if k not in without} for entry in log]
         draw_run(run_of(kept, "lp"), tmp_path / "run.png")
@@ -56,6 +59,32 @@ def test_switches_are_marked_in_all_panels(tmp_path):
         rows = apart[:, column - 2 : column + 3].any(1).nonzero()[0]
         assert len(rows) > 0.4 * len(apart)
         assert rows[-1] - rows[0] > 0.85 * len(apart)
+
+
+def test_biases_are_drawn_in_the_colours_of_what_they_were_read_of(tmp_path):
+    axes = [Figure().subplots() for _ in range(2)]
+    run = run_of(history(), "lp")
+    for panel, one in zip((pictures._bias(run, []), pictures._factors(run, [])), axes, strict=True):
+        panel[1](one.figure, one)
+    drawn = {line.get_label(): (line.get_color(), list(line.get_ydata())) for line in axes[0].get_lines()}
+    assert drawn[CHEAP] == (SETTINGS[0], [0.2, 0.6])
+    assert drawn[RICH] == (SETTINGS[1], [0.1, 0.3, 0.4])
+    assert set(drawn["bound"][1]) == {0.5}
+    # no curve goes on from the readings of one setting to those of another
+    assert [list(line.get_xdata()) for line in axes[1].get_lines()][:2] == [[20, 40], [60, 80]]
+    assert pictures._bias(run_of(older(history()), "lp"), []) is None
+
+
+def test_what_cannot_be_drawn_is_refused_before(tmp_path, capsys):
+    run = write_run(tmp_path / "lp", history())
+    with pytest.raises(ConfigurationError, match=r"x\.foo is no name of a picture; give one that ends in \.png"):
+        draw_run(run_of(history(), "lp"), tmp_path / "x.foo")
+    for option, name, said in (("--png", "x.foo", "ends in .png"), ("--json", "no/x.json", "No such file")):
+        assert main(["report", str(run), option, str(tmp_path / name)]) == 2
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert said in err
+        assert err.count("\n") == 1
 
 
 def test_factors_of_the_log_stand_in_where_nothing_was_checked():

@@ -94,6 +94,16 @@ def test_picture(tmp_path):
         assert (abs(one[:, :, :3] - wanted).max(-1) < 0.01).mean() > 0.005, f"{colour} is not in the picture"
 
 
+def test_nothing_to_compare_with(tmp_path):
+    """A step whose time on one rank isn't known, and one that takes no time at all."""
+    plan = step_of().plan
+    nothing = dict.fromkeys(("step", "graph_step", "vjp", "weights", "final_vjp"), 0.0)
+    for step in (simulate(plan), step_of(costs=Costs(**nothing))):
+        assert step.share == 0
+        draw({"alone": step}, tmp_path / "alone.png")
+        assert as_text(step).startswith("rank 0 |")
+
+
 def test_missing_matplotlib_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(LayerParallelError, match=r"pip install 'hf_layerpar\[report\]'"):

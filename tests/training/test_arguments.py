@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 from pathlib import Path
 
@@ -67,6 +68,22 @@ def test_yaml(tmp_path: Path) -> None:
         ({"coarsening": [4, 1]}, "coarsening=1"),
         ({"lp_size": 2}, "1 processes can't be split into groups of lp_size=2; use lp_size in \\[1\\] or start 2"),
         ({"lp_size": 0}, "lp_size=0 must be"),
+        ({"lp_size": "2"}, "lp_size='2' must be an integer"),
+        ({"lp_size": 2.0, "stacked": True, "strategy": "mgrit"}, "lp_size=2.0 must be an integer"),
+        ({"coarsening": "ab"}, "coarsening='ab' must be an integer"),
+        ({"coarsening": [[2, 3]]}, r"coarsening=\[2, 3\] must be an integer"),
+        ({"stacked": "x"}, "stacked='x' must be True or False"),
+        ({"micro_batches": 10**18}, "micro_batches=10{18} must be at most 1000000000"),
+        ({"controller": ["paper"]}, r"controller=\['paper'\] is unknown; use one of off"),
+        ({"check_every": math.nan}, "check_every=nan must be an integer"),
+        ({"check_every": "5"}, "check_every='5' must be an integer"),
+        ({"check_gradient": "no"}, "check_gradient='no' must be True or False"),
+        ({"check_layers": 1}, "check_layers=1 must be True or False"),
+        ({"controller_bound": math.nan}, "controller_bound=nan must be positive and finite"),
+        ({"controller_bound": math.inf}, "controller_bound=inf must be positive and finite"),
+        ({"controller_bound": "x"}, "controller_bound='x' must be positive and finite"),
+        ({"controller_ranks": 2.5}, "controller_ranks=2.5 must be an integer of at least 1, or None for lp_size"),
+        ({"controller": "adaptive", "per_device_train_batch_size": "x"}, "at least 2, not 'x'"),
     ],
 )
 def test_values_are_checked(settings: dict, message: str, tmp_path: Path) -> None:

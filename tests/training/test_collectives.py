@@ -91,7 +91,7 @@ def _averaged() -> tuple[list[Any], int]:
     calls = []
     original = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
-    before, collectives.BUCKET_BYTES = collectives.BUCKET_BYTES, 40
+    before, collectives.BUCKET_BYTES, collectives._UNDER_WAY = collectives.BUCKET_BYTES, 40, 2
     group = dist.group.WORLD
     assert group is not None
     try:

@@ -72,6 +72,7 @@ def test_adaptive_climbs_to_the_first_good_settings_in_one_check():
     reading, reason = controller.check(world)
     assert reading.bias == 0.9
     assert reason == "bias 0.9 > 0.2"
+    assert [(place, one.bias) for place, one in controller.readings if place != 1] == [(0, 0.9), (2, 0.15)]
     assert controller.settings == LADDER[2]
     assert world.measured == [describe(s) for s in LADDER[:3]]
 
@@ -94,6 +95,7 @@ def test_adaptive_returns_from_the_exact_solve_by_the_least_biased_settings():
     world = World(LADDER, biases=[0.9, 0.3, 0.4])
     reading, reason = controller.check(world)
     assert (reading.bias, reason) == (0.3, None)
+    assert controller.readings == [(1, reading)]
     assert world.measured == [describe(LADDER[1])]
     _, reason = controller.check(World(LADDER, biases=[0.9, 0.05, 0.4]))
     assert reason == "bias 0.05 <= 0.1 with cheaper settings"
@@ -154,6 +156,17 @@ def test_every_policy_notices_within_two_checks(policy, whole):
     assert any(seen.get(step, "pipeline") != before for step in (6, 8))
     reasons = [entry["lp_check_reason"] for entry in result["checks"] if "lp_check_reason" in entry]
     assert reasons
+    before = ""
+    for entry in result["checks"]:  # what was measured first is what was in force, unless that was exact
+        first = entry["lp_check_readings"][0]
+        if before.startswith("mgrit"):
+            assert first["name"] == before
+        assert {f"lp_check_{k}": v for k, v in first.items() if k not in ("name", "setting")}.items() <= entry.items()
+        if policy == "adaptive" and "lp_check_reason" in entry:
+            assert entry["lp_check_bound"] == 0.3
+            chosen = [one for one in entry["lp_check_readings"] if one["name"] == entry["lp_check_name"]]
+            assert entry["lp_check_name"] == "pipeline" or chosen[-1]["bias"] <= 0.3
+        before = entry["lp_check_name"]
     assert ("bias" if policy == "adaptive" else "convergence factor") in reasons[-1 if policy != "adaptive" else 0]
 
 
@@ -226,9 +239,9 @@ def test_watching_changes_nothing_where_nothing_is_decided(ranks1: RankPool, tmp
     ("settings", "message"),
     [
         ({"controller": "sometimes"}, r"controller='sometimes' is unknown; use one of off, paper, raise, adaptive"),
-        ({"controller": "paper", "check_every": 0}, r"check_every=0 must be at least 1"),
+        ({"controller": "paper", "check_every": 0}, r"check_every=0 must be an integer of at least 1"),
         ({"controller": "adaptive", "controller_bound": 0.0}, r"controller_bound=0.0 must be positive"),
-        ({"controller": "adaptive", "controller_ranks": 0}, r"controller_ranks=0 must be at least 1"),
+        ({"controller": "adaptive", "controller_ranks": 0}, r"controller_ranks=0 must be an integer of at least 1"),
         (
             {"controller": "adaptive", "per_device_train_batch_size": 1},
             r"per_device_train_batch_size of at least 2, not 1",

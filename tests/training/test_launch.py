@@ -48,6 +48,16 @@ def test_torchrun(ranks1: RankPool, tmp_path: Path) -> None:
     assert [e.value for e in written.Scalars("train/loss")] == pytest.approx(one["losses"], abs=1e-5)
 
 
+def on_the_cpu_unasked(output_dir: str) -> tuple[bool, int]:
+    args = runs.arguments(output_dir, use_cpu=False, lp_size=2)
+    return args.use_cpu, args.world_size
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator is what is meant then")
+def test_without_an_accelerator_use_cpu_is_meant(ranks2: RankPool, tmp_path: Path) -> None:
+    assert ranks2.run(on_the_cpu_unasked, str(tmp_path)) == [(True, 2)] * 2
+
+
 def test_adapters(ranks1: RankPool, ranks2: RankPool, tmp_path: Path) -> None:
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "learning_rate": 1e-2}
     one = ranks1.run(scenarios.train_adapters, str(tmp_path / "one"), settings)[0]

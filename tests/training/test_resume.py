@@ -5,10 +5,20 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers as hf
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from hf_layerpar.errors import CheckpointError
+from hf_layerpar.ode.convert import convert_to_ode
+from hf_layerpar.sharding import parallelize
+from hf_layerpar.training.checkpoints import check_comes_back
+from hf_layerpar.training.trainer import LayerParallelTrainer
+from tests import zoo
 from tests.multiproc import RankPool
 from tests.training import runs, scenarios
 
@@ -157,3 +167,155 @@ def test_a_second_trainer_takes_the_model_over(ranks2: RankPool, tmp_path: Path)
     for strategy, error in ranks2.run(scenarios.second_trainer, str(tmp_path)):
         assert strategy == "mgrit"
         assert "spread over 2 lp ranks already, but lp_size=1" in error
+
+
+# ---- models that are not one class of transformers with its config
+class Around(nn.Module):
+    """A module of one's own around a backbone, with tensors of its own."""
+
+    def __init__(self, backbone: Any, tied: bool) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.config.hidden_size, backbone.config.vocab_size, bias=False)
+        if tied:
+            self.head.weight = backbone.get_input_embeddings().weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Any:
+        logits = self.head(self.backbone(input_ids, attention_mask=attention_mask).last_hidden_state)
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)  # type: ignore[index]
+        return {"loss": loss, "logits": logits}
+
+
+class Scaled(hf.LlamaForCausalLM):
+    """A class of one's own, which its config alone doesn't make."""
+
+    def __init__(self, config: Any, scale: float) -> None:
+        super().__init__(config)
+        self.scale = scale
+
+
+def _lora(**settings: Any) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **settings)
+
+
+def made(kind: str) -> Any:
+    model: Any = runs.build("llama")
+    if kind in ("around", "around tied"):
+        return Around(model.model, tied=kind == "around tied")
+    if kind == "resized":
+        model.resize_token_embeddings(zoo.VOCAB + 8)
+    if kind == "added":
+        torch.manual_seed(1)
+        model.add_adapter(_lora(), "mine")
+    if kind in ("named", "two", "saved head", "unsaved"):
+        from peft import get_peft_model
+
+        torch.manual_seed(1)
+        more = {"modules_to_save": ["lm_head"]} if kind == "saved head" else {}
+        model = get_peft_model(model, _lora(**more), "default" if kind in ("saved head", "unsaved") else "mine")
+        if kind == "two":
+            model.add_adapter("other", _lora())
+        if kind == "unsaved":
+            model.base_model.model.lm_head.requires_grad_(True)
+    if kind == "new head":
+        model.lm_head = nn.Linear(model.config.hidden_size, zoo.VOCAB + 8, bias=False)
+    if kind == "scaled":
+        model = Scaled(model.config, 2.0)
+    return model
+
+
+def train_made(directory: str, settings: dict[str, Any], kind: str, resume: str | None = None) -> dict[str, Any]:
+    torch.manual_seed(0)
+    run = LayerParallelTrainer(
+        made(kind),
+        runs.arguments(directory, **settings),
+        train_dataset=runs.Samples("llama", 64),
+        eval_dataset=runs.Samples("llama", 4, 1000),
+    )
+    run.remove_callback(hf.PrinterCallback)
+    if kind == "resized later" and run.args.process_index == 0:
+        run.model.model.embed_tokens = nn.Embedding(zoo.VOCAB + 8, run.model.config.hidden_size)  # type: ignore[union-attr]
+    if kind == "added later":
+        run.model.add_adapter(_lora())  # type: ignore[union-attr, operator]
+    try:
+        run.train(resume_from_checkpoint=resume)
+    except CheckpointError as error:
+        return {"error": str(error), "step": run.state.global_step}
+    return runs.outcome(run)
+
+
+@pytest.mark.parametrize("kind", ["around", "around tied", "resized", "added", "named", "two", "saved head"])
+def test_what_was_written_is_read_back(kind: str, ranks1: RankPool, ranks2: RankPool, tmp_path: Path) -> None:
+    """Also as the best model, at the end."""
+    settings = SAVING | {
+        "lp_size": 2,
+        "save_steps": 3,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "remove_unused_columns": False,
+    }
+    settings |= {"load_best_model_at_end": True}
+    whole = ranks2.run(train_made, str(tmp_path), settings, kind)[0]
+    assert whole["weights"] is not None
+    for pool in (ranks1, ranks2):
+        again = pool.run(
+            train_made, str(tmp_path / "b"), settings | {"lp_size": pool.world}, kind, str(tmp_path / "checkpoint-3")
+        )[0]
+        assert again["weights"] == whole["weights"]
+
+
+def save_adapters(directory: str) -> list[str]:
+    """Of a loop of one's own: the names in the file that all ranks wrote together, as stock reads them."""
+    model = convert_to_ode(made("saved head"))
+    handle = parallelize(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name:
+                parameter.fill_(7.0)
+    model.save_pretrained(directory, state_dict=handle.state_dict())
+    try:
+        model.save_pretrained(directory)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
+
+
+def test_adapters_and_modules_of_other_ranks_are_saved(ranks2: RankPool, tmp_path: Path) -> None:
+    for said in ranks2.run(save_adapters, str(tmp_path)):
+        assert "call save_pretrained(path, state_dict=" in said[0]
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert (weights["base_model.model.lm_head.weight"] == 7).all()
+    assert sum("lora_A" in name for name in weights) == 8
+
+
+@pytest.mark.parametrize("form", ["euler", "split"])
+@pytest.mark.parametrize("family", zoo.NAMES)
+def test_what_can_be_read_back_is_not_refused(family: str, form: Any) -> None:
+    if form == "split" and family not in zoo.SPLIT:
+        return
+    model = convert_to_ode(runs.build(family), step_size=0.5, num_steps=4, form=form)
+    parallelize(model)
+    check_comes_back(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("resized later", "embed_tokens"),
+        ("added later", "lora_A"),
+        ("new head", "not those of its config, such as lm_head.weight"),
+        ("scaled", "can't be made from its config alone"),
+        ("unsaved", "1 trained parameters of the PeftModel are in none of the adapters"),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_trained(
+    kind: str, said: str, ranks1: RankPool, ranks2: RankPool, tmp_path: Path
+) -> None:
+    pool = ranks1 if kind == "added later" else ranks2  # PEFT itself fails where layers are lacking
+    first, *others = pool.run(train_made, str(tmp_path), SAVING | {"lp_size": pool.world, "save_steps": 3}, kind)
+    assert others == [first] * (pool.world - 1)
+    assert said in first["error"]
+    assert first["step"] == 0
+    assert not list(tmp_path.iterdir())
