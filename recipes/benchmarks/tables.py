@@ -74,16 +74,17 @@ def memory() -> str:
 
 
 def speed() -> str:
-    """Ratios to serial one-thread torch on two ranks, by depth, with the simulator's time over the measured one and the
-    cosine of the shallowest."""
+    """Ratios to serial one-thread torch on two ranks, by depth, with the simulator's time over the measured one, and the
+    cosine and the memory that a step grows by on the fuller rank for the shallowest."""
     tables = sorted((t for t in _speed_tables("stack")), key=lambda t: t["layers"])
     rows = []
     for name, side in tables[0]["sides"].items():
         cells = [*(_ratio(t, name) for t in tables), _predicted(tables, name)]
         cosine = f"{side['gradient']['cosine']:.4f}" if "gradient" in side else side["error"].split("\n")[0][:60]
-        rows.append([name, *cells, cosine])
+        grown = f"{max(side['memory_growth_bytes']) / 2**20:.0f}" if "memory_growth_bytes" in side else ""
+        rows.append([name, *cells, cosine, grown])
     head = ["side", *(f"N={t['layers']}" for t in tables), "predicted / measured"]
-    return markdown([*head, f"cosine (N={tables[0]['layers']})"], rows)
+    return markdown([*head, f"cosine (N={tables[0]['layers']})", "MiB"], rows)
 
 
 def ends() -> str:
