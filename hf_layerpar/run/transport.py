@@ -38,7 +38,7 @@ def peer_loss(doing: str) -> Iterator[None]:
 def _is_of_a_group(error: RuntimeError) -> bool:
     text = str(error).lower()
     # gloo raises bare RuntimeErrors that name its source files, or what became of the connection of a pair
-    is_gloo = "gloo" in text or "pair clos" in text
+    is_gloo = "gloo" in text or "pair clos" in text or "operation timed out" in text
     return (isinstance(error, dist.DistError) or is_gloo) and "out of memory" not in text
 
 
@@ -265,6 +265,7 @@ class GroupTransport:
         self._world_rank = [dist.get_global_rank(group, r) for r in range(self.size)]
         self._backends = _backends_of(group)
         self._messages = self._host = group
+        self._on_gloo = set(self._backends.values()) == {"gloo"}
         if self.size > 1 and set(self._backends.values()) != {"gloo"}:
             self._messages = group_of(self._world_rank, "messages")
             if self._backends.get("cpu") != "gloo":
@@ -316,7 +317,10 @@ class GroupTransport:
 
     def wait(self, handle: Any) -> None:
         with peer_loss("the wait for a message"):
-            handle.wait()
+            if self._on_gloo:  # its messages keep the timeout that the group was made with, whatever it has now
+                handle.wait(timeout_of(self.group))
+            else:
+                handle.wait()
 
     def is_done(self, handle: Any) -> bool:
         return handle.is_completed()

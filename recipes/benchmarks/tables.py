@@ -74,8 +74,8 @@ def memory() -> str:
 
 
 def speed() -> str:
-    """Ratios to serial one-thread torch on two ranks, by depth, with the simulator's time over the measured one, and the
-    cosine and the memory that a step grows by on the fuller rank for the shallowest."""
+    """Ratios to serial one-thread torch on two ranks, by depth, and the simulator's time over the measured one; of the
+    shallowest the cosine, and the memory that a step grows by on the fuller rank."""
     tables = sorted((t for t in _speed_tables("stack")), key=lambda t: t["layers"])
     rows = []
     for name, side in tables[0]["sides"].items():

@@ -25,7 +25,7 @@ class Fault(TrainerCallback):
         self.kind, self.once = kind, once
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
-        if state.global_step != STEP or args.process_index != 1 or self.once.exists():
+        if self.kind == "none" or state.global_step != STEP or args.process_index != 1 or self.once.exists():
             return
         self.once.touch()
         if self.kind == "killed":
