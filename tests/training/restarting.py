@@ -38,7 +38,7 @@ class Fault(TrainerCallback):
 
 def main() -> None:
     kind, folder, lp_size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    settings = {"lp_size": lp_size, "max_steps": 8, "save_strategy": "steps", "save_steps": 2, "ddp_timeout": 10}
+    settings = {"lp_size": lp_size, "max_steps": 8, "save_strategy": "steps", "save_steps": 2, "ddp_timeout": 15}
     run = trainer(str(folder), "llama", settings)
     run.add_callback(Fault(kind, folder / "fault"))
     run.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))
