@@ -285,8 +285,9 @@ class LayerStack:
 
     @torch.compiler.disable
     def record(self, index: int, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """`call` where a solver is set: no work for a compiler."""
-        return self.call(index, args, kwargs)
+        """`call` of what `is_recording`: no work for a compiler."""
+        self.in_line_because = None
+        return self._record(index, *self._split_state(index, args, kwargs))
 
     @torch.compiler.disable
     def is_recording(self, args: tuple, kwargs: dict[str, Any]) -> bool:

@@ -156,9 +156,8 @@ class PlanBuilder:
         """The plan without the tasks that nothing needs.
 
         stacks: which stack each pass goes through, by default each another one. sides: by (pass, micro-batch), what its
-        forward steps are given beside the state. split: which final vjps leave
-        their weight gradients to tasks of their own. No other rank waits for these, so they can fill the gaps between
-        the others.
+        forward steps are given beside the state. split: which final vjps leave their weight gradients to tasks of their
+        own. No other rank waits for these, so they can fill the gaps between the others.
         """
         wanted: set[int] = set()
         kept: list[Task] = []

@@ -1,4 +1,4 @@
-"""Which setting is fastest on so many ranks, by simulation; and the textbook pipelines to compare it with."""
+"""Which setting is fastest on so many ranks, by simulation."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def check_shape(num_layers: int, num_ranks: int, buffers: tuple[int, int]) -> No
 
 
 MOST_SECONDS = 30
-"""That a plan may take to make (`seconds_of`)."""
+"""That a plan may take to make (`planning_seconds`)."""
 
 MOST_SEARCH = 40
 """Seconds, of all plans of a search."""
@@ -128,7 +128,7 @@ _Try = tuple[LayerParallelConfig, str]
 """A setting and the name of a split."""
 
 
-def seconds_of(config: LayerParallelConfig, num_layers: int, num_ranks: int) -> float:
+def planning_seconds(config: LayerParallelConfig, num_layers: int, num_ranks: int) -> float:
     """About how long its plan takes to make, on one core. It is in proportion to its tasks; in a pipeline a rank has as
     many to choose from as there are micro-batches."""
     if config.strategy != "mgrit":
@@ -141,7 +141,7 @@ def seconds_of(config: LayerParallelConfig, num_layers: int, num_ranks: int) -> 
 
 def check_size(config: LayerParallelConfig, num_layers: int, num_ranks: int) -> None:
     """Raises ConfigurationError for a plan that takes minutes to make."""
-    seconds = seconds_of(config, num_layers, num_ranks)
+    seconds = planning_seconds(config, num_layers, num_ranks)
     iterations = f"{config.forward_iterations}/{config.backward_iterations} iterations"
     if seconds > MOST_SECONDS:
         raise ConfigurationError(
@@ -166,7 +166,7 @@ class _Shape:
         return self.num_layers - sum(self.buffers)
 
     def seconds(self, config: LayerParallelConfig) -> float:
-        return seconds_of(config, self.num_layers, self.num_ranks)
+        return planning_seconds(config, self.num_layers, self.num_ranks)
 
     def splits(self, config: LayerParallelConfig) -> dict[str, tuple[Split, tuple[int, ...]]]:
         """Splits worth trying and the owners they make: blocks (fewer layers beside the ends, by their cost), blocks

@@ -33,11 +33,6 @@ class Mesh:
     def world_size(self) -> int:
         return self.dp_size * self.lp_size
 
-    def barrier(self) -> None:
-        """Waits for every process of the mesh."""
-        if self.world_size > 1:
-            dist.barrier()
-
 
 def check_lp_size(world_size: int, lp_size: int) -> None:
     """Raises ConfigurationError where lp_size does not divide the world; alike on all ranks, without talking to any."""

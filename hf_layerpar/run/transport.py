@@ -65,6 +65,11 @@ def timeout_of(group: Any) -> timedelta | None:
     return min((o._timeout for o in options if hasattr(o, "_timeout")), default=None)
 
 
+def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """Of collectives; connections that messages go by keep the one that they were made with."""
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
 # ---- what ranks compare
 ALIKE = (
     "the ranks of one lp group must get the same batch and settings, and the same random seed (torch.manual_seed) "
@@ -265,8 +270,8 @@ class GroupTransport:
         self._world_rank = [dist.get_global_rank(group, r) for r in range(self.size)]
         self._backends = _backends_of(group)
         self._messages = self._host = group
-        self._on_gloo = set(self._backends.values()) == {"gloo"}
-        if self.size > 1 and set(self._backends.values()) != {"gloo"}:
+        self._timeout: tuple[Any, ...] = ()  # of messages, where it must be said
+        if self.size > 1 and not self._is_gloo:
             self._messages = group_of(self._world_rank, "messages")
             if self._backends.get("cpu") != "gloo":
                 self._host = group_of(self._world_rank, "host", "gloo")
@@ -274,6 +279,7 @@ class GroupTransport:
         self._broken: str | None = None
 
     def open(self, pairs: Iterable[tuple[int, int]], device: torch.device) -> None:
+        self._timeout = (timeout_of(self.group),) if self._is_gloo else ()  # see `set_timeout`
         backend = self._backends.get(device.type)
         if self.size > 1 and (backend is None or (backend == "gloo" and device.type != "cpu")):
             raise ConfigurationError(
@@ -290,6 +296,10 @@ class GroupTransport:
                 for first in (a, b):
                     self.wait(self.send(token, other) if self.rank == first else self.receive(token, other))
                 torch.get_device_module(device).synchronize(device)
+
+    @property
+    def _is_gloo(self) -> bool:
+        return set(self._backends.values()) == {"gloo"}
 
     @contextmanager
     def unbroken(self) -> Iterator[None]:
@@ -317,10 +327,7 @@ class GroupTransport:
 
     def wait(self, handle: Any) -> None:
         with peer_loss("the wait for a message"):
-            if self._on_gloo:  # its messages keep the timeout that the group was made with, whatever it has now
-                handle.wait(timeout_of(self.group))
-            else:
-                handle.wait()
+            handle.wait(*self._timeout)
 
     def is_done(self, handle: Any) -> bool:
         return handle.is_completed()

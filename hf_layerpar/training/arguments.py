@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
+from accelerate import PartialState
 from transformers import Seq2SeqTrainingArguments
 
 from hf_layerpar.config import (
@@ -120,6 +122,9 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
         self._check_rows()
         # a launcher's CPU setting doesn't reach stock, which then finds one process
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.use_cpu:  # stock gives the process group its timeout on accelerators only
+            timeout = timedelta(seconds=self.ddp_timeout)
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timeout)
         super().__post_init__()
         check_lp_size(self.world_size, self.lp_size)
 

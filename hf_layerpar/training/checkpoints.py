@@ -87,7 +87,8 @@ def whole_directory(final: Path, mesh: Mesh, *, writer: bool) -> Iterator[Path]:
             if writer:
                 names = sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file())
                 (partial / CONTENTS).write_text(json.dumps({"files": names}, indent=2) + "\n", "utf-8")
-                _sync_files(partial)
+                sync(partial / CONTENTS)
+                sync(partial)
                 _put_in_place(partial, final)
     except CheckpointError:
         if writer:  # what fills the disk

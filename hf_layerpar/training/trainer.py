@@ -25,7 +25,7 @@ from hf_layerpar.ode.convert import convert_to_ode, ode_view
 from hf_layerpar.ode.rehearsal import loss_and_metrics
 from hf_layerpar.run.mesh import build_mesh
 from hf_layerpar.run.sharing import share
-from hf_layerpar.run.transport import Attempt, GroupTransport, LocalTransport, Transport, fact
+from hf_layerpar.run.transport import Attempt, GroupTransport, LocalTransport, Transport, fact, set_timeout
 from hf_layerpar.sharding import layer_parallel, model_facts, parallelize
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.callbacks import solver_log
@@ -429,13 +429,13 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
 
 
 def _all_processes(args: LayerParallelTrainingArguments) -> Transport:
-    """With the timeout of the arguments, which stock leaves out on the CPU."""
+    """With the timeout of the arguments, also where the process group was started before them."""
     group = dist.group.WORLD if dist.is_initialized() else None
     if group is None or dist.get_world_size() == 1:
         return LocalTransport()
     default = next(f.default for f in dataclasses.fields(args) if f.name == "ddp_timeout")
     if args.ddp_timeout != default:
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=args.ddp_timeout), group)
+        set_timeout(group, timedelta(seconds=args.ddp_timeout))
     return GroupTransport(group, "processes")
 
 

@@ -7,6 +7,7 @@ import hashlib
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers as hf
 from torch.utils.data import Dataset
 
@@ -86,6 +87,11 @@ def trainer(output_dir: str, family: str, settings: dict[str, Any], **more: Any)
     run = LayerParallelTrainer(model, arguments(output_dir, **settings), **more)
     run.remove_callback(hf.PrinterCallback)
     return run
+
+
+def wait_for_all(run: LayerParallelTrainer) -> None:
+    if run.mesh.world_size > 1:
+        dist.barrier()
 
 
 def digest(state_dict: dict[str, torch.Tensor]) -> str:

@@ -20,7 +20,7 @@ from hf_layerpar.ode.convert import convert_to_ode
 from hf_layerpar.training import checkpoints
 from hf_layerpar.training.trainer import LayerParallelTrainer
 from tests import zoo
-from tests.training.runs import Samples, arguments, build, digest, outcome, train, trainer
+from tests.training.runs import Samples, arguments, build, digest, outcome, train, trainer, wait_for_all
 
 
 def noisy_collator(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -98,10 +98,10 @@ def resume_with_a_tensor_lost(checkpoint: str, settings: dict[str, Any]) -> str:
     run = trainer(checkpoint, "vit", settings)
     file = os.path.join(checkpoint, "model.safetensors")
     kept = {k: v for k, v in load_file(file).items() if "layernorm" not in k or "encoder" in k}
-    run.mesh.barrier()
+    wait_for_all(run)
     if run.args.should_save:
         save_file(kept, file, metadata={"format": "pt"})
-    run.mesh.barrier()
+    wait_for_all(run)
     try:
         run.train(resume_from_checkpoint=checkpoint)
     except CheckpointError as error:

@@ -17,7 +17,7 @@ from hf_layerpar.errors import CheckpointError
 from hf_layerpar.ode.convert import convert_to_ode
 from hf_layerpar.training.trainer import LayerParallelTrainer
 from tests.multiproc import RankPool
-from tests.training.runs import Samples, arguments, build, digest
+from tests.training.runs import Samples, arguments, build, digest, wait_for_all
 
 SETTINGS = {"lp_size": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
 FILES = (
@@ -152,7 +152,7 @@ def lose_the_best(directory: str) -> tuple[str, bool]:
     def damage() -> None:
         if run.args.should_save:
             _truncated(Path(str(run.state.best_model_checkpoint)) / "model.safetensors")
-        run.mesh.barrier()
+        wait_for_all(run)
         before.append(_digest(run))
         load()
 
