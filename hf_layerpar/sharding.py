@@ -41,6 +41,7 @@ from hf_layerpar.plan.ownership import (
 from hf_layerpar.plan.schedules import SCHEDULES
 from hf_layerpar.plan.step import check_config, inner_grid, interval_points
 from hf_layerpar.run.first_rank import on_first_rank
+from hf_layerpar.run.mesh import store_of_restart
 from hf_layerpar.run.transport import Attempt, GroupTransport, LocalTransport, Transport, fact
 from hf_layerpar.stepping import Stepper, StepReport
 
@@ -110,7 +111,7 @@ def _all_processes(model: nn.Module) -> dist.ProcessGroup | None:
                 "parallelize, start with accelerate launch or torchrun, or unset WORLD_SIZE for one process"
             )
         device = next(model.parameters()).device.type
-        dist.init_process_group("gloo" if device == "cpu" else None)
+        dist.init_process_group("gloo" if device == "cpu" else None, **store_of_restart())
     return dist.group.WORLD if dist.is_initialized() else None
 
 

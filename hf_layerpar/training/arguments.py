@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from accelerate import PartialState
 from transformers import Seq2SeqTrainingArguments
 
@@ -27,7 +28,7 @@ from hf_layerpar.config import (
 )
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.step import check_config
-from hf_layerpar.run.mesh import check_lp_size
+from hf_layerpar.run.mesh import check_lp_size, store_of_restart
 from hf_layerpar.training.controller import Policy
 
 _CHECKS: dict[str, Check] = {
@@ -122,9 +123,10 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
         self._check_rows()
         # a launcher's CPU setting doesn't reach stock, which then finds one process
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.use_cpu:  # stock gives the process group its timeout on accelerators only
-            timeout = timedelta(seconds=self.ddp_timeout)
-            PartialState(cpu=True, backend=self.ddp_backend, timeout=timeout)
+        timeout = timedelta(seconds=self.ddp_timeout)
+        restarted = {} if dist.is_initialized() else store_of_restart(timeout)
+        if self.use_cpu or restarted:  # stock gives the process group its timeout on accelerators only
+            PartialState(cpu=self.use_cpu, backend=self.ddp_backend, timeout=timeout, **restarted)
         super().__post_init__()
         check_lp_size(self.world_size, self.lp_size)
 

@@ -1,10 +1,11 @@
 """What every rank is told when something goes wrong on one of them, and how long it takes.
 
-    python recipes/benchmarks/faults.py [--ranks 2 3] [--only TEXT ...]
+    python recipes/benchmarks/faults.py [--ranks 2 3 2x2] [--only TEXT ...]
 
-Every fault runs in a training of its own, on fresh processes with `ddp_timeout=20`: the error's kind and first words by
-rank, and the seconds until the last rank ended. A rank that is killed on purpose says nothing; any other that ends
-without an error of this package, or is still there after 90 seconds, is marked as silent. Written to
+`--ranks`: of the layer axis, or data parallel x layer axis. Every fault runs in a training of its own, on fresh
+processes with `ddp_timeout=20`: the error's kind and first words by rank, and the seconds until the last rank ended
+(all but one that hangs on purpose). A rank that is killed on purpose says nothing; any other that ends without an error
+of this package, or is still there after 90 seconds, is marked as silent. Written to
 recipes/benchmarks/results/faults.json.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import math
 import os
 import signal
 import socket
@@ -46,6 +48,7 @@ from recipes.results import print_table, versions, write_json
 TIMEOUT, PATIENCE = 20, 90.0
 VOCABULARY, TOKENS = 64, 8
 KILLED = -signal.SIGKILL
+HUNG = "hung in a step"
 
 
 class Rows(Dataset):
@@ -69,7 +72,7 @@ def network(layers: int = 6) -> Any:
 
 
 def trainer(folder: str, model: Any = None, rows: int = 64, **settings: Any) -> LayerParallelTrainer:
-    defaults: dict[str, Any] = {"lp_size": int(os.environ["WORLD_SIZE"]), "max_steps": 6, "save_steps": 3}
+    defaults: dict[str, Any] = {"lp_size": int(os.environ["FAULTS_LP_SIZE"]), "max_steps": 6, "save_steps": 3}
     defaults |= {"per_device_train_batch_size": 4, "ddp_timeout": TIMEOUT, "use_cpu": True}
     args = LayerParallelTrainingArguments(output_dir=folder, report_to=[], disable_tqdm=True, **(defaults | settings))
     return LayerParallelTrainer(network() if model is None else model, args, train_dataset=Rows(rows))
@@ -173,7 +176,7 @@ FAULTS: dict[str, Callable[[str, int], None]] = {
     "killed in a step": in_layer(lambda: os.kill(os.getpid(), signal.SIGKILL)),
     "exception in a step": in_layer(fail(ValueError("a fault on purpose"))),
     "out of memory in a step": in_layer(fail(torch.OutOfMemoryError("a fault on purpose"))),
-    "hung in a step": in_layer(lambda: time.sleep(PATIENCE)),
+    HUNG: in_layer(lambda: time.sleep(PATIENCE)),
     "other learning rate": unlike(learning_rate=(1e-3, 2e-3)),
     "other weight decay": unlike(weight_decay=(0.0, 0.1)),
     "other optimizer": unlike(optim=("adamw_torch", "sgd")),
@@ -215,39 +218,49 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def outcome(name: str, ranks: int) -> dict[str, Any]:
-    """By rank what it was told."""
+def outcome(name: str, ranks: str) -> dict[str, Any]:
+    """By rank what it was told. ranks: "lp" or "dp x lp"."""
+    *dp_size, lp_size = map(int, ranks.split("x"))
+    processes = lp_size * math.prod(dp_size)
     with tempfile.TemporaryDirectory() as folder:
-        began, world = time.monotonic(), {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+        seconds = 0.0
+        began, world = time.monotonic(), {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        world |= {"FAULTS_LP_SIZE": str(lp_size)}
         world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
         started = []
-        for rank in range(ranks):
+        for rank in range(processes):
             output = Path(folder, f"rank{rank}.json")
             command = [sys.executable, __file__, "--fault", name, "--folder", folder, "--rank_output", str(output)]
             environment = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
             started.append((output, subprocess.Popen(command, cwd=ROOT, env=environment, **quiet)))  # type: ignore[call-overload]
-        found = []
-        for output, process in started:
+        found: dict[int, Any] = {}
+        hangs = {1} if name == HUNG else set()
+        for rank in sorted(range(processes), key=lambda rank: rank in hangs):
+            output, process = started[rank]
+            if rank in hangs:
+                process.kill()
+                process.wait()
+                found[rank] = {"error": None, "killed": True}
+                continue
             try:
                 code = process.wait(max(0.1, PATIENCE - (time.monotonic() - began)))
             except subprocess.TimeoutExpired:
                 process.kill()
                 code = None
             said = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {"error": None}
-            found.append(said | {"killed": code == KILLED, "late": code is None})
-        seconds = time.monotonic() - began
+            found[rank] = said | {"killed": code == KILLED, "late": code is None}
+            seconds = time.monotonic() - began
     cause = {"exception in a step": "ValueError", "out of memory in a step": "OutOfMemoryError"}.get(name)
-    for rank, said in enumerate(found):
-        expected = said["killed"] or said.get("ours") or (rank == 1 and said["error"] == cause is not None)
-        # the rank that hangs is not told; the others must be
-        said["silent"] = not expected and not (name == "hung in a step" and rank == 1)
-    return {"fault": name, "ranks": ranks, "seconds": seconds, "by_rank": found}
+    for rank, said in found.items():
+        said["silent"] = not (said["killed"] or said.get("ours") or (rank == 1 and said["error"] == cause is not None))
+    by_rank = [found[rank] for rank in range(processes)]
+    return {"fault": name, "ranks": ranks, "seconds": seconds, "by_rank": by_rank}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 3])
+    parser.add_argument("--ranks", nargs="+", default=["2", "3", "2x2"])
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="faults whose name contains one of these")
     parser.add_argument("--output", type=Path, default=RESULTS / "faults.json")
     for name in ("--fault", "--folder"):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def run(kind: str, folder: Path, processes: int, lp_size: int) -> Path:
     """The folder of the model that a run under torchrun leaves."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--max_restarts", "4"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--max_restarts", "1"]
     command += ["--master_port", str(free_port()), str(Path(__file__).with_name("restarting.py"))]
     command += [kind, str(folder), str(lp_size)]
     done = subprocess.run(
