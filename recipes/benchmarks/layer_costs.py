@@ -1,21 +1,25 @@
 """What a transformer layer costs on this device, and what that makes of a step on many of them.
 
     python recipes/benchmarks/layer_costs.py [--device cuda] [--output FILE]
+    python recipes/benchmarks/layer_costs.py --costs recipes/benchmarks/h200_layer.json
 
-Measured here: forward, input-vjp and weight gradients of one pre-LN layer (bf16 on a GPU), and forward and backward of
-the P-th part of one, as tensor parallelism of P devices has it. Simulated from these, for stacks of 64 and 128 layers
-on 8, 32 and 128 devices and 1 to 16 micro-batches, as shares of one device's step: the best exact schedule (with zero
+Measured here (or read from a file of costs that were measured elsewhere; then without tensor parallelism): forward,
+input-vjp and weight gradients of one pre-LN layer (bf16 on a GPU), and forward and backward of the P-th part of one, as
+tensor parallelism of P devices has it. Simulated from these, for stacks of 64 and 128 layers on 8, 32 and 128 devices
+and 1 to 16 micro-batches (at most one a row), as shares of one device's step: the best exact schedule (with zero
 bubbles where the planner finds them shorter), tensor parallelism (its four all-reduces a layer by the formula of a
 ring), and MGRIT with `aggregate` (dealt out, coarsened by the number of devices, at most 16) and `identity`, one
 iteration each. Links are given, not measured: NVLink 300 GB/s and 12 us a message, InfiniBand 40 GB/s and 15 us; up to
 8 devices talk over NVLink, more over InfiniBand. How good the inexact gradients are is not part of this
-(`recipes/benchmarks/controller.py`). Written to recipes/benchmarks/results/layer_costs.json.
+(`recipes/benchmarks/controller.py`). Written to recipes/benchmarks/results/layer_costs.json, or h200_layer.json after
+the file of costs.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import statistics
 import sys
@@ -83,8 +87,8 @@ def part_of_a_layer(dim: int, batch: int, tokens: int, parts: int, device: torch
     return statistics.median(times[5:])
 
 
-def simulated(costs: Costs, layers: int, devices: int, tensor_part: float | None) -> dict[str, Any]:
-    """Shares of one device's step, by method and number of micro-batches."""
+def simulated(costs: Costs, batch: int, layers: int, devices: int, tensor_part: float | None) -> dict[str, Any]:
+    """Shares of one device's step, by method and number of micro-batches. batch: rows."""
     link = "NVLink" if devices <= 8 else "InfiniBand"
     costs = dataclasses.replace(costs, **LINKS[link])
     serial = costs.serial(layers)
@@ -99,7 +103,7 @@ def simulated(costs: Costs, layers: int, devices: int, tensor_part: float | None
     c = min(devices, 16)
     points = range(0, layers + 1, c)
     mgrit = LayerParallelConfig(strategy="mgrit", coarsening=c)
-    for m in MICRO_BATCHES:
+    for m in (m for m in MICRO_BATCHES if m <= batch):
         best("exact", m, [blocks, *two], LayerParallelConfig(micro_batches=m))
         aggregate = dataclasses.replace(mgrit, coarse_operator="aggregate", micro_batches=m)
         dealt = [interleaved_owner(layers, devices, points, (0, 0))] if devices <= c else []
@@ -112,30 +116,44 @@ def simulated(costs: Costs, layers: int, devices: int, tensor_part: float | None
     return found
 
 
+def sizes(kind: str, given: Any) -> list[tuple[int, int, int]]:
+    """Width, rows and tokens of the layers."""
+    return SIZES[kind] if given is None else [(t["dim"], t["batch"], t["tokens"]) for t in given["tables"]]
+
+
+def given_costs(given: Any, *size: int) -> Costs:
+    return next(Costs(**t["costs"]) for t in given["tables"] if (t["dim"], t["batch"], t["tokens"]) == size)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=tuple(SIZES))
-    parser.add_argument("--output", type=Path, default=RESULTS / "layer_costs.json")
+    parser.add_argument("--costs", type=Path, help="file of costs of layers; nothing is measured here then")
+    parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     device, began = torch.device(options.device), time.perf_counter()
+    output = options.output or RESULTS / ("layer_costs.json" if options.costs is None else options.costs.name)
+    given = None if options.costs is None else json.loads(options.costs.read_text(encoding="utf-8"))
     tables = []
-    for dim, batch, tokens in SIZES[device.type]:
-        costs = measured(dim, batch, tokens, device)
+    for dim, batch, tokens in sizes(device.type, given):
+        costs = measured(dim, batch, tokens, device) if given is None else given_costs(given, dim, batch, tokens)
         table: dict[str, Any] = {"dim": dim, "batch": batch, "tokens": tokens, "costs": dataclasses.asdict(costs)}
         table["simulated"] = []
-        for layers, devices in PLACES[device.type]:
-            parts = devices if dim // devices >= HEAD or device.type == "cpu" else None  # a head is not cut
+        for layers, devices in PLACES[device.type if given is None else "cuda"]:
+            cuts = given is None and (dim // devices >= HEAD or device.type == "cpu")  # a head is not cut
+            parts = devices if cuts else None
             part = None if parts is None else part_of_a_layer(dim, batch, tokens, parts, device)
-            table["simulated"].append(simulated(costs, layers, devices, part))
+            table["simulated"].append(simulated(costs, batch, layers, devices, part))
         tables.append(table)
         for case in table["simulated"]:
             print(f"\nD={dim} B={batch} T={tokens}: {case['layers']} layers on {case['devices']}, {case['link']}")
             print_table(
                 [(name, "  ".join(f"{m}: {s:.3f}" for m, s in of.items())) for name, of in case["shares"].items()]
             )
-    result = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "device": device_name(device), "links": LINKS}
+    where = device_name(device) if given is None else f"{given['device']}: {given['about']}"
+    result = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "device": where, "links": LINKS}
     result |= {"simulated": "all shares are simulated from measured costs of layers and given links", "tables": tables}
-    write_json(options.output, result | {"seconds": time.perf_counter() - began, "versions": versions()})
+    write_json(output, result | {"seconds": time.perf_counter() - began, "versions": versions()})
 
 
 if __name__ == "__main__":

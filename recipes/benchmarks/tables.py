@@ -249,6 +249,22 @@ def architectures() -> str:
     return markdown(["task", *outcomes], rows)
 
 
+def h200() -> str:
+    """The best share of one device's step of each way, over the micro-batches, and with how many."""
+    rows = []
+    for table in load("h200_layer.json")["tables"]:
+        size = f"{table['dim']}, {table['batch']}, {table['tokens']}"
+        for case in table["simulated"]:
+            best = {name: min((s, int(m)) for m, s in of.items()) for name, of in case["shares"].items()}
+            exact = best["exact"][0]
+            cells = [f"{share:.3f} (M={m})" for share, m in best.values()]
+            gains = [f"{exact / best[name][0]:.1f}" for name in best if name != "exact"]
+            rows.append([size, str(case["layers"]), f"{case['devices']}, {case['link']}", *cells, *gains])
+    ways = list(case["shares"])
+    times = [f"exact over {way}" for way in ways if way != "exact"]
+    return markdown(["D, B, T", "layers", "GPUs", *(f"best {way}" for way in ways), *times], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "architectures": architectures,
     "parity": parity,
@@ -257,6 +273,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "ends": ends,
     "weak": weak,
+    "h200": h200,
     "controller": controller,
     "cosines": cosines,
     "diagnosis": diagnosis,
