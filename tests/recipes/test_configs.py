@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 
 import pytest
 import yaml
@@ -35,9 +37,24 @@ def test_cpu_config_starts_its_processes(processes, tmp_path):
     assert found == {str(r): {"backend": backend, "device": "cpu", "size": processes} for r in range(processes)}
 
 
-def test_gpu_config_asks_for_eight_gpus():
-    settings = yaml.safe_load((CONFIGS / "gpu_8.yaml").read_text())
-    assert (settings["num_processes"], settings["distributed_type"], settings["use_cpu"]) == (8, "MULTI_GPU", False)
+@pytest.mark.parametrize(("name", "machines", "processes"), [("gpu_2", 1, 2), ("gpu_8", 1, 8), ("gpu_2x8", 2, 16)])
+def test_gpu_configs_ask_for_their_gpus(name, machines, processes):
+    settings = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    found = tuple(settings[key] for key in ("num_machines", "num_processes", "distributed_type", "use_cpu"))
+    assert found == (machines, processes, "MULTI_GPU", False)
+
+
+def test_the_slurm_script_starts_one_agent_a_node(tmp_path):
+    """With stand-ins for SLURM's commands: what each node would run."""
+    for name, does in (("scontrol", "printf 'node7\\nnode8\\n'"), ("srun", 'echo "$@"')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_PER_NODE": "h100:8"}
+    env = os.environ | job | {"SLURM_JOB_ID": "5", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(CONFIGS / "slurm.sh"), "train.py", "--lp_size", "8"]
+    said = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    assert said.startswith("torchrun --nnodes 2 --nproc_per_node 8 ")
+    assert said.endswith("--rdzv_endpoint node7:29500 train.py --lp_size 8\n")
 
 
 def test_failing_script_is_reported_with_its_output(tmp_path):
