@@ -4,8 +4,13 @@
 
 trains a pretrained MiniLM to tell good from bad movie snippets (both come from PyPI packages, no hub is needed) with
 the exact layer pipeline over two processes. `--task sst2` (or any other GLUE task) and `--model_name
-bert-base-uncased` take the real ones from the hub; give them `--max_steps -1 --num_train_epochs 3`. A YAML file of
-settings may come first, options after it override it; the refined network, 24 steps of size 1/4 trained with MGRIT, is
+bert-base-uncased` take the real ones from the hub; give them `--max_steps -1 --num_train_epochs 3`. Sentences of your
+own come from files with a column of text (or two) and one called label:
+
+    accelerate launch --config_file recipes/configs/cpu_2.yaml recipes/glue_bert.py --train_file my.csv
+
+A YAML file of settings may come first, options after it override it; the refined network, 24 steps of size 1/4 trained
+with MGRIT, is
 
     accelerate launch --config_file recipes/configs/cpu_2.yaml recipes/glue_bert.py recipes/glue_bert_refined.yaml
 
@@ -44,7 +49,17 @@ from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.convert import convert_to_ode
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.trainer import LayerParallelTrainer
-from recipes.glue_tasks import GLUE, encode, get_task, load_splits, majority_share, metrics_for
+from recipes.glue_tasks import (
+    GLUE,
+    Splits,
+    Task,
+    encode,
+    get_task,
+    load_files,
+    load_splits,
+    majority_share,
+    metrics_for,
+)
 from recipes.offline import OFFLINE, SENTENCES, minilm
 from recipes.running import run_recipe
 from recipes.settings import common_settings, parse_settings
@@ -57,6 +72,13 @@ class RecipeArguments:
     """Which model, which data, and how the model is read as an ODE."""
 
     task: str = field(default=OFFLINE, metadata={"help": "'offline', or a GLUE task by name (needs the hub)."})
+    train_file: str | None = field(
+        default=None, metadata={"help": "Rows of your own instead of a task's: csv, tsv, json lines or parquet."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "Rows to evaluate on; default: a tenth of train_file."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "Rows to evaluate on in the end."})
     source: str = field(default="movies", metadata={"help": "Offline sentences: movies, products, tweets or news."})
     model_name: str = field(default=MINILM_NAME, metadata={"help": "'minilm' (from PyPI), a hub name, or a folder."})
     max_length: int = field(default=64, metadata={"help": "Tokens a sentence (pair) is cut to."})
@@ -96,7 +118,9 @@ def default_settings() -> dict[str, Any]:
 
 def parse(argv: Sequence[str]) -> tuple[RecipeArguments, LayerParallelTrainingArguments]:
     """Settings from an optional YAML file (first) and options (after it)."""
-    recipe, args = parse_settings(RecipeArguments, default_settings(), argv)
+    recipe, args = parse_settings(RecipeArguments, default_settings(), argv, __doc__)
+    if recipe.train_file is None and (recipe.validation_file or recipe.test_file):
+        raise ConfigurationError("validation_file and test_file come with a train_file; give that one too")
     if recipe.stock:
         asked_for = {
             "processes": args.world_size,
@@ -113,10 +137,21 @@ def parse(argv: Sequence[str]) -> tuple[RecipeArguments, LayerParallelTrainingAr
     return recipe, args
 
 
-def build_model(recipe: RecipeArguments, seed: int) -> tuple[nn.Module, Any]:
+def load_data(recipe: RecipeArguments, seed: int) -> tuple[Task, Splits, str]:
+    """The task, its rows, and what a model card calls them."""
+    train, held_out = recipe.max_train_samples, recipe.max_eval_samples
+    if recipe.train_file is None:
+        splits = load_splits(recipe.task, seed, recipe.source, train, held_out)
+        return get_task(recipe.task), splits, f"{SENTENCES.about}: {recipe.source}" if recipe.task == OFFLINE else GLUE
+    given = {"train": recipe.train_file, "validation": recipe.validation_file, "test": recipe.test_file}
+    files = {split: path for split, path in given.items() if path}
+    limits = {"train": train, "validation": held_out, "test": held_out}
+    return *load_files(files, seed, limits), Path(recipe.train_file).name
+
+
+def build_model(recipe: RecipeArguments, seed: int, task: Task) -> tuple[nn.Module, Any]:
     """(model, tokenizer), the same on every rank; converted to its ODE form unless it is to be trained stock."""
     name = str(minilm()) if recipe.model_name == MINILM_NAME else recipe.model_name
-    task = get_task(recipe.task)
     config = AutoConfig.from_pretrained(name, num_labels=task.num_labels)
     if task.labels:
         config.id2label = dict(enumerate(task.labels))
@@ -155,14 +190,14 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
     """Train, evaluate, save; returns what result.json holds (on every rank)."""
     began = time.monotonic()
     recipe, args = parse(sys.argv[1:] if argv is None else argv)
-    model, tokenizer = build_model(recipe, args.seed)
-    splits = load_splits(recipe.task, args.seed, recipe.source, recipe.max_train_samples, recipe.max_eval_samples)
-    regression = get_task(recipe.task).num_labels == 1
+    task, splits, data = load_data(recipe, args.seed)
+    model, tokenizer = build_model(recipe, args.seed, task)
+    regression = task.num_labels == 1
     features = {
         name: encode(rows, tokenizer, recipe.max_length, regression)
         for name, rows in {"train": splits.train, **splits.held_out}.items()
     }
-    compute_metrics, metric_origin = metrics_for(recipe.task)
+    compute_metrics, metric_origin = metrics_for(task)
     trainer = (Trainer if recipe.stock else LayerParallelTrainer)(
         model=model,
         args=args,
@@ -180,7 +215,6 @@ def main(argv: Sequence[str] | None = None, callbacks: Sequence[TrainerCallback]
                 result["metrics"][split]["majority"] = majority_share(rows)
         return {"metric_origin": metric_origin}
 
-    data = f"{SENTENCES.about}: {recipe.source}" if recipe.task == OFFLINE else GLUE
     return run_recipe(trainer, recipe, began, {name: features[name] for name in splits.held_out}, data, also)
 
 

@@ -1,14 +1,16 @@
 """The sentence classification tasks of the GLUE recipe: rows, splits, features and metrics.
 
-The offline task needs no hub; the GLUE tasks come by name through `datasets`. Rows are `{"text", "pair", "label"}`
-(pair None for one-sentence tasks), features are what a tokenizer makes of them plus "labels".
+The offline task needs no hub; the GLUE tasks come by name through `datasets`, tasks of one's own from files. Rows are
+`{"text", "pair", "label"}` (pair None for one-sentence tasks), features what a tokenizer makes of them and "labels".
 """
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,11 +28,12 @@ GLUE = "nyu-mll/glue"
 @dataclass(frozen=True)
 class Task:
     """keys: columns of the one or two sentences. labels: what 0, 1, ... mean; none for regression. tests: our test
-    splits, each with the name of the GLUE split that serves as it."""
+    splits, each with the name of the GLUE split that serves as it. glue: its name in GLUE."""
 
     keys: tuple[str, str | None]
     labels: tuple[str, ...]
     tests: tuple[tuple[str, str], ...] = (("test", "validation"),)
+    glue: str | None = None
 
     @property
     def num_labels(self) -> int:
@@ -67,7 +70,81 @@ class Splits:
 def get_task(name: str) -> Task:
     if name not in TASKS:
         raise ConfigurationError(f"task={name!r} is unknown; use one of {', '.join(TASKS)}")
-    return TASKS[name]
+    return dataclasses.replace(TASKS[name], glue=None if name == OFFLINE else name)
+
+
+LABEL, MOST_LABELS = "label", 1000
+
+
+def load_files(files: dict[str, str], seed: int, limits: dict[str, int | None]) -> tuple[Task, Splits]:
+    """A task of one's own, from CSV, TSV, JSON lines or parquet files with one header each.
+
+    files: split -> path, of "train" and, if there are any, "validation" and "test" (else a tenth of train is held out).
+    limits: split -> use only that many rows of it.
+
+    The column "label" holds words, or whole numbers; others than 0, 1 ... are classes in their order. Numbers with a
+    fraction make a regression. The text is in the column "text" or "sentence", or in the first one or two beside label
+    and "id"-like ones.
+
+    Raises ConfigurationError for a file that can't be read, and for columns or labels that make no task.
+    """
+    tables = {split: _table(path) for split, path in files.items()}
+    keys, values = _text_columns(tables["train"], files["train"]), tables["train"][LABEL]
+    regression = any(isinstance(value, float) and not value.is_integer() for value in values)
+    classes = sorted(set(values)) if not regression else []
+    if not regression and not 2 <= len(classes) <= MOST_LABELS:
+        raise ConfigurationError(
+            f"{files['train']}: its column {LABEL!r} has {len(classes)} classes ({str(classes[:3])[1:-1]}); 2 to "
+            f"{MOST_LABELS} make a task"
+        )
+    number = {value: i for i, value in enumerate(classes)}
+    made: dict[str, list[Row]] = {}
+    for split, table in tables.items():
+        if lost := [key for key in (*keys, LABEL) if key and key not in table.column_names]:
+            raise ConfigurationError(f"{files[split]} lacks the columns {lost} that {files['train']} has")
+        if new := sorted({str(value) for value in table[LABEL] if not regression and value not in number}):
+            raise ConfigurationError(f"{files[split]} has labels {new[:3]} that {files['train']} has not")
+        rows = _rows(table, keys)
+        made[split] = rows if regression else [row | {"label": number[row["label"]]} for row in rows]
+    train = made.pop("train")
+    random.Random(seed).shuffle(train)
+    if not made:
+        made, train = {"validation": train[: len(train) // 10]}, train[len(train) // 10 :]
+    held_out = {split: rows[: limits.get(split)] for split, rows in made.items()}
+    for split, rows in {"train": train, **held_out}.items():
+        if not rows:
+            raise ConfigurationError(f"no rows for {split}: give at least one, of {len(tables['train'])} to train on")
+    labels = tuple(str(value) for value in classes)
+    return Task(keys, labels, tests=()), Splits(train[: limits.get("train")], held_out)
+
+
+def _table(path: str) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    readers = {".csv": ("csv", {}), ".tsv": ("csv", {"sep": "\t"}), ".json": ("json", {}), ".jsonl": ("json", {})}
+    name, options = (readers | {".parquet": ("parquet", {})}).get(Path(path).suffix, ("", {}))
+    if not name or not Path(path).is_file():
+        raise ConfigurationError(f"{path} must be a file that ends in .csv, .tsv, .json, .jsonl or .parquet")
+    try:
+        table = load_dataset(name, data_files=path, split="train", **options)
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        cause = error.__cause__ or error
+        raise ConfigurationError(f"{path} can't be read as {name}: {cause}") from error
+    if LABEL not in table.column_names or any(value is None for value in table[LABEL]):
+        raise ConfigurationError(
+            f"{path} has the columns {table.column_names}; one called {LABEL!r} with a value in each row is needed"
+        )
+    return table
+
+
+def _text_columns(table: Any, path: str) -> tuple[str, str | None]:
+    """The columns of the one or two sentences."""
+    texts = [name for name in table.column_names if name != LABEL and isinstance(table[name][0], str)]
+    texts = [name for name in texts if name in ("text", "sentence")] or texts
+    if not texts:
+        raise ConfigurationError(f"{path} has the columns {table.column_names}, and none of text beside {LABEL!r}")
+    return texts[0], texts[1] if len(texts) > 1 else None
 
 
 def load_splits(
@@ -84,8 +161,8 @@ def load_splits(
         tests: dict[str, list[Row]] = {}
     else:
         data = _load_glue(name)
-        rows = _glue_rows(data["train"], task)
-        tests = {test: _glue_rows(data[split], task) for test, split in task.tests}
+        rows = _rows(data["train"], task.keys)
+        tests = {test: _rows(data[split], task.keys) for test, split in task.tests}
     random.Random(seed).shuffle(rows)
     tenth = min(len(rows) // 10, 2000)
     held_out = {"validation": rows[:tenth]}
@@ -99,12 +176,12 @@ def _load_glue(name: str) -> Any:
     return hub_dataset(GLUE, name, f"--task {OFFLINE} needs neither")
 
 
-def _glue_rows(split: Any, task: Task) -> list[Row]:
-    first, second = task.keys
+def _rows(split: Any, keys: tuple[str, str | None]) -> list[Row]:
+    first, second = keys
     pairs = split[second] if second else [None] * len(split)
     return [
         {"text": text, "pair": pair, "label": label}
-        for text, pair, label in zip(split[first], pairs, split["label"], strict=True)
+        for text, pair, label in zip(split[first], pairs, split[LABEL], strict=True)
     ]
 
 
@@ -123,46 +200,46 @@ def majority_share(rows: Sequence[Row]) -> float:
     return max(labels.count(label) for label in set(labels)) / len(labels)
 
 
-def local_metrics(name: str, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def local_metrics(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """GLUE's metrics by their definitions, plus accuracy and F1 for every classification task (macro F1 beyond two
     classes). predictions: class indices, or values for a regression; labels alike; both `[rows]`."""
-    if get_task(name).num_labels == 1:
+    if task.num_labels == 1:
         from scipy.stats import pearsonr, spearmanr
 
         functions = {"pearson": pearsonr, "spearmanr": spearmanr}
         return {key: float(np.asarray(f(predictions, labels))[0]) for key, f in functions.items()}
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
-    average = "binary" if get_task(name).num_labels == 2 else "macro"
+    average = "binary" if task.num_labels == 2 else "macro"
     found = {
         "accuracy": float(accuracy_score(labels, predictions)),
         "f1": float(f1_score(labels, predictions, average=average)),
     }
-    if name == "cola":
+    if task.glue == "cola":
         found["matthews_correlation"] = float(matthews_corrcoef(labels, predictions))
     return found
 
 
-def metrics_for(name: str) -> tuple[Callable[[EvalPrediction], dict[str, float]], str]:
+def metrics_for(task: Task) -> tuple[Callable[[EvalPrediction], dict[str, float]], str]:
     """(compute_metrics for a Trainer, where the task's official metric comes from).
 
     GLUE tasks use `evaluate.load("glue", task)`, which reads its definition from the hub; where that can't be reached
     the same metrics are computed with scikit-learn and scipy, and the second value says so.
     """
     official, origin = None, "scikit-learn"
-    if name != OFFLINE:
+    if task.glue is not None:
         try:
             import evaluate
 
-            official, origin = evaluate.load("glue", name), "evaluate"
+            official, origin = evaluate.load("glue", task.glue), "evaluate"
         except (ImportError, OSError) as error:
             origin = f"scikit-learn (evaluate.load failed: {type(error).__name__})"
 
     def compute(p: EvalPrediction) -> dict[str, float]:
         values = np.asarray(p.predictions[0] if isinstance(p.predictions, tuple) else p.predictions)
         labels = np.asarray(p.label_ids)
-        predictions = values[:, 0] if get_task(name).num_labels == 1 else values.argmax(axis=1)
-        found = local_metrics(name, predictions, labels)
+        predictions = values[:, 0] if task.num_labels == 1 else values.argmax(axis=1)
+        found = local_metrics(task, predictions, labels)
         if official is not None:
             found |= official.compute(predictions=predictions, references=labels) or {}
         return found

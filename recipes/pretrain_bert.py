@@ -89,7 +89,7 @@ def default_settings() -> dict[str, Any]:
 
 def parse(argv: Sequence[str]) -> tuple[RecipeArguments, LayerParallelTrainingArguments]:
     """Settings from an optional YAML file (first) and options (after it)."""
-    return parse_settings(RecipeArguments, default_settings(), argv)
+    return parse_settings(RecipeArguments, default_settings(), argv, __doc__)
 
 
 @torch.no_grad()

@@ -42,24 +42,43 @@ TRAINING_SETTINGS = (
 
 
 class ProgressLine(TrainerCallback):
-    """One short line every `every` steps and for every evaluation, on the main process."""
+    """Short lines on the main process: where training starts, every `logging_steps` steps (20 where every step is
+    logged), every evaluation, every setting that a controller goes to, and how it ended."""
 
-    def __init__(self, every: int = 20) -> None:
-        self.every = every
-        self.start = time.monotonic()
+    def __init__(self) -> None:
+        self.start, self.first, self.read = time.monotonic(), 0, 0
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.start = time.monotonic()
+        self.start, self.first = time.monotonic(), state.global_step
+        if state.is_world_process_zero:
+            on = f"{args.world_size} process{'es' if args.world_size > 1 else ''}"
+            print(f"training from step {state.global_step} to {state.max_steps} on {on}", flush=True)
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        if not state.is_world_process_zero:
+            return
+        for entry in state.log_history[self.read :]:  # a check's texts come beside its numbers once these are logged
+            if "lp_check_reason" in entry:
+                print(f"step {entry['step']}  now {entry['lp_check_name']}: {entry['lp_check_reason']}", flush=True)
+        self.read = len(state.log_history)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not logs or not state.is_world_process_zero:
             return
         step = f"step {state.global_step}/{state.max_steps}"
-        if "loss" in logs and state.global_step % self.every == 0:
-            pace = (time.monotonic() - self.start) / state.global_step
+        every = 20 if args.logging_steps <= 1 else 1  # of the logs, which come every logging_steps
+        if "loss" in logs and state.global_step % every == 0:
+            pace = (time.monotonic() - self.start) / max(1, state.global_step - self.first)
             print(f"{step}  loss {logs['loss']:.4f}  {pace:.2f} s a step", flush=True)
         if "eval_loss" in logs:
             print(f"{step}  validation loss {logs['eval_loss']:.4f}", flush=True)
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if state.is_world_process_zero:
+            checks = [entry for entry in state.log_history if "lp_check_name" in entry]
+            last = f"; the controller's last setting is {checks[-1]['lp_check_name']}" if checks else ""
+            seconds = time.monotonic() - self.start
+            print(f"trained to step {state.global_step} in {seconds:.1f} s{last}", flush=True)
 
 
 def agreement(trainer: Trainer, model: nn.Module, rows: Iterable[dict], batches: int) -> list[dict[str, float]]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import copy
+import dataclasses
 import os
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +15,9 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from torch import nn
-from transformers import HfArgumentParser, PreTrainedModel
+from transformers import HfArgumentParser, PreTrainedModel, Seq2SeqTrainingArguments
 
+from hf_layerpar.config import OdeSettings, num_buffers
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.convert import convert_to_ode
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
@@ -27,7 +32,10 @@ class NetworkArguments:
     width: int = field(default=128, metadata={"help": "Hidden size; the MLPs are four times as wide."})
     heads: int = field(default=4, metadata={"help": "Attention heads."})
     inner_layers: int = field(default=16, metadata={"help": "Layers between the buffers, one Euler step each."})
-    buffers: list[int] = field(default_factory=lambda: [2, 2], metadata={"help": "Open and close layers kept exact."})
+    buffers: list[int] = field(
+        default_factory=lambda: [2, 2],
+        metadata={"help": "Layers kept exact: open and close, or open, places between, close."},
+    )
     step_size: float = field(default=1 / 16, metadata={"help": "h of the inner layers."})
     form: str = field(default="auto", metadata={"help": "'euler', 'split' or 'auto' (split where layers are pre-LN)."})
     dropout: float = field(default=0.0, metadata={"help": "Every dropout rate of the network."})
@@ -41,7 +49,7 @@ class NetworkArguments:
 
     @property
     def num_layers(self) -> int:
-        return self.inner_layers + sum(self.buffers)
+        return self.inner_layers + num_buffers(OdeSettings(buffers=tuple(self.buffers)).buffers)
 
     def as_ode(self, model: PreTrainedModel) -> nn.Module:
         """The network with `num_layers` layers a stack in its ODE form."""
@@ -65,16 +73,40 @@ def common_settings() -> dict[str, Any]:
     }
 
 
+class _Parser(HfArgumentParser):
+    """Its help has the recipe's options first, then those of the layer axis, and of the Trainer's hundred the names."""
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        kinds = [{f.name for f in dataclasses.fields(t)} for t in (self.dataclass_types[0], Seq2SeqTrainingArguments)]
+        sections: tuple[list[Any], ...] = ([], [], [])
+        for action in map(copy.copy, self._actions[1:]):  # the first is --help
+            name = action.dest
+            action.option_strings = action.option_strings[:1]
+            sections[0 if name in kinds[0] else 2 if name in kinds[1] else 1].append(action)
+        for title, actions in zip(("the recipe", "layers over processes"), sections, strict=False):
+            formatter.start_section(title)
+            formatter.add_arguments(actions)
+            formatter.end_section()
+        formatter.start_section("training, as transformers' Seq2SeqTrainingArguments")
+        names = dict.fromkeys(f"--{action.dest}" for action in sections[2])
+        formatter.add_text(textwrap.fill(" ".join(names), 90, break_on_hyphens=False))
+        formatter.end_section()
+        return formatter.format_help()
+
+
 def parse_settings(
-    recipe: type[Recipe], defaults: dict[str, Any], argv: Sequence[str]
+    recipe: type[Recipe], defaults: dict[str, Any], argv: Sequence[str], about: str | None
 ) -> tuple[Recipe, LayerParallelTrainingArguments]:
     """Settings from an optional YAML file (first) and options (after it), for a recipe's dataclass and the training.
 
-    defaults: of either, used where neither file nor options say anything.
+    defaults: of either, used where neither file nor options say anything. about: what `--help` begins with.
     Raises ConfigurationError for a setting in the file that no option is called, and for a stream that several workers
     read.
     """
-    parser = HfArgumentParser((recipe, LayerParallelTrainingArguments))  # type: ignore[arg-type]
+    types: Any = (recipe, LayerParallelTrainingArguments)
+    parser = _Parser(types, description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = {action.dest for action in parser._actions}
     argv = list(argv)
     if argv and argv[0].endswith((".yaml", ".yml")):

@@ -113,7 +113,7 @@ def default_settings() -> dict[str, Any]:
 
 def parse(argv: Sequence[str]) -> tuple[RecipeArguments, LayerParallelTrainingArguments]:
     """Settings from an optional YAML file (first) and options (after it)."""
-    recipe, args = parse_settings(RecipeArguments, default_settings(), argv)
+    recipe, args = parse_settings(RecipeArguments, default_settings(), argv, __doc__)
     if args.generation_max_length is None:
         args.generation_max_length = recipe.max_length + 1  # the token that starts a decoder counts
     return recipe, args

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from hf_layerpar.errors import ConfigurationError
 from recipes import glue_bert
 from recipes.benchmarks.launch import ROOT, launch
+from recipes.glue_tasks import get_task
 from recipes.offline import minilm
 
 SCRIPT = ROOT / "recipes" / "glue_bert.py"
@@ -154,7 +155,7 @@ def test_wrong_settings_are_named(tmp_path):
 
 def test_dropout_option_reaches_every_rate():
     recipe, args = glue_bert.parse(["--stock", "--dropout", "0.0"])
-    model, _ = glue_bert.build_model(recipe, args.seed)
+    model, _ = glue_bert.build_model(recipe, args.seed, get_task(recipe.task))
     rates = {name: m.p for name, m in model.named_modules() if isinstance(m, torch.nn.Dropout)}
     assert len(rates) > 12
     assert set(rates.values()) == {0.0}
@@ -162,7 +163,7 @@ def test_dropout_option_reaches_every_rate():
 
 def test_regression_task_gets_a_regression_head():
     recipe, args = glue_bert.parse(["--stock", "--task", "stsb"])
-    model, _ = glue_bert.build_model(recipe, args.seed)
+    model, _ = glue_bert.build_model(recipe, args.seed, get_task(recipe.task))
     assert (model.config.num_labels, model.config.problem_type) == (1, "regression")
     assert model.classifier.out_features == 1
 

@@ -9,7 +9,16 @@ from transformers import AutoTokenizer, EvalPrediction
 
 from hf_layerpar.errors import ConfigurationError
 from recipes import glue_tasks
-from recipes.glue_tasks import TASKS, encode, get_task, load_splits, local_metrics, majority_share, metrics_for
+from recipes.glue_tasks import (
+    TASKS,
+    encode,
+    get_task,
+    load_files,
+    load_splits,
+    local_metrics,
+    majority_share,
+    metrics_for,
+)
 from recipes.offline import DownloadError, Sentence, minilm
 from tests.recipes.fake_glue import CLASSES, COLUMNS
 
@@ -73,13 +82,13 @@ def test_unreachable_hub_names_the_remedy(monkeypatch):
 
 def test_metrics_by_hand():
     predictions, labels = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1])
-    assert local_metrics("sst2", predictions, labels) == pytest.approx({"accuracy": 3 / 5, "f1": 2 / 3})
+    assert local_metrics(get_task("sst2"), predictions, labels) == pytest.approx({"accuracy": 3 / 5, "f1": 2 / 3})
     # tp 2, fp 1, fn 1, tn 1: (2*1 - 1*1) / sqrt(3*3*2*2)
-    assert local_metrics("cola", predictions, labels)["matthews_correlation"] == pytest.approx(1 / 6)
-    mnli = local_metrics("mnli", np.array([0, 1, 2, 2]), np.array([0, 1, 2, 1]))
+    assert local_metrics(get_task("cola"), predictions, labels)["matthews_correlation"] == pytest.approx(1 / 6)
+    mnli = local_metrics(get_task("mnli"), np.array([0, 1, 2, 2]), np.array([0, 1, 2, 1]))
     assert mnli == pytest.approx({"accuracy": 3 / 4, "f1": (1 + 2 / 3 + 2 / 3) / 3})
     line = np.array([0.0, 1.0, 2.0, 4.0])
-    assert local_metrics("stsb", 2 * line + 1, line) == pytest.approx({"pearson": 1.0, "spearmanr": 1.0})
+    assert local_metrics(get_task("stsb"), 2 * line + 1, line) == pytest.approx({"pearson": 1.0, "spearmanr": 1.0})
 
 
 @pytest.mark.parametrize("name", ["offline", "mrpc", "stsb"])
@@ -91,7 +100,7 @@ def test_metrics_without_the_hub_are_the_local_ones_and_say_so(name, monkeypatch
         raise FileNotFoundError("no hub")
 
     monkeypatch.setattr(evaluate, "load", unreachable)
-    compute, origin = metrics_for(name)
+    compute, origin = metrics_for(get_task(name))
     assert origin == ("scikit-learn" if name == "offline" else "scikit-learn (evaluate.load failed: FileNotFoundError)")
     logits = np.array([[2.0, 0.0], [0.5, 1.0], [1.0, 3.0]]) if name != "stsb" else np.array([[1.0], [2.0], [2.5]])
     labels = np.array([0, 1, 0]) if name != "stsb" else np.array([1.0, 2.0, 2.5])
@@ -107,7 +116,52 @@ def test_official_metric_is_used_where_the_hub_answers(monkeypatch):
             return {"accuracy": float((predictions == references).mean()), "official": 1.0}
 
     monkeypatch.setattr(evaluate, "load", lambda path, config: Official())
-    compute, origin = metrics_for("mrpc")
+    compute, origin = metrics_for(get_task("mrpc"))
     assert origin == "evaluate"
     found = compute(EvalPrediction(predictions=np.array([[2.0, 0.0], [0.0, 1.0]]), label_ids=np.array([0, 1])))
     assert found == pytest.approx({"accuracy": 1.0, "f1": 1.0, "official": 1.0})
+
+
+ROWS = {
+    "words.csv": "id,text,label\n" + "".join(f"{i},text {i},{'bad' if i % 3 else 'good'}\n" for i in range(30)),
+    "pairs.tsv": "question\tanswer\tlabel\n" + "".join(f"q {i}\ta {i}\t{i % 4}\n" for i in range(30)),
+    "scores.jsonl": "".join(f'{{"sentence": "s {i}", "label": {i / 10}}}\n' for i in range(30)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "labels"),
+    [
+        ("words.csv", ("text", None), ("bad", "good")),
+        ("pairs.tsv", ("question", "answer"), ("0", "1", "2", "3")),
+        ("scores.jsonl", ("sentence", None), ()),
+    ],
+)
+def test_files_of_ones_own_make_a_task(name, keys, labels, tmp_path):
+    path = tmp_path / name
+    path.write_text(ROWS[name])
+    task, splits = load_files({"train": str(path), "test": str(path)}, 0, {"train": 20, "test": 5})
+    assert (task.keys, task.labels, task.glue) == (keys, labels, None)
+    assert [len(splits.train), {k: len(v) for k, v in splits.held_out.items()}] == [20, {"test": 5}]
+    assert {row["label"] for row in splits.train} == set(range(len(labels))) or not labels
+    assert splits.held_out["test"][1]["text"] in ("text 1", "q 1", "s 1")
+    _, alone = load_files({"train": str(path)}, 0, {})
+    assert [len(alone.train), len(alone.held_out["validation"])] == [27, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("a.csv", "text,label\nx,1\ny,1\n", "has 1 classes"),
+        ("a.csv", "text,stars\nx,1\n", "one called 'label'"),
+        ("a.csv", "text,label\nx,1\ny,\n", "with a value in each row"),
+        ("a.csv", "number,label\n1,1\n2,0\n", "none of text"),
+        ("a.csv", 'text,label\n"x,1\ny,2,3,4\n', "can't be read as csv"),
+        ("a.txt", "x", "must be a file that ends in"),
+        ("a.csv", "text,label\nx,1\ny,0\n", "no rows for validation"),
+    ],
+)
+def test_files_that_make_no_task_are_refused(name, content, says, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigurationError, match=says):
+        load_files({"train": str(tmp_path / name)}, 0, {})

@@ -16,6 +16,7 @@ from hf_layerpar.ode.convert import ode_view
 from hf_layerpar.report.run import read_run
 from recipes import glue_bert, pretrain_bert
 from recipes.benchmarks.launch import ROOT
+from recipes.glue_tasks import get_task
 from recipes.masking import load_masked
 from tests.recipes.launched import assert_train_alike, result_of
 
@@ -130,7 +131,7 @@ def test_fine_tuning_names_what_contradicts_the_checkpoint(one):
     ):
         recipe, args = glue_bert.parse(["--model_name", name, "--max_length", "16", *options])
         with pytest.raises(ConfigurationError, match=message):
-            glue_bert.build_model(recipe, args.seed)
+            glue_bert.build_model(recipe, args.seed, get_task(recipe.task))
 
 
 def test_network_of_the_defaults():
