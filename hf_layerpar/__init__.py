@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from hf_layerpar.config import LayerParallelConfig
     from hf_layerpar.diagnosis.diagnose import diagnose
     from hf_layerpar.errors import LayerParallelError
-    from hf_layerpar.ode.checkpoint import from_pretrained
+    from hf_layerpar.loading import from_pretrained
     from hf_layerpar.ode.convert import convert_to_ode, ode_view
     from hf_layerpar.sharding import layer_parallel, parallelize
     from hf_layerpar.training.arguments import LayerParallelTrainingArguments
@@ -23,7 +23,7 @@ _HOME = {
     "LayerParallelError": "errors",
     "convert_to_ode": "ode.convert",
     "ode_view": "ode.convert",
-    "from_pretrained": "ode.checkpoint",
+    "from_pretrained": "loading",
     "parallelize": "sharding",
     "layer_parallel": "sharding",
     "gradient_agreement": "agreement",

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.ladder import exact_settings
+from hf_layerpar.run.data_shards import group_along, local
 from hf_layerpar.run.layers import kept_streams
 from hf_layerpar.sharding import layer_parallel
 
@@ -105,11 +107,18 @@ class GradientProbe:
 
     def _sums(self, of: Callable[[Tensor, Tensor], Tensor], left: list[Tensor], right: list[Tensor]) -> list[float]:
         """of(a, b) `[n]` summed over all parameters of all lp ranks, in float64."""
-        parts = [
-            of(a.double().flatten(), b.double().flatten())
-            for a, b, counted in zip(left, right, self._counted, strict=True)
-            if counted
-        ]
+        parts: list[Tensor] = []
+        cut: list[Tensor] = []  # tp ranks have other parts
+        group = None
+        for a, b, counted in zip(left, right, self._counted, strict=True):
+            if counted:
+                sums = of(local(a).double().flatten(), local(b).double().flatten())
+                along = group_along(a, "tp")
+                group = along or group
+                (parts if along is None else cut).append(sums)
+        if cut:
+            parts.append(torch.stack(cut).sum(0))
+            dist.all_reduce(parts[-1], group=group)
         probe = self._params[0].new_zeros(1, dtype=torch.float64)
         total = torch.stack(parts).sum(0) if parts else torch.zeros_like(of(probe, probe))
         self.handle.all_reduce(total)

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
+from hf_layerpar.compat.torch import after_backward, inside_ddp, tree_flatten, tree_leaves, tree_map, tree_unflatten
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode.phases import ModelPhases, Reached, autocast_of
@@ -60,6 +59,13 @@ class Calls:
         Raises RankMismatchError on all ranks for other inputs, UnsupportedModelError for what needs every layer's value
         on one rank.
         """
+        if torch.is_grad_enabled():
+            self.stepper.gather()  # for as long as gradients wait to be averaged
+            return self._called(forward, args, kwargs)
+        with self.stepper.whole():
+            return self._called(forward, args, kwargs)
+
+    def _called(self, forward: ModelForward, args: tuple, kwargs: dict[str, Any]) -> Any:
         stepper, config, grad = self.stepper, self.settings(), torch.is_grad_enabled()
         inexact = grad and (config.strategy == "mgrit" or config.increment_penalty)
         if stepper.transport.size == 1 and not inexact:
@@ -70,7 +76,7 @@ class Calls:
         rows = batch_rows(kwargs if main in kwargs else batch, main)
         with kept_streams(stepper.device):
             found = Attempt(lambda: self._rehearse(forward, batch, rows))
-        if DistributedDataParallel._active_ddp_module is not None:  # of a module around the model
+        if inside_ddp():  # of a module around the model
             found.error = found.error or refused_wrapper(stepper.transport.size)
         if isinstance(found.error, NeedsSerialError) and stepper.transport.size == 1:
             warnings.warn(f"this forward runs layer by layer, not as the settings say: {found.error}", stacklevel=3)
@@ -203,13 +209,8 @@ class _Call:
         self.stepper, self.rehearsed, self.trains = stepper, rehearsed, trains
         self.anatomy: Anatomy = stepper.anatomy(rehearsed)
         self.rank, size = stepper.transport.rank, stepper.transport.size
-        self.plan: Plan = build_step(config, self.anatomy, size, trains=trains)
-        common = Common(
-            seed,
-            trains and any(stack.needs_recompute for stack in stepper.stacks),
-            trains,
-            deferrable=stepper.deferrable,
-        )
+        self.plan: Plan = build_step(config, self.anatomy, size, trains=trains, costs=stepper.costs)
+        common = stepper.common(seed, trains)
         penalty = stepper.penalty(config, rehearsed, [rows], 1.0) if trains else None
         whole = RankPart.of(self.plan, self.rank)
         none: Any = None  # the model's own forward goes through its phases
@@ -294,7 +295,7 @@ class _Call:
         step.settle()
         step.layers.pop((k, 0), None)
         if k == 0:  # at the end of this backward, when the front is through too
-            torch.autograd.Variable._execution_engine.queue_callback(self.stepper.sum_over_ranks)
+            after_backward(self.stepper.sum_over_ranks)
         if not found:
             return None, [None] * sides
         return found[0], list(found[1]) if sides else []
@@ -310,7 +311,7 @@ class _Call:
     def _work(self, tasks: Sequence[Task], wanted: Sequence[int]) -> list[Any]:
         """Works this rank's part of `tasks` and returns the values that it goes on with."""
         own = [t for t in tasks if t.rank == self.rank]
-        part = RankPart.of(self.plan, self.rank, own, wanted)
+        part = RankPart.of(self.plan, self.rank, tasks, wanted)
         later = {v for t in self.plan.tasks if t.rank == self.rank and t not in own for v in t.inputs}
         self.step.work(part, keep=later | set(wanted))
         return [self.step.values[v] for v in wanted]

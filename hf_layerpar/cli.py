@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +16,22 @@ from typing import get_args
 from hf_layerpar.cli_check import add_check
 from hf_layerpar.cli_convert import add_convert
 from hf_layerpar.cli_errors import Parser, refused
-from hf_layerpar.config import Ends, LayerParallelConfig, OdeSettings, Relaxation, Strategy, shown, whole
+from hf_layerpar.config import (
+    Acceleration,
+    Ends,
+    LayerParallelConfig,
+    OdeSettings,
+    Relaxation,
+    Strategy,
+    shown,
+    whole,
+)
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.costs import Costs
+from hf_layerpar.plan.memory import fullest, parts_text, size_of, size_text
 from hf_layerpar.plan.operators import OPERATORS
 from hf_layerpar.plan.ownership import balanced_split, contiguous_owner, interleaved_owner, two_blocks_owner
-from hf_layerpar.plan.planner import Accuracy, Choice, check_shape, check_size, plan_step, predict_step
+from hf_layerpar.plan.planner import Accuracy, Choice, check_fits, check_shape, check_size, plan_step, predict_step
 from hf_layerpar.plan.schedules import SCHEDULES, Placement
 from hf_layerpar.plan.simulate import Timeline
 from hf_layerpar.plan.step import check_config, interval_points
@@ -69,9 +80,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--relaxation", choices=get_args(Relaxation), default=default.relaxation)
     plan.add_argument("--forward-iterations", type=int, default=default.forward_iterations)
     plan.add_argument("--backward-iterations", type=int, default=default.backward_iterations)
+    plan.add_argument("--acceleration", choices=get_args(Acceleration), default=default.acceleration)
     plan.add_argument("--coarse-operator", default=default.coarse_operator, help=f"one of {', '.join(OPERATORS)}")
     plan.add_argument("--micro-batches", type=int, default=default.micro_batches)
-    plan.add_argument("--buffers", type=int, nargs=2, default=(0, 0), metavar=("OPEN", "CLOSE"))
+    plan.add_argument(
+        "--buffers", type=int, nargs="+", default=(0, 0), metavar="N", help="open and close, or open, places, close"
+    )
     owner = plan.add_mutually_exclusive_group()
     owner.add_argument("--split", type=int, nargs="+", metavar="LAYERS", help="layers of each rank")
     owner.add_argument(
@@ -81,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     names = ", ".join(f.name for f in dataclasses.fields(Costs))
     plan.add_argument("--cost", action="append", default=[], metavar="NAME=VALUE", help=f"one of {names}")
+    plan.add_argument(
+        "--costs", type=Path, metavar="FILE", help="costs that `hf-layerpar check MODEL --json FILE` measured"
+    )
+    plan.add_argument("--memory", metavar="SIZE", help="of a rank, as in 24GiB: refuse what takes more, say what fits")
+    plan.add_argument("--checkpointing", action="store_true", help="evaluate layers again in the backward")
     plan.add_argument("--tasks", action="store_true", help="print the tasks too")
     plan.add_argument("--png", type=Path, metavar="FILE", help="draw the time line (needs matplotlib)")
     plan.add_argument(
@@ -102,7 +121,14 @@ def _positive(text: str) -> int:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    costs = _costs(options.cost)
+    costs = _costs(options.cost, {} if options.costs is None else _measured(options.costs))
+    costs = costs.recomputed() if options.checkpointing else costs
+    memory = None if options.memory is None else size_of(options.memory)
+    if memory is not None and not (costs.graph_bytes and costs.layer_bytes):
+        raise ConfigurationError(
+            f"--memory {options.memory} says nothing without what a layer takes: give --costs FILE, or --cost "
+            "layer_bytes=, graph_bytes= and the others in bytes"
+        )
     buffers = OdeSettings(buffers=tuple(options.buffers)).buffers
     if options.choose and options.split:
         raise ConfigurationError("--choose finds the split; leave --split out")
@@ -116,12 +142,13 @@ def _plan(options: argparse.Namespace) -> None:
         relaxation=options.relaxation,
         forward_iterations=options.forward_iterations,
         backward_iterations=options.backward_iterations,
+        acceleration=options.acceleration,
         coarse_operator=options.coarse_operator,
         micro_batches=options.micro_batches,
     )
     check_config(config, options.ranks)
     if options.choose:
-        config, owner = _choose(options, costs)
+        config, owner = _choose(options, costs, memory)
     else:
         check_size(config, options.layers, options.ranks)
         owner = _owner(options, config, costs)
@@ -131,8 +158,11 @@ def _plan(options: argparse.Namespace) -> None:
         print(step.plan)
     print(as_text(step))
     print(summary(step))
+    if memory is not None:
+        check_fits(step, memory, config, costs, buffers=buffers)
     if options.png:
-        draw({_title(config): step}, options.png, **({"unit": "units of the costs"} if options.cost else {}))
+        unit = {"unit": "units of the costs"} if options.cost or options.costs else {}
+        draw({_title(config): step}, options.png, **unit)
         print(f"drawn to {options.png}")
 
 
@@ -149,7 +179,7 @@ _ASSUMED = (
 def summary(step: Timeline) -> str:
     """Time, idle share, traffic and memory of a step, a line each."""
     idle, peaks = step.idle_shares, step.peaks
-    most = max(range(len(peaks)), key=lambda r: (peaks[r].bytes, peaks[r].graphs, peaks[r].states))
+    most = fullest(step)
     memory = f"memory  rank {most} holds {peaks[most].graphs} layer graphs and {peaks[most].states} states"
     moved = f", {step.bytes_moved:.4g} bytes" if step.costs.state_bytes else ""
     time = f"time    {step.makespan:.4g}"
@@ -159,12 +189,15 @@ def summary(step: Timeline) -> str:
         time,
         f"idle    {100 * step.idle_share:.1f} % of rank time (ranks {100 * min(idle):.1f} to {100 * max(idle):.1f} %)",
         f"traffic {len(step.plan.messages)} messages{moved}",
-        f"{memory} (of a micro-batch) at most" + (f", {peaks[most].bytes:.4g} bytes" if peaks[most].bytes else ""),
+        f"{memory} (of a micro-batch) at most"
+        + (f", {size_text(peaks[most].bytes)}: {parts_text(peaks[most])}" if peaks[most].bytes else ""),
     ]
     return "\n".join(lines)
 
 
-def _choose(options: argparse.Namespace, costs: Costs) -> tuple[LayerParallelConfig, Sequence[int]]:
+def _choose(
+    options: argparse.Namespace, costs: Costs, memory: float | None
+) -> tuple[LayerParallelConfig, Sequence[int]]:
     pieces = [2**k for k in range(max(1, options.micro_batches).bit_length())]
     choices = plan_step(
         options.layers,
@@ -174,6 +207,7 @@ def _choose(options: argparse.Namespace, costs: Costs) -> tuple[LayerParallelCon
         buffers=tuple(options.buffers),
         micro_batches=pieces,
         interleaved=options.interleaved,
+        memory=memory,
         note=print,
     )
     print(f"{'share':>6}  setting and layers of each rank")
@@ -189,7 +223,7 @@ def _owner(options: argparse.Namespace, config: LayerParallelConfig, costs: Cost
     layers, ranks, buffers, split = options.layers, options.ranks, tuple(options.buffers), options.split
     points = interval_points(config, layers, buffers)
     if points and options.interleaved:
-        return interleaved_owner(layers, ranks, points, buffers)
+        return interleaved_owner(layers, ranks, points)
     if not points and not split and ranks <= layers:
         placement: Placement = getattr(SCHEDULES[config.schedule], "placement", "blocks")
         placement = "interleaved" if options.interleaved else placement
@@ -200,9 +234,28 @@ def _owner(options: argparse.Namespace, config: LayerParallelConfig, costs: Cost
     return contiguous_owner(layers, ranks, boundaries=points, split=split)
 
 
-def _costs(settings: Sequence[str]) -> Costs:
+def _measured(path: Path) -> dict[str, float]:
+    """The costs in what `check` wrote."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["costs"]
+        stacks = {str(name): dict(costs) for name, costs in found.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{path} has no costs in it ({type(error).__name__}: {error}); give what `hf-layerpar check MODEL --json "
+            "FILE` wrote"
+        ) from error
+    if len(stacks) != 1:
+        raise ConfigurationError(
+            f"{path} has the costs of {len(stacks)} stacks, {', '.join(sorted(stacks))}; a plan is of one: give its "
+            "costs by --cost"
+        )
+    (costs,) = stacks.values()
+    # JSON has no infinity
+    return {f.name: costs[f.name] for f in dataclasses.fields(Costs) if costs.get(f.name) is not None}
+
+
+def _costs(settings: Sequence[str], values: dict[str, float]) -> Costs:
     names = [f.name for f in dataclasses.fields(Costs)]
-    values: dict[str, float] = {}
     for setting in settings:
         name, _, value = setting.partition("=")
         try:
@@ -230,7 +283,8 @@ def _title(config: LayerParallelConfig) -> str:
     factors = ",".join(map(str, config.factors))
     return (
         f"mgrit {config.coarse_operator} {config.forward_iterations}/{config.backward_iterations}, c={factors}"
-        f"{', FCF' if config.relaxation == 'FCF' else ''}, {pieces}{spread}"
+        f"{', FCF' if config.relaxation == 'FCF' else ''}"
+        f"{f', {config.acceleration}' if config.acceleration != 'none' else ''}, {pieces}{spread}"
     )
 
 

@@ -40,7 +40,9 @@ def add_check(commands: Any, positive: Callable[[str], int]) -> None:
     check.add_argument("--tokens", type=positive, default=64, help="of a row, at least 2, default 64")
     check.add_argument("--ranks", type=positive, default=8, help="lp ranks to predict for, default 8")
     check.add_argument("--coarsening", type=positive, nargs="+", metavar="C", help="default: those that fit of 2, 4, 8")
-    check.add_argument("--buffers", type=int, nargs=2, metavar=("OPEN", "CLOSE"), help="default: by the readings")
+    check.add_argument(
+        "--buffers", type=int, nargs="+", metavar="N", help="open and close, or open, places, close; default: by trial"
+    )
     check.add_argument("--threads", type=positive, help="processor threads to use")
     check.add_argument("--json", type=Path, metavar="FILE", help="write everything that was read")
     check.add_argument("--png", type=Path, metavar="FILE", help="draw it (needs matplotlib)")

@@ -28,7 +28,13 @@ def add_convert(commands: Any, positive: Callable[[str], int]) -> None:
     convert.add_argument("--num-steps", type=positive, metavar="N", help="of every stack; default: layers / H")
     convert.add_argument("--form", choices=("auto", *get_args(Form)), help="default auto: split where layers allow it")
     convert.add_argument("--interpolation", choices=get_args(Interpolation), help="of new weights; default constant")
-    convert.add_argument("--buffers", type=int, nargs=2, metavar=("OPEN", "CLOSE"), help="layers that keep step size 1")
+    convert.add_argument(
+        "--buffers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="layers that keep step size 1: open and close, or open, places between, close",
+    )
     convert.add_argument("--to-stock", action="store_true", help="a checkpoint of ours into a plain one")
 
 

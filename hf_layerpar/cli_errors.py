@@ -31,7 +31,8 @@ def refused(error: Exception) -> int:
 
 
 def one_line(text: str) -> str:
-    text = " ".join(text.split())
+    # bytes of the command line that are no UTF-8 come as lone surrogates, which no stream takes
+    text = " ".join(text.encode(errors="backslashreplace").decode().split())
     return text if len(text) <= _MOST else f"{text[:_MOST]} ..."
 
 

@@ -20,6 +20,9 @@ Interpolation = Literal["constant", "linear"]
 Strategy = Literal["pipeline", "mgrit"]
 Relaxation = Literal["F", "FCF"]
 Ends = Literal["first_last", "spread"]
+Acceleration = Literal["none", "krylov"]
+Buffers = tuple[int, ...]
+"""(open, close), or (open, places of single layers between, ascending, close): see `buffer_places`."""
 
 MOST = 10**9
 """Largest whole number that a setting may be, where it has no limit of its own."""
@@ -109,11 +112,50 @@ def optional(check: Check) -> Check:
     return lambda name, value: None if value is None else check(name, value)
 
 
-def buffer_layers(name: str, value: Any) -> tuple[int, int]:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ConfigurationError(f"{name}={shown(value)} must be two integers (open, close)")
-    opening, closing = (whole(0)(f"{name}[{i}]", count) for i, count in enumerate(value))
-    return opening, closing
+def buffer_layers(name: str, value: Any) -> Buffers:
+    if not isinstance(value, list | tuple) or len(value) < 2:
+        raise ConfigurationError(
+            f"{name}={shown(value)} must be two integers (open, close), or more: (open, places between, close)"
+        )
+    opening, *between, closing = (whole(0)(f"{name}[{i}]", count) for i, count in enumerate(value))
+    for before, place in zip([opening - 1, *between], between, strict=False):
+        if place <= before:
+            raise ConfigurationError(
+                f"{name}={shown(value)}: place {place} comes after {before}; give the places between the first "
+                f"{opening} and the last {closing} layers in ascending order"
+            )
+    return opening, *between, closing
+
+
+def buffer_places(buffers: Buffers, num_layers: int) -> frozenset[int]:
+    """The places of the buffer layers in a stack of `num_layers`: the first and the last ones, and those in between.
+
+    Raises ConfigurationError for a place that isn't between them, and when no layer is left.
+    """
+    opening, *between, closing = buffers
+    rest = num_layers - opening - closing - len(between)
+    if rest < 1:
+        raise ConfigurationError(
+            f"buffers={buffers} leave {max(0, rest)} of {num_layers} layers between them; use fewer buffer layers"
+        )
+    if between and between[-1] >= num_layers - closing:
+        raise ConfigurationError(
+            f"buffers={buffers} of {num_layers} layers: layer {between[-1]} is not between the first {opening} and the "
+            f"last {closing}; use places from {opening} to {num_layers - closing - 1}"
+        )
+    return frozenset((*range(opening), *between, *range(num_layers - closing, num_layers)))
+
+
+def gathered(buffers: Buffers, num_layers: int) -> Buffers:
+    """The same layers, those next to the first and the last ones counted among these."""
+    places = buffer_places(buffers, num_layers)
+    inner = [n for n in range(num_layers) if n not in places]
+    first, last = inner[0], inner[-1]
+    return first, *(n for n in sorted(places) if first < n < last), num_layers - 1 - last
+
+
+def num_buffers(buffers: Buffers) -> int:
+    return buffers[0] + len(buffers) - 2 + buffers[-1]
 
 
 def names(name: str, value: Any) -> tuple[str, ...]:
@@ -160,6 +202,7 @@ _SOLVER: dict[str, Check] = {
     "relaxation": one_of(Relaxation),
     "forward_iterations": _ITERATIONS,
     "backward_iterations": _ITERATIONS,
+    "acceleration": one_of(Acceleration),
     "increment_penalty": real(lambda alpha: 0 <= alpha < math.inf, "finite and at least 0; 0 is no penalty"),
     "stacked": flag,
 }
@@ -172,7 +215,8 @@ class OdeSettings:
     step_size: h of the inner steps (buffer layers always have h = 1).
     form: "euler" x + h (layer(x) - x), or "split" (h scales every residual branch inside the layer).
     interpolation: how the weights of a refined stack were made from the original layers.
-    buffers: open and close layers of every stack that keep h = 1 and are always computed exactly.
+    buffers: layers of every stack that keep h = 1 and are always computed exactly: (open, close), the first and the
+        last ones, or (open, places of layers between, close), as in (2, 11, 2).
     folded: the stored weights already contain h (split form only), so a stock load computes the same function.
     stacks: names of the layer lists that are read so; None for all that are found.
     """
@@ -180,7 +224,7 @@ class OdeSettings:
     step_size: float = 1.0
     form: Form = "euler"
     interpolation: Interpolation = "constant"
-    buffers: tuple[int, int] = (0, 0)
+    buffers: Buffers = (0, 0)
     folded: bool = False
     stacks: tuple[str, ...] | None = None
 
@@ -213,6 +257,9 @@ class LayerParallelConfig:
     relaxation: "F" or "FCF".
     forward_iterations, backward_iterations: MGRIT iterations of each sweep; 1 is the nested start and one relaxation,
         each one more adds a coarse-grid correction. 0 makes that sweep exact.
+    acceleration: of the backward sweep, from two iterations on. "krylov": the combination of all iterates that has the
+        smallest residual, for each row of the batch by itself; it takes one relaxation and one small all-reduce more.
+        For hard networks, where the iterations diverge.
     increment_penalty: alpha >= 0; adds alpha/2 sum_n mean |x_{n+1} - x_n|^2 / |x_n|^2, over the steps between buffers
         and over tokens, to the loss whose gradient is computed, exactly or not (`hf_layerpar.run.increments`).
     stacked: evaluate layers that don't depend on each other together, as one layer with stacked weights: for one GPU
@@ -229,6 +276,7 @@ class LayerParallelConfig:
     relaxation: Relaxation = "F"
     forward_iterations: int = 1
     backward_iterations: int = 1
+    acceleration: Acceleration = "none"
     increment_penalty: float = 0.0
     stacked: bool = False
 

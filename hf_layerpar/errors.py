@@ -27,3 +27,7 @@ class CheckpointError(LayerParallelError, RuntimeError):
 
 class HubError(LayerParallelError, RuntimeError):
     """Another rank could not push to the Hub, whose former revision is untouched; that rank raises the cause."""
+
+
+class UnsupportedVersionError(LayerParallelError, ImportError):
+    """A library is of a version in which something that is relied on is missing or means something else."""

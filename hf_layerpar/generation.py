@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig, MaxTimeCriteria, PreTrainedModel
 
+from hf_layerpar.compat.torch import tree_leaves
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.run.transport import Attempt, Transport
 
@@ -30,6 +31,7 @@ class SharedGenerate:
 
     model: PreTrainedModel
     transport: Transport
+    whole: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def stock(self) -> Callable[..., Any]:
@@ -53,7 +55,8 @@ class SharedGenerate:
         facts["generate: the model's generation_config"] = _fact(self.model.generation_config)
         self.transport.agree(facts, refused.error)
         self._take_streams_of_first_rank(device)
-        return self.stock(**given)
+        with self.whole():  # dp ranks may generate other numbers of tokens, so none of them is for all
+            return self.stock(**given)
 
     def _refuse(self, given: dict[str, Any]) -> None:
         configs = (given.get("generation_config"), self.model.generation_config)
@@ -86,11 +89,13 @@ class SharedGenerate:
             write(state.cpu())
 
 
-def share_generation(model: nn.Module, transport: Transport) -> None:
-    """Put our `generate` on every HuggingFace model in `model` that has one."""
+def share_generation(
+    model: nn.Module, transport: Transport, whole: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> None:
+    """Put our `generate` on every HuggingFace model in `model` that has one. whole: in which parameters are whole."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and module.can_generate():
-            object.__setattr__(module, "generate", SharedGenerate(module, transport))
+            object.__setattr__(module, "generate", SharedGenerate(module, transport, whole))
 
 
 def _fact(value: Any) -> Any:

@@ -55,7 +55,7 @@ def played(model: nn.Module, stacks: Sequence[LayerStack], ends: Ends) -> Rehear
     """The rehearsal of a forward on a small input; None, with a warning, where the model takes another one."""
     was_training = model.training
     try:
-        with kept_streams(next(model.parameters()).device):
+        with kept_streams(device_of(model)):
             inputs = dummy_inputs(model)
             return rehearse(lambda batch: model(**batch), inputs, stacks, ends, loss=False)
     except Exception as error:  # whatever a model raises for inputs that are none of its own
@@ -69,12 +69,18 @@ def played(model: nn.Module, stacks: Sequence[LayerStack], ends: Ends) -> Rehear
         model.train(was_training)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Of a model whose layers may still be on the meta device."""
+    devices = [p.device for p in model.parameters()]
+    return next((device for device in devices if device.type != "meta"), devices[0])
+
+
 def dummy_inputs(model: nn.Module) -> dict[str, Any]:
     """A small batch of one row, by the name of the model's main input."""
     inner = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
     name = getattr(inner, "main_input_name", "input_ids")
     config: Any = getattr(inner, "config", None)
-    device = next(model.parameters()).device
+    device = device_of(model)
     tokens = torch.ones(1, 4, dtype=torch.int64, device=device)
     inputs: dict[str, Any] = {name: tokens}
     if name == "pixel_values":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,21 +14,23 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hf_layerpar.calling import Calls, refused_wrapper
+from hf_layerpar.checkpoint.saving import SaveAdapters, SaveSpread, push
+from hf_layerpar.compat.torch import DDP_READS_FIRST, norms_of, parameter_slots, scale_, tensor_slots
+from hf_layerpar.compat.transformers import CHECKPOINT_PATH
 from hf_layerpar.config import LayerParallelConfig, shown
 from hf_layerpar.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from hf_layerpar.generation import share_generation
-from hf_layerpar.hub.card import solver_facts
-from hf_layerpar.ode.checkpoint import SaveAdapters
+from hf_layerpar.ode.compiled import Compiler
 from hf_layerpar.ode.convert import OdeView, ode_view
 from hf_layerpar.ode.ends import Ends
 from hf_layerpar.ode.families import shared_modules
-from hf_layerpar.ode.pushing import ModelPush
 from hf_layerpar.ode.rehearsal import plain
 from hf_layerpar.ode.stack import LayerStack, intercept_root
-from hf_layerpar.placing import place_ends, played, tail_in_layers
+from hf_layerpar.placing import device_of, place_ends, played, tail_in_layers
 from hf_layerpar.plan.ladder import StackShape, exact_settings
 from hf_layerpar.plan.ownership import (
     INTERLEAVED,
@@ -40,9 +42,10 @@ from hf_layerpar.plan.ownership import (
 )
 from hf_layerpar.plan.schedules import SCHEDULES
 from hf_layerpar.plan.step import check_config, inner_grid, interval_points
-from hf_layerpar.run.first_rank import on_first_rank
+from hf_layerpar.run.data_shards import DataShards, copy_full, full_tensor, group_along, local
 from hf_layerpar.run.mesh import store_of_restart
 from hf_layerpar.run.transport import Attempt, GroupTransport, LocalTransport, Transport, fact
+from hf_layerpar.splitting import split_layers
 from hf_layerpar.stepping import Stepper, StepReport
 
 _ATTRIBUTE = "_hf_layerpar_parallel"
@@ -80,27 +83,41 @@ def parallelize(
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"parallelize needs a model from convert_to_ode; got {shown(model)}")
     config = LayerParallelConfig() if config is None else config
+    transport = transport_of(group, device_of(model))
+    found = Attempt(lambda: _new_view(model))
+    transport.agree(model_facts(model) | {"settings": config, "split": split}, found.error)
+    view = found.given()
+    handle = LayerParallel(model, config, view.stacks, transport, split, view.load)
+    view.load = None
+    object.__setattr__(model, _ATTRIBUTE, handle)
+    object.__setattr__(model, "push_to_hub", handle.push_to_hub)
+    if hasattr(model, "save_pretrained"):
+        object.__setattr__(model, "save_pretrained", handle.saver)
+    object.__setattr__(model, DDP_READS_FIRST, _Unwrapped(handle))
+    if handle.lp_size > 1:
+        _spread.add(model)
+        for module in model.modules():
+            for name in _CHANGES:
+                if hasattr(module, name):
+                    object.__setattr__(module, name, _Refused(name))
+    return handle
+
+
+def transport_of(group: dist.ProcessGroup | None, device: torch.device) -> Transport:
+    """How the lp ranks of a group speak, as `parallelize` takes it. device: of the model.
+
+    Raises ConfigurationError for what is no group.
+    """
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise ConfigurationError(
             f"group={shown(group)} must be a process group of torch.distributed that this process is in, or None"
         )
     if group is None:
-        group = _all_processes(model)
-    transport: Transport = LocalTransport() if group is None else GroupTransport(group)
-    found = Attempt(lambda: _new_view(model))
-    transport.agree(model_facts(model) | {"settings": config, "split": split}, found.error)
-    handle = LayerParallel(model, config, found.given().stacks, transport, split)
-    object.__setattr__(model, _ATTRIBUTE, handle)
-    object.__setattr__(model, "push_to_hub", handle.push_to_hub)
-    if hasattr(model, "get_base_model"):  # a PEFT model
-        object.__setattr__(model, "save_pretrained", SaveAdapters(model))
-    object.__setattr__(model, "_ddp_params_and_buffers_to_ignore", _Unwrapped(handle))
-    if handle.lp_size > 1:
-        _spread.add(model)
-    return handle
+        group = _all_processes(device)
+    return LocalTransport() if group is None else GroupTransport(group)
 
 
-def _all_processes(model: nn.Module) -> dist.ProcessGroup | None:
+def _all_processes(device: torch.device) -> dist.ProcessGroup | None:
     """The default process group; None where this is the only process."""
     world = os.environ.get("WORLD_SIZE", "1")
     if not dist.is_initialized() and world.isdigit() and int(world) > 1:
@@ -110,8 +127,7 @@ def _all_processes(model: nn.Module) -> dist.ProcessGroup | None:
                 f"and without {', '.join(lacks)} none can be: call torch.distributed.init_process_group() before "
                 "parallelize, start with accelerate launch or torchrun, or unset WORLD_SIZE for one process"
             )
-        device = next(model.parameters()).device.type
-        dist.init_process_group("gloo" if device == "cpu" else None, **store_of_restart())
+        dist.init_process_group("gloo" if device.type == "cpu" else None, **store_of_restart())
     return dist.group.WORLD if dist.is_initialized() else None
 
 
@@ -134,7 +150,7 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
     return {
         "model": type(model).__name__,
         "conversion": conversion,
-        "config": {k: v for k, v in config.items() if k not in ("_name_or_path", "transformers_version")},
+        "config": {k: v for k, v in config.items() if k not in (CHECKPOINT_PATH, "transformers_version")},
         "tensors": {
             name: f"{list(tensor.shape)} {tensor.dtype}{' trained' if tensor.requires_grad else ''}"
             for name, tensor in model.state_dict(keep_vars=True).items()
@@ -170,6 +186,24 @@ class _Unwrapped:
         return iter(())
 
 
+_CHANGES = ("resize_token_embeddings", "add_adapter", "load_adapter", "add_weighted_adapter")
+"""Methods of transformers' and PEFT's models that make parameters, which no rank would own."""
+
+
+@dataclass(slots=True, eq=False)
+class _Refused:
+    """What stands in place of such a method, on ranks of which each has a part of the model."""
+
+    name: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedModelError(
+            f"{self.name} of a model that is spread over several lp ranks: no rank would own the parameters that it "
+            f"makes. Call {self.name} before parallelize (of a model that LayerParallelTrainer spreads: before the "
+            "trainer is made)"
+        )
+
+
 _spread: WeakSet[nn.Module] = WeakSet()
 """Models of which other ranks have parts."""
 
@@ -203,8 +237,12 @@ class LayerParallel:
         stacks: Sequence[LayerStack],
         transport: Transport,
         split: Sequence[int] | str | None,
+        load: Callable[[], None] | None = None,
     ) -> None:
+        """load: gives the layers that this rank owns their weights, where all are on the meta device, and what is
+        outside of them is the same on all ranks already."""
         self._model, self._config, self._transport = model, config, transport
+        self.tp_size = 1
         self._instead: LayerParallelConfig | None = None
         self.stacks = tuple(stacks)
         check_config(config, transport.size)
@@ -226,7 +264,7 @@ class LayerParallel:
         for name, tensor in state.items():
             aliases.setdefault(id(tensor), []).append(name)
         self._tied = {name: [n for n in names if n != name] for names in aliases.values() for name in names}
-        if transport.size > 1:
+        if transport.size > 1 and load is None:
             with torch.no_grad():
                 for tensor in {id(t): t for t in (*state.values(), *model.buffers())}.values():
                     dense = tensor.data.contiguous()
@@ -235,6 +273,9 @@ class LayerParallel:
         place_ends(found, self.stacks, owners, self.ends, spread=config.ends == "spread", num_ranks=transport.size)
         self.owner_of: dict[str, int] = {}
         self._place_layers(owners, aliases)
+        if load is not None:
+            loaded = Attempt(load)
+            transport.agree({"about to": "use the layers that were loaded"}, loaded.error)
         self._drop_ends()
         self.stepper = Stepper(model, self.stacks, owners, self.ends, transport)
         calls = Calls(self.stepper, lambda: self.next_config)
@@ -291,7 +332,9 @@ class LayerParallel:
     @property
     def shapes(self) -> tuple[StackShape, ...]:
         """Layers and buffers of every stack."""
-        return tuple(StackShape(len(stack.layers), stack.settings.buffers) for stack in self.stacks)
+        return tuple(
+            StackShape(len(stack.layers), stack.settings.buffers, stack.settings.step_size) for stack in self.stacks
+        )
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -303,10 +346,13 @@ class LayerParallel:
 
     @config.setter
     def config(self, config: LayerParallelConfig) -> None:
+        self._check(config)
+        self._config = config
+
+    def _check(self, config: LayerParallelConfig) -> None:
         check_config(config, self.lp_size)
         for stack in self.stacks:
             self._check_grid(config, stack)
-        self._config = config
 
     @property
     def next_config(self) -> LayerParallelConfig:
@@ -315,7 +361,11 @@ class LayerParallel:
 
     @contextmanager
     def using(self, config: LayerParallelConfig) -> Iterator[None]:
-        """Forwards inside (and their backwards) run with `config`; the same on all lp ranks."""
+        """Forwards inside (and their backwards) run with `config`; the same on all lp ranks.
+
+        Raises ConfigurationError as setting `config` does.
+        """
+        self._check(config)
         before, self._instead = self._instead, config
         try:
             yield
@@ -326,10 +376,69 @@ class LayerParallel:
         """Forwards inside (and their backwards) run the exact pipeline."""
         return self.using(exact_settings(self._config))
 
+    def compile_layers(self, backend: str = "inductor", mode: str = "default") -> None:
+        """From now on the layers run as code of torch.compile: those of a class share it, and it is made when the
+        first of them is evaluated. Collective over the lp ranks.
+
+        Forwards with a KV cache run as they are, and in one process those with gradient checkpointing too where no
+        solver runs them. Code makes all gradients of a layer at once, so input-only vjps cost
+        as much as final ones, and weight gradients aren't taken apart. Sets `torch._functorch.config.donated_buffer`
+        to False, as graphs are gone through several times.
+
+        Raises ConfigurationError for what torch.compile doesn't know and for modes with CUDA graphs, and
+        UnsupportedModelError for layers with a forward of their own; on all ranks.
+        """
+
+        def made() -> Compiler:
+            for stack in self.stacks:
+                stack.check_compilable()
+            return Compiler(backend, mode)
+
+        found = Attempt(made)
+        self.agree({"about to": "compile layers", "backend and mode": (backend, mode)}, found.error)
+        for stack in self.stacks:
+            stack.compiler = found.given()
+
+    def split_over_tp(self, devices: DeviceMesh) -> None:
+        """From now on the tp ranks of the mesh (its axis "tp") hold a part each of the own layers' matrices, by
+        transformers' tp_plan; see `hf_layerpar.splitting`. They must hold equal parameters, and be given the same
+        batches. To be called before `shard_over_dp`, and before the optimizer is made.
+
+        Raises ConfigurationError for models that can't be split.
+        """
+        split_layers(self._model, self.stacks, devices["tp"])
+        self.tp_size = devices["tp"].size()
+
+    def shard_over_dp(self, devices: DeviceMesh) -> None:
+        """From now on the dp ranks of the mesh (its axis "dp") keep a piece each of this rank's parameters, gradients
+        and optimizer states, by FSDP2; see `hf_layerpar.run.data_shards`. They must hold equal parameters. To be called
+        before the optimizer is made. Collective over the dp ranks.
+
+        Raises ConfigurationError for parameters that can't be cut.
+        """
+        layers = [layer for stack in self.stacks for i, layer in enumerate(stack.layers) if i not in stack.foreign]
+        self.stepper.shards = DataShards(self._model, layers, devices["dp"], self.ends.refresh)
+        share_generation(self._model, self._transport, self.whole)
+
+    @property
+    def is_sharded_over_dp(self) -> bool:
+        """Whether dp ranks keep pieces of this rank's parameters, so that reading them is collective over these."""
+        return self.stepper.shards is not None
+
+    def whole(self, *, writes: bool = False) -> AbstractContextManager[None]:
+        """Parameters that dp ranks keep pieces of are whole and plain inside. writes: what is written to them is kept.
+        Collective over the dp ranks at its begin; nothing where each rank's are whole."""
+        return self.stepper.whole(writes=writes)
+
     def agree(self, facts: dict[str, Any], error: Exception | None = None) -> None:
         """Raises RankMismatchError on all lp ranks where they have other `facts`, and `error` where all have one.
         Collective."""
         self._transport.agree(facts, error)
+
+    def any_of(self, doing: str, flag: bool) -> bool:
+        """Whether `flag` is set on any lp rank. Collective; raises RankMismatchError on all where some are not `doing`
+        this."""
+        return self._transport.any_of(doing, [flag])[0]
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums `tensor` over the lp ranks, in place. Collective."""
@@ -339,16 +448,22 @@ class LayerParallel:
         """The 2-norm `[]` of all gradients: layers of all lp ranks, and the ends once. The same bits on all lp ranks
         and at every lp size. Collective over the lp ranks."""
         grads = {name: p.grad for name, p in self._model.named_parameters() if p.grad is not None}
-        tensors = list(grads.values())
+        tensors = [local(grad) for grad in grads.values()]
         wide = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32  # than bf16
-        found = torch._foreach_norm(tensors, dtype=wide) if tensors else ()  # pyright: ignore
-        norms = dict(zip(grads, found, strict=True))
+        norms = dict(zip(grads, norms_of(tensors, wide), strict=True))
         place = {name: i for i, name in enumerate(self.owner_of)}
         squares = torch.zeros(len(place), dtype=torch.float64, device=self.device)
         # what several ranks hold counts once
         mine = {place[n]: norm for n, norm in norms.items() if self.owner_of[n] == self.lp_rank}
         if mine:
             squares[list(mine)] = torch.stack([norm.double() for norm in mine.values()]).square()
+        for axis in ("dp", "tp"):  # other ranks have other pieces
+            groups = {place[name]: group_along(grad, axis) for name, grad in grads.items()}
+            cut = [i for i, group in groups.items() if group is not None]
+            if cut:
+                pieces = squares[cut]
+                dist.all_reduce(pieces, group=groups[cut[0]])
+                squares[cut] = pieces
         self.all_reduce(squares)  # exact: each entry comes from one rank
         return torch.tensor(math.sqrt(math.fsum(squares.tolist())), device=self.device)  # fsum knows no order
 
@@ -364,8 +479,8 @@ class LayerParallel:
         norm = self.grad_norm()
         scale = max_norm / (float(norm) + 1e-6)
         if not scale >= 1:  # also where the norm is not a number, as torch
-            grads = [p.grad for p in self._model.parameters() if p.grad is not None]
-            torch._foreach_mul_(grads, scale)  # pyright: ignore[reportPrivateImportUsage]
+            grads = [local(p.grad) for p in self._model.parameters() if p.grad is not None]
+            scale_(grads, scale)
         return norm
 
     def report(self) -> StepReport | None:
@@ -381,18 +496,31 @@ class LayerParallel:
 
         Tensors of lp rank 0 that already are on the CPU are the model's own, not copies.
         """
+        return self.collected(self._layout)
+
+    def collected(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """`state_dict` of the tensors of these names, the same on all lp ranks. Collective over the lp ranks."""
         self._transport.agree({"about to": "collect the state dict"})
+        with self.whole():
+            return self._collected(names)
+
+    def _collected(self, names: Iterable[str]) -> dict[str, Tensor]:
         here = {name: t for name, t in self._model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
         on_host: dict[int, Tensor] = {}  # by identity, so that tied tensors stay tied
         full: dict[str, Tensor] = {}
-        for name, (shape, dtype) in self._layout.items():  # one tensor at a time: no second copy of the model
+        for name in names:  # one tensor at a time: no second copy of the model
+            shape, dtype = self._layout[name]
             owner = self.owner_of.get(name, 0)
             if owner == 0:
                 if self.lp_rank == 0:
                     tensor = here[name]
-                    full[name] = on_host.setdefault(id(tensor), tensor.detach().cpu())
+                    if id(tensor) not in on_host:
+                        on_host[id(tensor)] = full_tensor(tensor.detach()).cpu()
+                        if self.stepper.shards is not None:  # whole for a while only
+                            on_host[id(tensor)] = on_host[id(tensor)].clone()
+                    full[name] = on_host[id(tensor)]
             elif self.lp_rank == owner:
-                self._transport.wait(self._transport.send(here[name].detach().contiguous(), 0))
+                self._transport.wait(self._transport.send(full_tensor(here[name].detach()).contiguous(), 0))
             elif self.lp_rank == 0:
                 buffer = torch.empty(shape, dtype=dtype, device=self.device)
                 self._transport.wait(self._transport.receive(buffer, owner))
@@ -403,20 +531,18 @@ class LayerParallel:
         """Pushes the whole model; `model.push_to_hub` is this too. Collective over the lp ranks (of one dp rank).
 
         lp rank 0 uploads what `save_pretrained` writes, in one commit, which it returns. The others wait for it.
-        options: those of `PreTrainedModel.push_to_hub`.
+        options: those of `PreTrainedModel.push_to_hub`. Where the model is written in pieces, TMPDIR must be a folder
+        that all lp ranks share.
 
         Raises what failed on lp rank 0, and HubError that quotes it on the others; the Hub then has what it had.
         """
-        group, device, doing = self.group, self.device, f"the push to {repo_id!r}"
-        self._transport.agree({"push_to_hub": repo_id})
-        push = on_first_rank(lambda: ModelPush(repo_id, **options), doing, group, device)
-        state_dict = self.state_dict()
+        return push(self.saver, repo_id, **options)
 
-        def upload() -> CommitInfo:
-            assert push is not None
-            return push(self._model, state_dict, solver_facts(self.config.to_dict(), lp_size=self.lp_size))
-
-        return on_first_rank(upload, doing, group, device)
+    @property
+    def saver(self) -> SaveAdapters | SaveSpread:
+        """What writes the model; `model.save_pretrained` is this too."""
+        is_peft = hasattr(self._model, "get_base_model")
+        return SaveAdapters(self._model, self) if is_peft else SaveSpread(self._model, self)
 
     def load_state_dict(self, full: Mapping[str, Tensor]) -> None:
         """Copies what this rank holds out of a full state dict.
@@ -433,10 +559,10 @@ class LayerParallel:
                 f"{len(unknown)} unknown {unknown[:4]}, {len(wrong)} of another shape {wrong[:4]}; load a "
                 f"checkpoint of this model (same architecture, depth and head)"
             )
-        with torch.no_grad():
+        with torch.no_grad(), self.whole(writes=True):
             for name, tensor in self._model.state_dict(keep_vars=True).items():
                 if isinstance(tensor, Tensor) and name in full:
-                    tensor.data.copy_(full[name])
+                    copy_full(tensor.data, full[name])
 
     # ---- inside
     @staticmethod
@@ -464,7 +590,7 @@ class LayerParallel:
                         f"split={shown(split)} with strategy={config.strategy!r}: the splits by name are "
                         "'interleaved', and 'v' for a pipeline; or give the number of layers of each rank"
                     )
-                return interleaved_owner(num_layers, num_ranks, boundaries, buffers)
+                return interleaved_owner(num_layers, num_ranks, boundaries)
             return contiguous_owner(num_layers, num_ranks, boundaries=boundaries, split=split)
 
     @staticmethod
@@ -494,7 +620,7 @@ class LayerParallel:
             for stack, owner in zip(self.stacks, owners, strict=True):
                 for index, layer in enumerate(stack.layers):
                     for module in layer.modules():
-                        for tensors in (module._parameters, module._buffers):
+                        for tensors in tensor_slots(module):
                             for key, tensor in tensors.items():
                                 if tensor is not None and id(module) not in made_for_all:
                                     yield stack, index, owner[index], tensors, key, tensor
@@ -530,7 +656,7 @@ class LayerParallel:
             self.owner_of |= dict.fromkeys(names, p.holders[0])
             if self.lp_rank not in p.holders:
                 for module, key in p.slots:
-                    module._parameters[key] = None
+                    parameter_slots(module)[key] = None
                 p.value = None
 
 

@@ -6,8 +6,10 @@ Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -16,9 +18,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.compat.torch import keystr, tree_flatten_with_path
+from hf_layerpar.config import LayerParallelConfig, buffer_places, real
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode.ends import EndParameter, Ends
 from hf_layerpar.ode.phases import ModelPhases
@@ -34,14 +36,16 @@ from hf_layerpar.ode.rehearsal import (
     rehearse_parts,
     signature_of,
 )
-from hf_layerpar.ode.stack import LayerStack
+from hf_layerpar.ode.stack import LayerStack, is_checkpointed
+from hf_layerpar.plan.costs import COMPILED, Costs
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, Pass, build_step
 from hf_layerpar.plan.tasks import Direction, Plan
+from hf_layerpar.run.data_shards import DataShards
 from hf_layerpar.run.increments import Increments
 from hf_layerpar.run.layers import Common, Entry, Layers, kept_streams
 from hf_layerpar.run.stackable import OneDevice
-from hf_layerpar.run.step import LayersOf, Outcome, Penalty, Step
+from hf_layerpar.run.step import Finished, LayersOf, Outcome, Penalty, Step
 from hf_layerpar.run.transport import ALIKE, Attempt, Roughly, Transport, fact
 
 
@@ -93,7 +97,8 @@ class Prepared:
 class Stepper:
     """The steps of a model whose layers live on the ranks of `transport`.
 
-    owners: of the layers of every stack. ends: the parameters outside the layers.
+    owners: of the layers of every stack. ends: the parameters outside the layers. finished: is told in training steps
+    of every layer, by stack and place, to whose gradients nothing more is added.
     """
 
     def __init__(
@@ -111,6 +116,8 @@ class Stepper:
         self._rehearsed: dict[tuple, tuple[Rehearsed, Closure]] = {}
         self._parts: dict[int, RankPart] = {}
         self.deferrable: set[int] = set()
+        self.shards: DataShards | None = None
+        self.finished: Finished | None = None
         self._one_device = OneDevice()
         self._batches = 0
 
@@ -123,24 +130,52 @@ class Stepper:
         training = any(layer.training for stack in self.stacks for layer in stack.layers)
         return int(torch.randint(2**62, (), dtype=torch.int64)) if training else None
 
+    def gather(self) -> None:
+        """Makes parameters whole that lie in pieces on dp ranks. Collective over these, where they are in pieces."""
+        if self.shards is not None:
+            self.shards.gather()
+
+    def whole(self, *, writes: bool = False) -> AbstractContextManager[None]:
+        """Parameters are whole inside; see `DataShards.whole`."""
+        return nullcontext() if self.shards is None else self.shards.whole(writes=writes)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether layers run as compiled code."""
+        return any(stack.compiler is not None for stack in self.stacks)
+
+    @property
+    def costs(self) -> Costs | None:
+        """What a step is scheduled by."""
+        return COMPILED if self.compiled else None
+
+    def common(self, seed: int | None, keeps: bool = True) -> Common:
+        return Common(seed, is_checkpointed, keeps, self.deferrable, self.compiled)
+
     # ---- a training step
     def train(
         self, batch: Any, closure: Closure, config: LayerParallelConfig, scale: float, penalty_scale: float
     ) -> Any:
         """The loss of the whole batch, alike on all ranks, with `.grad` of `scale` times it; and the metrics that the
         closure returned beside it, if any, summed over the parts. Collective."""
+        self.gather()
         seed = self.draw_seed()
 
         def play(part: Any) -> Any:
             return closure(part.copy() if isinstance(part, dict) else part)  # losses may take labels out of it
 
+        def prepare() -> Prepared:
+            for name, factor in (("scale", scale), ("penalty_scale", penalty_scale)):
+                _FINITE(name, factor)
+            return self._prepare(batch, play, config, _known_as(closure))
+
         with kept_streams(self.device):
-            found = Attempt(lambda: self._prepare(batch, play, config, _known_as(closure)))
+            found = Attempt(prepare)
             doing = {"a training step of": type(self.model).__name__, "loss scale": (scale, penalty_scale)}
             self.agree(doing, batch, config, seed, found.value and found.value.rehearsed, found.error)
             ready = found.given()
             phases = self._phases(play, ready, trains=True)
-            common = Common(seed, any(stack.needs_recompute for stack in self.stacks), deferrable=self.deferrable)
+            common = self.common(seed)
             plan, make_layers = self._plan(config, ready, phases, common)
             step = Step(
                 self._part(plan),
@@ -151,12 +186,18 @@ class Stepper:
                 scale=scale,
                 penalty=self.penalty(config, ready.rehearsed, ready.rows, penalty_scale),
                 make_layers=make_layers,
+                finished=self.finished,
             )
             outcome = step.run()
         self.last = (outcome, plan, ready.rehearsed.stacks)
         return self._finish(ready, outcome, phases.metrics)
 
     def _prepare(self, batch: Any, closure: Closure, config: LayerParallelConfig, known_as: Any) -> Prepared:
+        if config.stacked and self.compiled:
+            raise ConfigurationError(
+                "stacked=True evaluates layers together, and these are compiled one by one; use stacked=False, or "
+                "compile nothing (torch_compile=False)"
+            )
         main = getattr(self.model, "main_input_name", None)
         rows = batch_rows(batch, main)
         if rows < 1:
@@ -238,7 +279,9 @@ class Stepper:
         self, config: LayerParallelConfig, ready: Prepared, phases: ModelPhases, common: Common
     ) -> tuple[Plan, LayersOf]:
         """The plan, and what makes a pass's layers: one at a time, or (stacked) those of a wave together."""
-        build = partial(build_step, anatomy=ready.anatomy, num_ranks=1, micro_batches=len(ready.parts))
+        build = partial(
+            build_step, anatomy=ready.anatomy, num_ranks=1, micro_batches=len(ready.parts), costs=self.costs
+        )
         if config.stacked:
             entries = [phases.enter(k, 0, [None] * k, real=False) for k in range(len(ready.anatomy.passes))]
             found = self._one_device.plan(config, build, [Layers(e, common, k, 0) for k, e in enumerate(entries)])
@@ -276,8 +319,7 @@ class Stepper:
 
         def of_pass(k: int) -> Increments:
             stack = self.stacks[rehearsed.stacks[k]]
-            opening, closing = stack.settings.buffers
-            inner = range(opening, len(stack.layers) - closing)
+            inner = frozenset(range(len(stack.layers))) - buffer_places(stack.settings.buffers, len(stack.layers))
             return Increments(inner, rows, config.increment_penalty, scale)
 
         return of_pass
@@ -471,6 +513,8 @@ def _contents(leaf: Any) -> Any:
     weights = torch.randn(len(values), generator=seeded, device=leaf.device)
     return Roughly(values @ weights / values.norm().clamp(min=1e-30))
 
+
+_FINITE = real(math.isfinite, "a finite number")
 
 _MOST_REHEARSED = 64
 """Rehearsals that are kept. More come of losses that are other objects in every step."""

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.config import Buffers, LayerParallelConfig
 from hf_layerpar.plan.ownership import contiguous_owner
 from hf_layerpar.plan.step import Anatomy, Pass, build_step
 from hf_layerpar.plan.tasks import Direction, Plan
@@ -152,8 +152,8 @@ def gradients_of(
     *,
     owner: Sequence[int] | None = None,
     split: Sequence[int] | None = None,
-    buffers: tuple[int, int] = (0, 0),
-    recompute: bool = False,
+    buffers: Buffers = (0, 0),
+    recompute: bool | Callable[[nn.Module], bool] = False,
     seed: int | None = None,
     loss: Loss = loss_of,
     added: bool = False,

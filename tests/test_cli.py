@@ -106,7 +106,7 @@ def test_png(capsys, tmp_path):
         (["--micro-batches", "-4", "--choose", "high"], "micro_batches=-4 must be an integer of at least 1"),
         (["--micro-batches", "200000"], "s to plan, and the limit is 30 s; use less of one of them"),
         (["--micro-batches", "200000", "--choose", "high"], "try fewer micro-batches"),
-        (["--buffers", "99", "99"], "buffers=(99, 99) leave none of 12 layers between them; use fewer buffer layers"),
+        (["--buffers", "99", "99"], "buffers=(99, 99) leave 0 of 12 layers between them; use fewer buffer layers"),
         (["--buffers", "99", "99", "--choose", "high"], "use fewer buffer layers"),
         (["--strategy", "mgrit", "--forward-iterations", "1001"], "forward_iterations=1001 must be at most 1000"),
         (["--layers", str(10**18)], f"--layers={10**18} must be at most 1000000"),

@@ -16,7 +16,7 @@ from transformers import BertTokenizer
 
 from hf_layerpar.cli import main
 from hf_layerpar.config import CONFIG_KEY
-from hf_layerpar.ode.checkpoint import from_pretrained
+from hf_layerpar.loading import from_pretrained
 from hf_layerpar.ode.convert import convert_to_ode
 from tests import zoo
 

@@ -67,7 +67,10 @@ FAMILIES = ["gpt2", "llama", "gemma3", "marian", "bart", "t5", "whisper"]
 
 @pytest.mark.parametrize(
     ("world", "name"),
-    [(1, "gpt2"), (1, "bart"), *((2, name) for name in FAMILIES), (3, "gemma3"), (3, "marian"), (3, "t5")],
+    [
+        *((1, "gpt2"), (1, "bart"), *((2, name) for name in FAMILIES if name != "llama"), (3, "gemma3"), (3, "marian")),
+        *((3, "t5"), pytest.param(2, "llama", marks=pytest.mark.compat)),
+    ],
 )
 def test_tokens_and_scores_are_those_of_the_serial_model(world: int, name: str) -> None:
     hows = [how for how in HOW if "lookup" not in how or name in ("gpt2", "llama")]

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers as hf
-from peft import AdaLoraConfig, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_layerpar import LayerParallelConfig, convert_to_ode, gradient_agreement, layer_parallel, parallelize
 from hf_layerpar.errors import CheckpointError, ConfigurationError, RankMismatchError, UnsupportedModelError
+from tests import zoo
 from tests.multiproc import free_port, run_ranks
 from tests.zoo import build
 
@@ -76,7 +77,7 @@ def against_stock(name, config, split=None):
     return loss_error, error, sorted(n for n, _ in ours.named_parameters()), handle.owner_of, copies
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", zoo.in_every_version(CASES, "t5"))
 def test_exact_gradients_on_two_ranks(name):
     results = run_ranks(against_stock, 2, name, CASES[name])
     owner_of = results[0][3]
@@ -357,15 +358,25 @@ def wrapped_and_such():
     handle.train_step(inputs)
     attempt("lbfgs", lambda: torch.optim.LBFGS(model.parameters()).step(lambda: handle.train_step(inputs)))
     torch.optim.LBFGS([torch.nn.Parameter(torch.zeros(1))]).step(lambda: 0.0)  # of something else
+    attempt("new rows", lambda: model.resize_token_embeddings(200))
+    attempt("an adapter", lambda: model.bert.add_adapter(LoraConfig(target_modules=["query"])))
+    attempt("a setting", lambda: handle.using(None).__enter__())  # type: ignore[arg-type]
+    attempt("a scale", lambda: handle.train_step(inputs, scale=math.nan if handle.lp_rank else 1.0))
+    assert math.isfinite(float(handle.train_step(inputs)))
     return told
 
 
+@pytest.mark.compat
 def test_what_would_copy_or_part_the_layers_is_refused():
     for told in run_ranks(wrapped_and_such, 2):
         for name in ("ddp", "an own module in ddp", "stock"):
             assert "UnsupportedModelError: DistributedDataParallel" in told[name], name
             assert "Use LayerParallelTrainer" in told[name]
         assert "ConfigurationError: LBFGS of a model on several lp ranks" in told["lbfgs"]
+        assert "Call resize_token_embeddings before parallelize" in told["new rows"]
+        assert "Call add_adapter before parallelize" in told["an adapter"]
+        assert "config=None must be a LayerParallelConfig" in told["a setting"]
+        assert "scale" in told["a scale"]
 
 
 def norm_of_bf16():

@@ -60,6 +60,7 @@ SOLVER: dict[str, list[Any]] = {
     "relaxation": ["F", "FCF"],
     "forward_iterations": [0, 1, 2, 1000],
     "backward_iterations": [0, 1, 2],
+    "acceleration": ["none", "krylov"],
     "increment_penalty": [0, 0.0, 0.1, 1],
     "stacked": [False, True],
 }
@@ -67,10 +68,12 @@ ODE: dict[str, list[Any]] = {
     "step_size": [1, 1.0, 0.5, 0.25],
     "form": ["euler", "split"],
     "interpolation": ["constant", "linear"],
-    "buffers": [(0, 0), (1, 0), [1, 1]],
+    "buffers": [(0, 0), (1, 0), [1, 1], [0, 2, 1], (0, 1, 0)],
 }
 ARGUMENTS = SOLVER | {
     "lp_size": [1, 1, 1, 2],
+    "tp_size": [1, 1, 1, 2],
+    "async_save": [False, True],
     "controller": ["off", "paper", "raise", "adaptive"],
     "check_every": [1, 500],
     "check_gradient": [False, True],
@@ -193,7 +196,8 @@ PLAN: dict[str, list[str]] = {
     "--backward-iterations": ["0", "1", "2"],
     "--coarse-operator": list(OPERATORS),
     "--micro-batches": ["1", "2", "3"],
-    "--buffers": ["0 0", "1 0", "1 1"],
+    "--buffers": ["0 0", "1 0", "1 1", "1 6 9 1"],
+    "--acceleration": ["none", "krylov"],
     "--split": ["6 6", "4 4 4", "12"],
     "--interleaved": [""],
     "--cost": ["tail=3", "latency=1", "step=0", "bandwidth=2", "fixed_share=0.5", "state_bytes=8", "combine=1e-3"],

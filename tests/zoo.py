@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor
@@ -212,6 +213,20 @@ _TUPLES: dict[str, tuple[Any, Any, dict[str, Any], tuple[str, ...], Callable[[],
         ("num_hidden_layers",),
         text,
     ),
+    "xlnet": (
+        hf.XLNetLMHeadModel,
+        hf.XLNetConfig,
+        _SPECIAL | {"vocab_size": VOCAB, "d_model": 32, "n_head": 4, "d_inner": 64, "use_mems_eval": False},
+        ("n_layer",),
+        text,
+    ),
+    "squeezebert": (
+        hf.SqueezeBertForMaskedLM,
+        hf.SqueezeBertConfig,
+        _TEXT | _SPECIAL | _HIDDEN_DROPOUT | {"embedding_size": 32},
+        ("num_hidden_layers",),
+        text,
+    ),
     "bamba": (hf.BambaForCausalLM, hf.BambaConfig, _LLAMA | _BAMBA, ("num_hidden_layers",), text),
 }
 
@@ -245,3 +260,9 @@ def build(
 
 def without_labels(inputs: Inputs) -> Inputs:
     return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+def in_every_version(names: Iterable[str], *chosen: str) -> list[Any]:
+    """Of names, test parameters; the chosen ones are checked with other versions of the libraries too (`compat`)."""
+    assert set(chosen) <= set(names)
+    return [pytest.param(name, marks=pytest.mark.compat) if name in chosen else name for name in names]

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
-from hf_layerpar.ode.checkpoint import from_pretrained
+from hf_layerpar.loading import from_pretrained
 
 Task = Literal["causal-lm", "masked-lm", "sequence-classification"]
 

@@ -6,14 +6,17 @@ Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
+from hf_layerpar.compat.torch import tree_flatten, tree_unflatten
 from hf_layerpar.diagnosis.readings import LayerReading
 from hf_layerpar.errors import UnsupportedModelError
 from hf_layerpar.ode.stack import LayerStack, RecordedCall
@@ -74,7 +77,7 @@ def _derivative(pulled: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 def increment_of(call: RecordedCall) -> Callable[[Tensor], Tensor]:
     """x -> S(x) - x for one recorded layer call: what `lipschitz` is estimated of."""
-    return lambda x: call.step(x, call.args, call.kwargs) - x
+    return lambda x: call.step(x, call.args, call.kwargs, compiled=False) - x
 
 
 def with_sides(entry: Entry, sides: Sequence[Tensor]) -> list[RecordedCall]:
@@ -124,7 +127,36 @@ class LayerReader:
             lipschitz=constant,
             growth=float(y.float().norm() / before),
             outlier=float(tokens.max() / tokens.median()),
+            adjoint=math.nan,
         )
+
+
+class AdjointReader:
+    """A solver that runs a stack layer by layer in autograd's sight and keeps its states, whose gradients then are the
+    adjoints. Each layer is evaluated again in the backward, so that no more is held than the states."""
+
+    def __init__(self) -> None:
+        self.states: list[Tensor] = []
+
+    def __call__(self, calls: Sequence[RecordedCall], x: Tensor) -> Tensor:
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        self.states = [x]
+        for call in calls:
+            x = checkpoint(call.step, x, call.args, call.kwargs, use_reentrant=False)
+            self.states.append(x)
+        return x
+
+
+def adjoint_growths(readers: Sequence[AdjointReader], loss: Tensor) -> list[list[float]]:
+    """Of each layer of each reader's stack, ||dloss/dx|| / ||dloss/dS(x)||; nan where the loss doesn't depend on it."""
+    states = [state for reader in readers for state in reader.states]
+    grads = torch.autograd.grad(loss, states, allow_unused=True)
+    norms = iter([0.0 if g is None else float(g.float().norm()) for g in grads])
+    found = []
+    for reader in readers:
+        own = [next(norms) for _ in reader.states]
+        found.append([a / b if b else math.nan for a, b in pairwise(own)])
+    return found
 
 
 def _row_norms(x: Tensor) -> Tensor:

@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.config import Buffers, LayerParallelConfig
 from hf_layerpar.diagnosis.layers import with_sides
 from hf_layerpar.diagnosis.readings import SettingReading
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.ends import Ends
 from hf_layerpar.ode.phases import ModelPhases
 from hf_layerpar.ode.rehearsal import Rehearsed, batch_rows, check_parts, cut_rows, rehearse
-from hf_layerpar.ode.stack import LayerStack
+from hf_layerpar.ode.stack import LayerStack, is_checkpointed
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, Pass, build_step
 from hf_layerpar.plan.tasks import Direction
+from hf_layerpar.run.held import Held
 from hf_layerpar.run.layers import Common, Entry, kept_streams
 from hf_layerpar.run.step import Step
 from hf_layerpar.run.transport import LocalTransport
@@ -51,12 +52,13 @@ class Solve:
 class Bench:
     """Training steps of a model in this process, which leave no gradient and no moved random stream behind.
 
-    buffers: open and close layers of every stack that are solved exactly.
+    buffers: layers of every stack that are solved exactly (see `OdeSettings`).
     Raises ConfigurationError when no parameter of any layer is trainable.
     """
 
     def __init__(self, model: nn.Module, stacks: Sequence[LayerStack]) -> None:
-        self.model, self.stacks, self.buffers = model, tuple(stacks), (0, 0)
+        self.model, self.stacks = model, tuple(stacks)
+        self.buffers: Buffers = (0, 0)
         self.ends = Ends(model, self.stacks, 1)
         self._last: tuple[Any, Rehearsed] | None = None
         layers = [layer for stack in stacks for layer in stack.layers]
@@ -77,7 +79,6 @@ class Bench:
         Raises ConfigurationError when the model returns no loss for these inputs.
         """
         training = any(layer.training for stack in self.stacks for layer in stack.layers)
-        recompute = any(stack.needs_recompute for stack in self.stacks)
         before = [(p, p.grad) for p in self.model.parameters()]
         with kept_streams(self.device):
             seed = int(torch.randint(2**62, (), dtype=torch.int64)) if training else None
@@ -94,7 +95,7 @@ class Bench:
                 for v in task.inputs
             }
             part = RankPart.of(plan, 0)
-            step = Step(part, phases, LocalTransport(), Common(seed, recompute), device=self.device)
+            step = Step(part, phases, LocalTransport(), Common(seed, is_checkpointed), device=self.device)
             try:
                 for p, _ in before:
                     p.grad = None
@@ -137,8 +138,48 @@ class Bench:
             return None
         return parts[0]
 
-    # ---- inside
-    def _loss(self, batch: Mapping[str, Any]) -> Tensor:
+    def end_bytes(self, inputs: Mapping[str, Any]) -> dict[str, float]:
+        """What the model's ends take: their parameters, what the front keeps for its backward, and what the tail takes
+        while it runs, by their names in `Costs`."""
+        before = [(p, p.grad) for p in self.model.parameters()]
+        with kept_streams(self.device):
+            rehearsed = self._rehearsed(inputs)
+            states = [entry.x for entry in self.entries(inputs).values()]
+            phases, last = self._phases(inputs, rehearsed), len(rehearsed.stacks)
+            leaves = [states[k].detach().requires_grad_() if k in rehearsed.needs[last] else None for k in range(last)]
+            try:
+                there = [leaf for leaf in leaves if leaf is not None]
+                for p, _ in before:  # so that the backward adds to what is there
+                    p.grad = torch.zeros_like(p)
+                    there += [p, p.grad]
+                with Held(there) as front:
+                    entry = phases.enter(0, 0, [None] * last, real=True)
+                    kept = front.now - entry.x.untyped_storage().nbytes()
+                del entry
+                with Held(there) as tail:
+                    loss = phases.finish(0, (0, 1), leaves)
+                    assert loss is not None
+                    loss.backward()
+            finally:
+                for p, grad in before:
+                    p.grad = grad
+        used = rehearsed.uses[last]
+        trained = [p for p in used if p.value is not None and p.value.requires_grad]
+        sizes = {p: p.shape.numel() * p.dtype.itemsize for p in self.ends}
+        # what no phase uses stays on the first rank
+        behind = set(used) - {p for uses in rehearsed.uses[:-1] for p in uses}
+        added = max((sizes[p] for p in trained), default=0)
+        return {
+            "front_bytes": sum(size for p, size in sizes.items() if p not in behind),
+            "tail_bytes": sum(size for p, size in sizes.items() if p in used),
+            "shared_bytes": sum(size for p, size in sizes.items() if p in used and p not in behind),
+            "front_graph_bytes": max(0.0, kept),
+            "tail_graph_bytes": max(0.0, tail.most - added),
+            "tail_added_bytes": added,
+        }
+
+    def loss(self, batch: Mapping[str, Any]) -> Tensor:
+        """What the model returns of a batch. Raises ConfigurationError for none."""
         loss = getattr(self.model(**batch), "loss", None)
         if not isinstance(loss, Tensor):
             raise ConfigurationError(
@@ -147,16 +188,15 @@ class Bench:
             )
         return loss
 
+    # ---- inside
     def _rehearsed(self, inputs: Mapping[str, Any]) -> Rehearsed:
         if self._last is None or self._last[0] is not inputs:
-            self._last = (inputs, rehearse(self._loss, inputs, self.stacks, self.ends, loss=True))
+            self._last = (inputs, rehearse(self.loss, inputs, self.stacks, self.ends, loss=True))
         return self._last[1]
 
     def _phases(self, inputs: Mapping[str, Any], rehearsed: Rehearsed) -> ModelPhases:
         rows = [rows_of(self.model, inputs)]
-        return ModelPhases(
-            self._loss, [inputs], rows, self.stacks, self.ends, rehearsed, Entry, terms=None, trains=True
-        )
+        return ModelPhases(self.loss, [inputs], rows, self.stacks, self.ends, rehearsed, Entry, terms=None, trains=True)
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.config import Buffers, LayerParallelConfig
 from hf_layerpar.diagnosis.readings import Prediction
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.ownership import INTERLEAVED, contiguous_owner, interleaved_owner
 from hf_layerpar.plan.planner import predict_step
+from hf_layerpar.plan.simulate import Timeline
 from hf_layerpar.plan.step import interval_points
 
 
@@ -28,7 +29,7 @@ class Predictor:
         depths: Mapping[str, int],
         costs: Mapping[str, Costs],
         ranks: int,
-        buffers: tuple[int, int],
+        buffers: Buffers,
         micro_batches: Sequence[int],
     ) -> None:
         self.depths, self.costs, self.ranks, self.buffers = dict(depths), dict(costs), ranks, buffers
@@ -46,23 +47,27 @@ class Predictor:
             for pieces in self.micro_batches:
                 setting = replace(config, micro_batches=pieces)
                 try:
-                    seconds = sum(self._step(path, setting, split) for path in self.depths)
+                    steps = [self._step(path, setting, split) for path in self.depths]
                 except ConfigurationError:
                     if split is None:
                         raise
                     break  # intervals too short to deal every rank a layer
+                seconds = sum(step.makespan for step in steps)
                 if seconds >= fewer:  # more of them only make it longer, and their plans are long to make
                     break
                 fewer, share = seconds, seconds / serial if serial else 1.0
-                found.append(Prediction(config=setting, split=split, seconds=seconds, share=share))
+                # stacks are passed one after the other, and what all of them keep is there at once
+                ranks = zip(*(step.peaks for step in steps), strict=True)
+                size = max(sum(peak.bytes for peak in peaks) for peaks in ranks)
+                found.append(Prediction(config=setting, split=split, seconds=seconds, share=share, bytes=size))
         return min(found, key=lambda prediction: prediction.seconds)
 
-    def _step(self, path: str, config: LayerParallelConfig, split: str | None) -> float:
+    def _step(self, path: str, config: LayerParallelConfig, split: str | None) -> Timeline:
         depth = self.depths[path]
         points = interval_points(config, depth, self.buffers)
         owner = (
-            interleaved_owner(depth, self.ranks, points, self.buffers)
+            interleaved_owner(depth, self.ranks, points)
             if split == INTERLEAVED
             else contiguous_owner(depth, self.ranks, boundaries=points)
         )
-        return predict_step(config, owner, self.costs[path], num_ranks=self.ranks, buffers=self.buffers).makespan
+        return predict_step(config, owner, self.costs[path], num_ranks=self.ranks, buffers=self.buffers)

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.config import Buffers, LayerParallelConfig
 from hf_layerpar.plan.costs import Costs
 
 FORMAT = 1
@@ -23,6 +23,7 @@ class LayerReading:
         power iteration approaches).
     growth: ||S(x)|| / ||x||.
     outlier: largest norm of a token of S(x), over the median token's.
+    adjoint: growth of the loss's exact gradient through the step, ||dL/dx|| / ||dL/dS(x)||.
     """
 
     stack: str
@@ -32,6 +33,15 @@ class LayerReading:
     lipschitz: float
     growth: float
     outlier: float
+    adjoint: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferTrial:
+    """What buffers do for the gradient of one setting on the first batch: its cosine with the exact one."""
+
+    buffers: Buffers
+    cosine: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +77,15 @@ class SettingReading:
 class Prediction:
     """A setting's step over the lp ranks by the simulator, in seconds of this machine; `share` is that over serial.
 
-    config: with the number of micro-batches that makes it fastest. split: for `parallelize`.
+    config: with the number of micro-batches that makes it fastest. split: for `parallelize`. bytes: that the fullest
+    rank holds at most, parameters, gradients and AdamW's states included.
     """
 
     config: LayerParallelConfig
     split: Literal["interleaved"] | None
     seconds: float
     share: float
+    bytes: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +100,7 @@ class Suggestion:
     friendly: bool
     config: LayerParallelConfig
     split: Literal["interleaved"] | None
-    buffers: tuple[int, int]
+    buffers: Buffers
     best: SettingReading | None
     verdict: str
 
@@ -100,6 +112,7 @@ class Diagnosis:
     rows, tokens: B and T of the first batch's state. loss: exact, of the first batch.
     noise: batch noise of the exact gradient, ||g_a - g_b|| / 2 for the halves a and b of a batch, over ||g||; None for
         one row. It is that of a batch of this size: four times the rows have half of it.
+    trials: of buffers, where they were to be found.
     predictions: the fastest of each setting, in the order of `settings`. pipeline: the fastest exact one.
     seconds: that the diagnosis took.
     """
@@ -110,10 +123,11 @@ class Diagnosis:
     tokens: int
     batches: int
     ranks: int
-    buffers: tuple[int, int]
+    buffers: Buffers
     loss: float
     noise: float | None
     layers: tuple[LayerReading, ...]
+    trials: tuple[BufferTrial, ...]
     settings: tuple[SettingReading, ...]
     predictions: tuple[Prediction, ...]
     pipeline: Prediction
@@ -134,12 +148,13 @@ class Diagnosis:
 
 
 def setting_name(config: LayerParallelConfig) -> str:
-    """As in "aggregate 2/1 c=4"; an exact forward reads "exact/1"."""
+    """As in "aggregate 2/1 c=4"; an exact forward reads "exact/1", and acceleration comes last."""
     if config.strategy != "mgrit":
         pieces = config.micro_batches
         return f"{config.strategy}, {pieces} micro-batch{'es' if pieces > 1 else ''}"
     factors = ",".join(map(str, config.factors))
-    return f"{config.coarse_operator} {config.forward_iterations or 'exact'}/{config.backward_iterations} c={factors}"
+    name = f"{config.coarse_operator} {config.forward_iterations or 'exact'}/{config.backward_iterations} c={factors}"
+    return name + (f" {config.acceleration}" if config.acceleration != "none" else "")
 
 
 def _as_json(value: Any) -> Any:

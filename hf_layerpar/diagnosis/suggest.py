@@ -11,8 +11,15 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.diagnosis.readings import LayerReading, Prediction, SettingReading, Suggestion, setting_name
+from hf_layerpar.config import Buffers, LayerParallelConfig, gathered
+from hf_layerpar.diagnosis.readings import (
+    BufferTrial,
+    LayerReading,
+    Prediction,
+    SettingReading,
+    Suggestion,
+    setting_name,
+)
 
 LEAST_COSINE = 0.95
 """Of a friendly setting's gradient with the exact one, in the worst of the batches."""
@@ -27,7 +34,18 @@ OUTSTANDING = 3.0
 """A layer stands out when its increment or its Lipschitz estimate is this many times the median of its stack."""
 
 BUFFER_SHARE = 4
-"""At most one layer in so many becomes a buffer at each end: buffers run one after the other."""
+"""At most one layer in so many becomes a buffer: buffers run one after the other."""
+
+PROBE = LayerParallelConfig(
+    strategy="mgrit", coarse_operator="aggregate", forward_iterations=0, backward_iterations=3, acceleration="krylov"
+)
+"""The setting that proposed buffers are tried with: if that is no good, no other is."""
+
+TRIED = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+"""Numbers of buffers that are tried, besides none."""
+
+ENOUGH = 0.99
+"""Cosine of a trial from which on more buffers aren't worth it."""
 
 
 def is_friendly(reading: SettingReading) -> bool:
@@ -37,30 +55,43 @@ def is_friendly(reading: SettingReading) -> bool:
 
 
 def standing_out(layers: Sequence[LayerReading]) -> list[int]:
-    """Places, in one stack, of the layers that stand out (see `OUTSTANDING`)."""
-    found = set()
-    for name in ("increment", "lipschitz"):
+    """Places, in one stack, of the layers that stand out (see `OUTSTANDING`), the one that does most first."""
+    most = [0.0] * len(layers)
+    for name in ("increment", "lipschitz", "adjoint"):
         values = [getattr(layer, name) for layer in layers]
         middle = statistics.median(values)
-        found |= {n for n, value in enumerate(values) if not value <= OUTSTANDING * middle}
-    return sorted(found)
+        for n, value in enumerate(values):
+            times = value / middle if middle else math.inf if value else 1.0
+            most[n] = max(most[n], math.inf if math.isnan(times) else times)
+    return sorted((n for n, times in enumerate(most) if times > OUTSTANDING), key=lambda n: -most[n])
 
 
-def suggest_buffers(layers: Sequence[LayerReading]) -> tuple[int, int]:
-    """The fewest open and close layers that leave out every layer of the first and last quarter that stands out.
+def proposed_buffers(layers: Sequence[LayerReading]) -> list[Buffers]:
+    """Buffers to try, from none to a quarter of a stack, those layers first that stand out most.
 
-    What stands out between the quarters can't be left out. Of several stacks the larger numbers: they share them.
+    Several stacks share them: all have the larger numbers at their ends, and what any has between where all are as
+    deep as each other.
     """
-    opening = closing = 0
-    for stack in dict.fromkeys(layer.stack for layer in layers):
-        own = [layer for layer in layers if layer.stack == stack]
-        reach = len(own) // BUFFER_SHARE
-        for n in standing_out(own):
-            if n < reach:
-                opening = max(opening, n + 1)
-            elif n >= len(own) - reach:
-                closing = max(closing, len(own) - n)
-    return opening, closing
+    stacks = [[layer for layer in layers if layer.stack == s] for s in dict.fromkeys(x.stack for x in layers)]
+    hardest = [standing_out(own)[: len(own) // BUFFER_SHARE] for own in stacks]
+    most = max(map(len, hardest), default=0)
+    found: list[Buffers] = [(0, 0)]
+    for count in sorted({most, *(number for number in TRIED if number < most)} - {0}):
+        each = [
+            gathered((0, *sorted(places[:count]), 0), len(own)) for places, own in zip(hardest, stacks, strict=True)
+        ]
+        opening, closing = max(b[0] for b in each), max(b[-1] for b in each)
+        depth, *others = {len(own) for own in stacks}
+        between = sorted({place for b in each for place in b[1:-1] if opening <= place < depth - closing})
+        found.append((opening, *([] if others else between), closing))
+    return list(dict.fromkeys(found))
+
+
+def best_trial(trials: Sequence[BufferTrial]) -> Buffers:
+    """The fewest buffers whose gradient is good enough, or about as good as any."""
+    errors = [1.0 - trial.cosine if math.isfinite(trial.cosine) else 2.0 for trial in trials]
+    limit = max(1.0 - ENOUGH, 2.0 * min(errors))
+    return next(trial.buffers for trial, error in zip(trials, errors, strict=True) if error <= limit)
 
 
 def suggest(
@@ -68,7 +99,7 @@ def suggest(
     predictions: Mapping[LayerParallelConfig, Prediction],
     pipeline: Prediction,
     layers: Sequence[LayerReading],
-    buffers: tuple[int, int],
+    buffers: Buffers,
     ranks: int,
 ) -> Suggestion:
     """The cheapest friendly setting that is worth it, else the exact pipeline, with the figures that decide it.

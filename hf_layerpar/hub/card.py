@@ -129,7 +129,7 @@ def solver_facts(config: Mapping[str, Any], *, lp_size: int, **more: Any) -> dic
     names = ["strategy", "micro_batches"]
     if values["strategy"] == "mgrit":
         names += ["coarse_operator", "coarsening", "relaxation", "forward_iterations", "backward_iterations"]
-    unusual = ["ends", "increment_penalty", "stacked"] + ([] if values["strategy"] == "mgrit" else ["schedule"])
+    unusual = ["ends", "increment_penalty", "stacked", "acceleration" if values["strategy"] == "mgrit" else "schedule"]
     names += [name for name in unusual if values[name] != default[name]]
     return {name: values[name] for name in [*names, *more]}
 
@@ -154,21 +154,14 @@ def changes_of(log: Iterable[Mapping[str, Any]]) -> tuple[tuple[int, str], ...]:
 
 def facts_of_class(architecture: str | None) -> dict[str, Any]:
     """`CardFacts` fields that the name of a class of transformers tells: architecture, auto_class and task."""
-    from transformers.modelcard import TASK_MAPPING
-    from transformers.models.auto import modeling_auto
+    from hf_layerpar.compat.transformers import TASK_MAPPING, auto_names
 
     def holds(names: Mapping[str, Any]) -> bool:
         return any(
             architecture == name or (isinstance(name, tuple) and architecture in name) for name in names.values()
         )
 
-    autos = [
-        name
-        for name, auto in vars(modeling_auto).items()
-        if name.startswith("AutoModel")
-        and hasattr(auto, "_model_mapping")
-        and holds(auto._model_mapping._model_mapping)
-    ]
+    autos = [name for name, names in auto_names().items() if holds(names)]
     # the one for pretraining stands in another's place where a family has no head of its own for it
     autos.sort(key=lambda name: (name != "AutoModel", name == "AutoModelForPreTraining"))
     task = next((task for task, names in TASK_MAPPING.items() if holds(names)), None)

@@ -1,49 +1,22 @@
-"""Checkpoints of converted models: `save_pretrained` of a converted model, and `from_pretrained`.
-
-What is written depends on what stock transformers can compute:
-
-- every step size 1: an ordinary checkpoint; stock classes give bit-equal outputs.
-- split form: an ordinary checkpoint whose weights contain the step size (`hf_layerpar.ode.fold`); stock classes compute
-  the same function up to rounding. The settings say `folded`, so that converting it again unfolds it.
-- otherwise (euler form; a fold that would be inexact): weights as they are, model type "ode-<type>" and custom code
-  (`hf_layerpar.ode.remote`). Auto classes refuse it without trust_remote_code=True, and with it give a converted model
-  of the stock class. A stock class's own from_pretrained (BertModel.from_pretrained) can't be made to refuse: it logs
-  transformers' warning that a model of type "ode-bert" is used for one of type "bert", and steps with 1.
-
-Adapters of a PEFT model are written as stock writes them; they belong to the converted model.
-
-Nothing is half written. All files are made in a directory ".<name>.saving-<random>" and then moved into place. Where
-more changes than one weight file, the old weights are taken away first and the new ones put in place last: in between
-nothing loads. (Without config.json a stock class would still load the weights, with its default config.) A killed save
-can leave that directory behind.
-"""
+"""Checkpoints that `hf_layerpar.ode.saving` wrote, and plain ones, as transformers' own classes load them."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
-from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
 from hf_layerpar.config import CONFIG_KEY, OdeSettings
-from hf_layerpar.errors import CheckpointError, ConfigurationError
+from hf_layerpar.errors import CheckpointError
 from hf_layerpar.ode import remote
-from hf_layerpar.ode.convert import ode_view
-from hf_layerpar.ode.files import check_whole, is_of_a_checkpoint, makes_loadable, reading
-from hf_layerpar.ode.fold import folded_state_dict
-from hf_layerpar.ode.pushing import ModelPush, PushToHub, kind_of
+from hf_layerpar.ode.files import check_whole, reading
 
-_DOWNLOAD_ARGUMENTS = (
+DOWNLOAD_ARGUMENTS = (
     "cache_dir",
     "force_download",
     "local_files_only",
@@ -54,35 +27,25 @@ _DOWNLOAD_ARGUMENTS = (
 )
 
 
-def from_pretrained(path: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """Load a checkpoint written by a converted model's `save_pretrained`, or any plain one, as a converted model.
+def load_stock(path: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """A checkpoint as its stock class, not converted, with the weights as they are stored.
 
-    Args:
-        path: a directory or a Hub id. Its config.json names the model class (`architectures`), one of transformers.
-        kwargs: for that class's `from_pretrained`; with `output_loading_info=True` the result is (model, info).
+    kwargs: for that class's `from_pretrained`. Raises CheckpointError as `stock_form`.
+    """
+    stock_class, kwargs = stock_form(path, **kwargs)
+    return stock_class.from_pretrained(path, **kwargs)
 
-    The model comes back with the settings it was saved with (a plain checkpoint: step size 1). No code is run from the
-    checkpoint.
+
+def stock_form(path: str | os.PathLike[str], **kwargs: Any) -> tuple[type[PreTrainedModel], dict[str, Any]]:
+    """The class of transformers that loads a checkpoint, and the arguments with which its `from_pretrained` does.
 
     Raises:
         CheckpointError: there is no config.json, it names no class of transformers, or a file is damaged.
     """
-    return remote.converted(load_stock(path, **kwargs))
-
-
-def load_stock(path: str | os.PathLike[str], **kwargs: Any) -> Any:
-    """As `from_pretrained`, but not converted: the stock class with the weights as they are stored."""
     values = stored_config(path, **kwargs)
     if not values:
         raise CheckpointError(f"there is no {CONFIG_NAME} in {path}, so no checkpoint; was its save cut short?")
-    names = values.get("architectures")
-    name = names[0] if isinstance(names, list) and names else None
-    stock_class = getattr(transformers, name, None) if isinstance(name, str) else None
-    if not (isinstance(stock_class, type) and issubclass(stock_class, PreTrainedModel)):
-        raise CheckpointError(
-            f"{CONFIG_NAME} of {path} has architectures={names}, which names no class of transformers; load the model "
-            "with its own class and call convert_to_ode(model)"
-        )
+    stock_class = stock_class_of(values, f"{CONFIG_NAME} of {path}")
     model_type = str(values.get("model_type", ""))
     if model_type.startswith(remote.MODEL_TYPE_PREFIX) and "config" not in kwargs:
         dtype = {key: kwargs[key] for key in ("dtype", "torch_dtype") if key in kwargs}
@@ -92,7 +55,20 @@ def load_stock(path: str | os.PathLike[str], **kwargs: Any) -> Any:
         # the config swallows a given dtype, which must also reach the class
         config, unused = config_class.from_dict(values, **kwargs, return_unused_kwargs=True)
         kwargs = {"config": config} | unused | dtype  # pyright: ignore[reportOperatorIssue]
-    return stock_class.from_pretrained(path, **kwargs)
+    return stock_class, kwargs
+
+
+def stock_class_of(values: Mapping[str, Any], whose: str) -> type[PreTrainedModel]:
+    """The class that a config names. Raises CheckpointError where it is none of transformers."""
+    names = values.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    stock_class = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(stock_class, type) and issubclass(stock_class, PreTrainedModel)):
+        raise CheckpointError(
+            f"{whose} has architectures={names}, which names no class of transformers; set it, or "
+            "load the model with its own class and call convert_to_ode(model)"
+        )
+    return stock_class
 
 
 def stored_config(path: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
@@ -103,208 +79,9 @@ def stored_config(path: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]
     folder = Path(path, kwargs.get("subfolder") or "")
     if folder.is_dir():
         check_whole(folder, kwargs.get("variant"))
-    download = {name: kwargs[name] for name in _DOWNLOAD_ARGUMENTS if name in kwargs}
+    download = {name: kwargs[name] for name in DOWNLOAD_ARGUMENTS if name in kwargs}
     values, _ = PreTrainedConfig.get_config_dict(path, **download)
     if CONFIG_KEY in values:
         with reading(folder / CONFIG_NAME):
             OdeSettings.from_dict(values[CONFIG_KEY])
     return values
-
-
-def attach_saving(model: PreTrainedModel) -> None:
-    """Make `model.save_pretrained` write what this module's docstring says, and `model.push_to_hub` push that.
-
-    Called by `convert_to_ode`.
-    """
-    model.save_pretrained = SavePretrained(model)
-    model.push_to_hub = PushToHub(model)  # pyright: ignore[reportAttributeAccessIssue]
-
-
-@dataclasses.dataclass(eq=False)
-class SavePretrained:
-    """The `save_pretrained` of a converted model. Plain data, so that deepcopy and pickle follow it to the copy."""
-
-    model: PreTrainedModel
-
-    def __call__(
-        self,
-        save_directory: str | os.PathLike[str],
-        is_main_process: bool = True,
-        state_dict: dict[str, Tensor] | None = None,
-        push_to_hub: bool = False,
-        max_shard_size: int | str = "50GB",
-        variant: str | None = None,
-        token: str | bool | None = None,
-        save_peft_format: bool = True,
-        save_original_format: bool = True,
-        distributed_checkpoint: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """As `PreTrainedModel.save_pretrained`, with the same arguments.
-
-        With `is_main_process=False` nothing is written, and neither is with an empty `state_dict` on a rank that lacks
-        layers: `layer_parallel(model).state_dict()` gives the tensors on lp rank 0 only.
-
-        Raises:
-            CheckpointError: this rank lacks layers, and no `state_dict` was given or that lacks them too; or
-                `save_directory` is a file.
-            ConfigurationError: `distributed_checkpoint=True`.
-        """
-        sharded = any(stack.sharded for stack in ode_view(self.model).stacks)
-        if sharded and (state_dict is None or state_dict):
-            _check_complete(self.model, state_dict or self.model.state_dict())
-        if distributed_checkpoint:
-            raise ConfigurationError(
-                "distributed_checkpoint=True saves FSDP and TP shards, and a converted model has none; leave it out"
-            )
-        if not is_main_process or (sharded and not state_dict):
-            return
-        target = Path(os.path.realpath(save_directory))
-        if target.is_file():
-            raise CheckpointError(f"{save_directory} is a file; give save_pretrained a directory")
-        push = None
-        if push_to_hub:  # before the weights are written
-            repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            push = ModelPush(repo_id, token=token, **kwargs)
-        # beside a new directory, but inside an existing one, which may be a mount point
-        temporary = (target if target.is_dir() else target.parent) / f".{target.name}.saving-{uuid.uuid4().hex[:8]}"
-        temporary.mkdir(parents=True)
-        try:
-            self._write(
-                temporary,
-                state_dict,
-                max_shard_size=max_shard_size,
-                variant=variant,
-                save_peft_format=save_peft_format,
-                save_original_format=save_original_format,
-            )
-            names = os.listdir(temporary)
-            for name in names:
-                sync(temporary / name)
-            _publish(temporary, target, variant)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # it is gone already where it became the target
-        if push is not None:
-            push.upload(self.model, target, names, variant=variant)
-
-    def _write(self, directory: Path, given: dict[str, Tensor] | None, **kwargs: Any) -> None:
-        model = self.model
-        settings = ode_view(model).settings
-        save = type(model).save_pretrained
-        if getattr(model, "_hf_peft_config_loaded", False):  # writes the adapters only, and no config.json
-            with _filled(model, given or {}):
-                save(model, directory, state_dict=given, **kwargs)
-            return
-        state_dict = dict(model.state_dict() if given is None else given)
-        # stock drops tied weights by their shared storage, which a gathered state dict doesn't have
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        for key, kept in tied.items():
-            if key in state_dict and kept in state_dict:
-                state_dict[key] = state_dict[kept]
-        counted = state_dict.keys() - {name for name, _ in model.named_buffers()} - tied.keys()
-        parameters = sum(state_dict[key].numel() for key in counted)
-        kind = kind_of(model, state_dict)
-        fold = kind == "folded"
-        source = remote.modeling_source(model) if kind == "code" else None
-        save(model, directory, state_dict=folded_state_dict(model, state_dict) if fold else state_dict, **kwargs)
-        with _edited(directory / CONFIG_NAME) as config:
-            config[CONFIG_KEY] = dataclasses.replace(settings, folded=fold).to_dict()
-            if source is not None:
-                config["model_type"] = remote.MODEL_TYPE_PREFIX + config["model_type"]
-                config["auto_map"] = remote.auto_map(model)
-                (directory / f"{remote.MODULE_NAME}.py").write_text(source, "utf-8")
-        for file in directory.glob("*.index*.json"):
-            with _edited(file) as index:  # stock counts the parameters in memory, which may be a part of the model
-                index["metadata"]["total_parameters"] = parameters
-
-
-@dataclasses.dataclass(eq=False)
-class SaveAdapters:
-    """The `save_pretrained` of a PEFT model that is spread over ranks."""
-
-    model: Any
-
-    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As `PeftModel.save_pretrained`, with the same arguments; `state_dict` as in `SavePretrained`."""
-        state_dict = kwargs.get("state_dict")
-        if any(stack.sharded for stack in ode_view(self.model).stacks):
-            if state_dict is None or state_dict:
-                _check_complete(self.model, state_dict or {})
-            else:
-                return
-        with _filled(self.model, state_dict or {}):
-            type(self.model).save_pretrained(self.model, save_directory, *args, **kwargs)
-
-
-def _check_complete(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
-    for stack in ode_view(model).stacks:
-        for index in range(len(stack.layers)):
-            if not any(f"{stack.path}.{index}." in key for key in state_dict):
-                raise CheckpointError(
-                    f"this rank holds only a part of the layers, and {stack.path}.{index} is not among the tensors to "
-                    "save; call save_pretrained(path, state_dict=layer_parallel(model).state_dict()) on all lp ranks"
-                )
-
-
-@contextmanager
-def _filled(model: nn.Module, state_dict: dict[str, Tensor]) -> Iterator[None]:
-    """The parameters that this rank lacks are those of `state_dict` inside. PEFT saves of a module what is in it."""
-    lacking = [
-        (module, key, state_dict[name])
-        for path, module in model.named_modules()
-        for key, value in module._parameters.items()
-        if value is None and (name := f"{path}.{key}") in state_dict
-    ]
-    try:
-        for module, key, tensor in lacking:
-            module._parameters[key] = nn.Parameter(tensor, requires_grad=False)
-        yield
-    finally:
-        for module, key, _ in lacking:
-            module._parameters[key] = None
-
-
-@contextmanager
-def _edited(file: Path) -> Iterator[dict[str, Any]]:
-    """The content of a JSON file, written back in stock's layout."""
-    content = json.loads(file.read_text("utf-8"))
-    yield content
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", "utf-8")
-
-
-def _publish(temporary: Path, target: Path, variant: str | None) -> None:
-    """Move the files of a complete checkpoint into place; at no time does `target` hold a mixture that loads."""
-    if not target.exists():
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():  # otherwise another process has just made it
-                raise
-        else:
-            sync(target.parent)
-            return
-    new = os.listdir(temporary)
-    new.sort(key=makes_loadable)
-    stale = []
-    if CONFIG_NAME in new:  # not for adapters, which lie beside their base model
-        stale = [name for name in os.listdir(target) if name not in new and is_of_a_checkpoint(name, variant)]
-    changed = [name for name in new[:-1] if name.endswith(".safetensors") or not _same(temporary / name, target / name)]
-    if changed or stale:
-        for name in sorted([*stale, new[-1]], key=makes_loadable, reverse=True):
-            (target / name).unlink(missing_ok=True)
-    for name in [*changed, new[-1]]:
-        os.replace(temporary / name, target / name)
-    sync(target)
-
-
-def _same(a: Path, b: Path) -> bool:
-    return b.is_file() and a.read_bytes() == b.read_bytes()
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's contents, or a directory's entries, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

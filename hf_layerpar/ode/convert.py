@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,10 +15,13 @@ from hf_layerpar.config import (
     CONFIG_KEY,
     MOST_STEPS,
     ODE_CHECKS,
+    Buffers,
     Form,
     Interpolation,
     OdeSettings,
+    buffer_places,
     names,
+    num_buffers,
     one_of,
     optional,
     whole,
@@ -37,11 +40,13 @@ Model = TypeVar("Model", bound=nn.Module)
 class OdeView:
     """What `convert_to_ode` made of a model: its settings and its stacks, in the order of `named_modules()`.
 
-    Kept on the model itself, so a deepcopy of the model has a view of its own layers.
+    Kept on the model itself, so a deepcopy of the model has a view of its own layers. load: of a model whose layers are
+    on the meta device, what gives those their weights that are still there (`hf_layerpar.loading`).
     """
 
     settings: OdeSettings
     stacks: tuple[LayerStack, ...]
+    load: Callable[[], None] | None = None
 
 
 def ode_view(model: nn.Module) -> OdeView:
@@ -62,21 +67,23 @@ def convert_to_ode(
     num_steps: int | None = None,
     form: Form | Literal["auto"] = "auto",
     interpolation: Interpolation | None = None,
-    buffers: tuple[int, int] | None = None,
+    buffers: Buffers | None = None,
     stacks: Sequence[str] | None = None,
 ) -> Model:
     """Turn every layer of a model's stacks into an Euler step of size h. At h = 1 nothing it computes changes.
 
     Args:
         model: a transformers model, or a PEFT model around one. Its layers must map a state `[B, T, D]` to a state of
-            the same shape.
+            the same shape. Or any other module with such layers (diffusers' transformers): at step size 1 and in the
+            depth that it has.
         step_size: h of the inner steps, in (0, 1]; default 1.
         num_steps: inner steps of every stack, buffers not counted; default: layers / step_size, which keeps the final
             time. Another number than the stack has builds a deeper or shallower model from interpolated weights.
         form: "euler", x + h (layer(x) - x), or "split", h on every residual branch inside the layer (pre-LN layers
             only, folds into a stock checkpoint); "auto" takes "split" where all layers allow it.
         interpolation: weights of a refined stack, "constant" (layers repeated; the default) or "linear".
-        buffers: first and last layers of every stack that stay as they are; default (0, 0).
+        buffers: layers of every stack that stay as they are: (open, close), the first and the last ones, or (open,
+            places of layers between, close), as in (2, 11, 2); places in `model`. Default (0, 0).
         stacks: names of the layer lists to take (`named_modules()` has them; the last parts are enough), such as
             ["language_model.layers"] of a vision-language model; default: all that are found. The others stay as they
             are, and on lp ranks belong to what is outside the layers.
@@ -101,7 +108,7 @@ def convert_to_ode(
     num_steps = optional(whole(1, MOST_STEPS))("num_steps", num_steps)
     form = one_of(Literal["auto", "euler", "split"])("form", form)
     check_supported(base)
-    stored = getattr(base.config, CONFIG_KEY, None)
+    stored = _stored(base)
     chosen = optional(names)("stacks", stacks) if stored is None else OdeSettings.from_dict(stored).stacks
     found = find_stacks(base, chosen)
     depths = {path: len(layers) for path, layers in found.items()}
@@ -114,25 +121,35 @@ def convert_to_ode(
             stacks=chosen,
         )
         steps = {path: _inner_steps(path, depth, settings, num_steps) for path, depth in depths.items()}
+        _check_plain(base, found, steps, settings)
     else:
         settings = OdeSettings.from_dict(stored)
         asked = {"step_size": step_size, "form": None if form == "auto" else form, "interpolation": interpolation}
         _check_agreement(settings, asked | {"buffers": buffers, "stacks": stacks})
-        steps = {path: depth - sum(settings.buffers) for path, depth in depths.items()}
+        steps = {path: depth - num_buffers(settings.buffers) for path, depth in depths.items()}
         if num_steps is not None and any(count != num_steps for count in steps.values()):
             raise ConfigurationError(
                 f"num_steps={num_steps} contradicts the checkpoint, whose stacks have {steps} inner steps; leave "
                 "num_steps out, or refine the original model"
             )
-    if any(steps[path] != depth - sum(settings.buffers) for path, depth in depths.items()):
-        from hf_layerpar.ode.refine import refined  # imports much of transformers that plain conversions don't need
+    if any(steps[path] != depth - num_buffers(settings.buffers) for path, depth in depths.items()):
+        # imports much of transformers that plain conversions don't need
+        from hf_layerpar.ode.refine import refined, refined_buffers
 
         if base is not model:
             raise UnsupportedModelError(
                 f"the adapters of a {type(model).__name__} belong to its {depths} layers, so its depth can't change; "
                 "refine the base model with convert_to_ode first, then wrap it"
             )
+        moved = {path: refined_buffers(depth, steps[path], settings) for path, depth in depths.items()}
+        if len(set(moved.values())) > 1:
+            raise ConfigurationError(
+                f"buffers={settings.buffers} have other places in each of the refined stacks, {moved}; use buffers at "
+                "the ends alone, or a step_size without num_steps"
+            )
+        assert isinstance(base, PreTrainedModel)  # others were refused above
         base = refined(base, steps, settings)
+        settings = dataclasses.replace(settings, buffers=next(iter(moved.values())))
         return _attach(base, base, settings)  # pyright: ignore[reportReturnType]
     return _attach(model, base, settings)
 
@@ -151,7 +168,7 @@ def borrowed_view(model: nn.Module) -> Iterator[OdeView]:
     if view is None:
         base = _hf_model(model)
         check_supported(base)
-        if getattr(base.config, CONFIG_KEY, None) is not None:
+        if _stored(base) is not None:
             raise UnsupportedModelError(
                 f"the config of this {type(base).__name__} carries settings of an earlier conversion, but the model "
                 "isn't converted; call convert_to_ode(model), or load it with hf_layerpar.from_pretrained"
@@ -170,8 +187,8 @@ def borrowed_view(model: nn.Module) -> Iterator[OdeView]:
             vars(module).update(kept)
 
 
-def _attach(model: Model, base: PreTrainedModel, settings: OdeSettings) -> Model:
-    from hf_layerpar.ode.checkpoint import attach_saving  # imported here: checkpoint.py converts what it loads
+def _attach(model: Model, base: nn.Module, settings: OdeSettings) -> Model:
+    from hf_layerpar.ode.saving import attach_saving  # imported here: what is saved is read off a view
 
     unfolded = dataclasses.replace(settings, folded=False)
     stacks = tuple(LayerStack(path, layers, unfolded) for path, layers in find_stacks(base, settings.stacks).items())
@@ -183,8 +200,9 @@ def _attach(model: Model, base: PreTrainedModel, settings: OdeSettings) -> Model
         fold.unfold_(base)
     intercept(base, stacks)
     setattr(base, _VIEW, OdeView(unfolded, stacks))
-    setattr(base.config, CONFIG_KEY, unfolded.to_dict())
-    attach_saving(base)
+    if isinstance(base, PreTrainedModel):
+        setattr(base.config, CONFIG_KEY, unfolded.to_dict())
+        attach_saving(base)
     return model
 
 
@@ -193,14 +211,42 @@ def _find_view(model: nn.Module) -> OdeView | None:
     return next((vars(module)[_VIEW] for module in modules if _VIEW in vars(module)), None)
 
 
-def _hf_model(model: nn.Module) -> PreTrainedModel:
-    if isinstance(model, nn.Module):
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                return module
-    raise UnsupportedModelError(
-        f"convert_to_ode needs a transformers model, or a PEFT model around one; got {type(model).__name__}"
-    )
+def _hf_model(model: nn.Module) -> nn.Module:
+    """The transformers model in `model`, or itself where there is none."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"convert_to_ode needs a model (a torch.nn.Module); got {type(model).__name__}")
+    return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
+
+
+def _stored(base: nn.Module) -> dict[str, Any] | None:
+    """The settings of an earlier conversion that a model was loaded with."""
+    return getattr(base.config, CONFIG_KEY, None) if isinstance(base, PreTrainedModel) else None
+
+
+def _check_plain(
+    base: nn.Module, stacks: Mapping[str, Sequence[nn.Module]], steps: Mapping[str, int], settings: OdeSettings
+) -> None:
+    """Raises UnsupportedModelError for what only transformers' models can do, or only layers that are called once."""
+    deeper = [path for path, layers in stacks.items() if steps[path] != len(layers) - num_buffers(settings.buffers)]
+    repeated = [path for path in deeper if len(set(stacks[path])) < len(stacks[path])]
+    if repeated:
+        raise UnsupportedModelError(
+            f"{repeated[0]} of {type(base).__name__} calls its layers again and again, so more steps need no other "
+            "layers: load the model with a larger num_hidden_layers in its config, and give num_steps as many"
+        )
+    if isinstance(base, PreTrainedModel):
+        return
+    if deeper:
+        depths = {path: len(layers) for path, layers in stacks.items()}
+        raise UnsupportedModelError(
+            f"{type(base).__name__} is no transformers model, so it isn't known how one of another depth than {depths} "
+            "is built; leave step_size and num_steps out"
+        )
+    if settings.step_size != 1:
+        raise UnsupportedModelError(
+            f"step_size={settings.step_size} of a {type(base).__name__}, which is no transformers model: its "
+            "checkpoints have no place for a step size, so they would load as another network; leave step_size out"
+        )
 
 
 def _choose_form(stacks: Mapping[str, Sequence[nn.Module]], form: str) -> Form:
@@ -219,12 +265,10 @@ def _choose_form(stacks: Mapping[str, Sequence[nn.Module]], form: str) -> Form:
 
 
 def _inner_steps(path: str, depth: int, settings: OdeSettings, num_steps: int | None) -> int:
-    inner = depth - sum(settings.buffers)
-    if inner < 1:
-        raise ConfigurationError(
-            f"buffers={settings.buffers} leave {inner} of the {depth} layers of {path} as inner steps; keep at least "
-            "one"
-        )
+    try:
+        inner = depth - len(buffer_places(settings.buffers, depth))
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from None
     if num_steps is not None:
         return num_steps
     exact = inner / settings.step_size

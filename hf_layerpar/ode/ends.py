@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hf_layerpar.compat.torch import parameter_slots
 from hf_layerpar.ode.families import shared_modules
 from hf_layerpar.ode.stack import LayerStack, shadowed
 
@@ -50,7 +51,7 @@ class Ends:
         found: dict[int, EndParameter] = {}
         everywhere = tuple(range(num_ranks))
         for path, module in _end_modules(model, stacks):
-            for key, value in module._parameters.items():
+            for key, value in parameter_slots(module).items():
                 if value is None:
                     continue
                 entry = found.get(id(value))
@@ -64,6 +65,12 @@ class Ends:
 
     def __iter__(self) -> Iterator[EndParameter]:
         return iter(self.parameters)
+
+    def refresh(self) -> None:
+        """To be called when modules were given other parameters (pieces of them, or whole ones again)."""
+        for p in self.parameters:
+            module, key = p.slots[0]
+            p.value = parameter_slots(module)[key]
 
     @property
     def shared(self) -> list[EndParameter]:

@@ -12,51 +12,64 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedModel
 
+from hf_layerpar.compat.torch import DisableTorchFunctionSubclass, as_subclass, tree_leaves, tree_map
+from hf_layerpar.compat.transformers import GradientCheckpointingLayer
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode.cache import find_cache
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How a layer returns its state: alone, or first in a tuple.
+    """How a layer returns its state. output: what it returned once, with marks for the tensors in it."""
 
-    beside: what stands behind the state in the tuple; None where the state is alone.
-    """
-
-    beside: tuple | None = None
+    output: Any
 
     @classmethod
-    def of(cls, output: Any, name: str, args: tuple, kwargs: dict[str, Any]) -> Packing:
-        """As in `output`, which layer `name` returned for these arguments (beside the state)."""
-        if not isinstance(output, tuple | list):
-            return cls()
-        given = {id(value): key for key, value in (*enumerate(args), *kwargs.items()) if value is not None}
+    def of(cls, output: Any, parts: Sequence[Any], name: str, args: tuple, kwargs: dict[str, Any]) -> Packing:
+        """As in `output`, which layer `name` returned for these arguments (beside the state).
 
-        def found(place: int, leaf: Any) -> Any:
-            if id(leaf) in given:
-                return _Given(given[id(leaf)])
-            return (
-                _Made(f"the model uses item {place} of what {name} returns, {_TOO_EARLY}")
-                if isinstance(leaf, Tensor)
-                else leaf
-            )
+        parts: the tensors in it that are the state.
+        """
+        marks: dict[int, Any] = {id(v): _Given(k) for k, v in (*enumerate(args), *kwargs.items()) if v is not None}
+        marks |= {id(part): _State(i) for i, part in enumerate(parts) if part is not None}
 
-        return cls(tuple(tree_map(partial(found, place), value) for place, value in enumerate(output[1:], 1)))
+        def found(place: Any, leaf: Any) -> Any:
+            if id(leaf) in marks:
+                return marks[id(leaf)]
+            what = f"the model uses item {place} of what {name} returns, {_TOO_EARLY}"
+            return _Made(what) if isinstance(leaf, Tensor) else leaf
 
-    def pack(self, state: Tensor, args: tuple, kwargs: dict[str, Any]) -> Any:
+        if type(output) is dict:
+            return cls({key: tree_map(partial(found, key), value) for key, value in output.items()})
+        if isinstance(output, tuple | list):
+            return cls(tuple(tree_map(partial(found, place), value) for place, value in enumerate(output)))
+        return cls(_State(0))
+
+    @classmethod
+    def with_shared(cls, shared: tuple) -> Packing:
+        """The state, and behind it what the first layer made for all."""
+        return cls((_State(0), *shared))
+
+    def pack(self, parts: Sequence[Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
         """What a layer that was called with these arguments returns with this state."""
-        if self.beside is None:
-            return state
 
         def found(leaf: Any) -> Any:
+            if isinstance(leaf, _State):
+                return parts[leaf.part]
             if isinstance(leaf, _Given):
                 return args[leaf.key] if isinstance(leaf.key, int) else kwargs[leaf.key]
             return later(torch.empty(()), leaf.what) if isinstance(leaf, _Made) else leaf
 
-        return (state, *(tree_map(found, value) for value in self.beside))
+        return tree_map(found, self.output)
+
+
+@dataclass(frozen=True)
+class _State:
+    """The state, or a part of it."""
+
+    part: int
 
 
 @dataclass(frozen=True)
@@ -73,16 +86,6 @@ class _Made:
     what: str
 
 
-def state_of(output: Any) -> Any:
-    """The state in what a layer returns."""
-    return output[0] if isinstance(output, tuple | list) and output else output
-
-
-def with_state(output: Any, state: Tensor) -> Any:
-    """The same return value with another state."""
-    return (state, *output[1:]) if isinstance(output, tuple | list) else state
-
-
 class Later(Tensor):
     """What the model's loop holds in place of a value that a solver will only make when all layers were called.
 
@@ -96,7 +99,7 @@ class Later(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Later))
         if first.is_state and (func in _FACTS or func in _PERHAPS_ITSELF):
-            with torch._C.DisableTorchFunctionSubclass():
+            with DisableTorchFunctionSubclass():
                 found = func(*args, **(kwargs or {}))
             if func in _FACTS or found is first:
                 return found
@@ -120,25 +123,56 @@ _TOO_EARLY = (
 
 
 def later(like: Tensor, what: str, *, is_state: bool = False) -> Later:
-    found = Tensor._make_subclass(Later, like.detach())
+    found = as_subclass(Later, like.detach())
     found.what, found.is_state = what, is_state
     return found
 
 
 class Family:
-    """What the first layer of a stack makes for all: nothing, for most."""
+    """Of most layers: the state is the first argument and the first thing returned, and all else that a layer is given
+    the model makes before its first layer.
+
+    A family of other layers is a subclass with an instance in `FAMILIES`.
+    """
+
+    state: tuple[str, ...] = ()
+    """Names of the arguments that make up the state `[B, T1, D], [B, T2, D], ...` where it is several tensors. They are
+    solved as one, `[B, T1 + T2 + ..., D]`."""
+
+    returned: tuple[int, ...] = (0,)
+    """Where they stand in what a layer returns. One that is None there stays as it was (SD3's last layer)."""
 
     shared_modules: tuple[str, ...] = ()
     """Names, inside the first layer, of modules that every layer depends on: they must stay on all ranks."""
 
     def shared(self, first: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> tuple:
         """What the loop passes from the first layer on to the others beside the state; also behind it in a layer's
-        return value."""
+        return value.
+
+        Inside, all parameters of `first` but those of the shared modules read as zeros, as a rank may lack them.
+        """
         return ()
 
-    def with_shared(self, args: tuple, shared: tuple) -> tuple:
+    def with_shared(self, args: tuple, kwargs: dict[str, Any], shared: tuple) -> tuple[tuple, dict[str, Any]]:
         """The arguments of a layer, with those values in their places."""
-        return args
+        return args, kwargs
+
+    def parts_of(self, output: Any) -> tuple:
+        """The state in what a layer returns, in its parts."""
+        if type(output) is dict:
+            output = tuple(output.values())
+        if not isinstance(output, tuple | list):
+            return (output,)
+        return tuple(output[i] if i < len(output) else output for i in self.returned)
+
+    def with_parts(self, output: Any, parts: Sequence[Tensor]) -> Any:
+        """The same return value with another state."""
+        if not isinstance(output, dict | tuple | list):
+            return parts[0]
+        values = list(output.values()) if isinstance(output, dict) else list(output)
+        for i, part in zip(self.returned, parts, strict=True):
+            values[i] = None if values[i] is None else part
+        return dict(zip(output, values, strict=True)) if isinstance(output, dict) else tuple(values)
 
 
 class T5(Family):
@@ -162,20 +196,66 @@ class T5(Family):
             return self_bias, None
         return self_bias, self_bias.new_zeros(1, attention.n_heads, length, encoder_states.shape[1])
 
-    def with_shared(self, args: tuple, shared: tuple) -> tuple:
-        return (args[0], shared[0], *args[2:4], shared[1], *args[5:])
+    def with_shared(self, args: tuple, kwargs: dict[str, Any], shared: tuple) -> tuple[tuple, dict[str, Any]]:
+        return (args[0], shared[0], *args[2:4], shared[-1], *args[5:]), kwargs
+
+
+class LongT5(T5):
+    """T5 whose encoder attends to blocks of tokens; behind the self bias stands what T5 leaves out, the weights."""
+
+    shared_modules = (
+        *T5.shared_modules,
+        "layer.0.LocalSelfAttention.relative_attention_bias",
+        "layer.0.TransientGlobalSelfAttention.relative_attention_bias",
+        "layer.0.TransientGlobalSelfAttention.global_relative_attention_bias",
+    )
+
+    def shared(self, first: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> tuple:
+        if first.is_decoder:
+            self_bias, cross_bias = super().shared(first, x, args, kwargs)
+            return self_bias, None, cross_bias
+        attention = next(first.get_submodule("layer.0").children())
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):  # dropout that stock draws in the layer alone
+            return attention(x.new_zeros(x.shape), args[0])[1], None
+
+
+class WavLM(Family):
+    """WavLM: `(state, position bias)`, the bias `[B * H, T, T]` made by layer 0 and handed on by the loop."""
+
+    shared_modules = ("attention.rel_attn_embed",)
+
+    def shared(self, first: nn.Module, x: Tensor, args: tuple, kwargs: dict) -> tuple:
+        bias = first.get_submodule("attention").compute_bias(x.shape[1], x.shape[1])  # pyright: ignore
+        return (bias.repeat(len(x), 1, 1),)
+
+    def with_shared(self, args: tuple, kwargs: dict[str, Any], shared: tuple) -> tuple[tuple, dict[str, Any]]:
+        return args, kwargs | {"position_bias": shared[0]}
+
+
+class Joint(Family):
+    """Two streams that attend to each other in every layer."""
+
+    def __init__(self, state: tuple[str, ...], returned: tuple[int, ...]) -> None:
+        self.state, self.returned = state, returned
 
 
 _PLAIN = Family()
-_T5 = T5()
-_FAMILIES: dict[str, Family] = dict.fromkeys(
-    ("T5Block", "MT5Block", "Pop2PianoBlock", "SwitchTransformersBlock", "UdopBlock"), _T5
-)
+FAMILIES: dict[str, Family] = {
+    **dict.fromkeys(("T5Block", "MT5Block", "Pop2PianoBlock", "SwitchTransformersBlock", "UdopBlock"), T5()),
+    "LongT5Block": LongT5(),
+    **dict.fromkeys(("WavLMEncoderLayer", "WavLMEncoderLayerStableLayerNorm"), WavLM()),
+    "PegasusXEncoderLayer": Joint(("hidden_states", "global_hidden_states"), (0, 1)),
+    **dict.fromkeys(  # of diffusers: SD3, Flux
+        ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock"),
+        Joint(("hidden_states", "encoder_hidden_states"), (1, 0)),
+    ),
+}
+"""By the name of the layers' class, or of one that it is derived from."""
 
 
 def family_of(layer: nn.Module) -> Family:
-    """The family of a layer, by its class name."""
-    return _FAMILIES.get(type(layer).__name__, _PLAIN)
+    """The family of a layer, by the first of its classes that has one."""
+    return next((FAMILIES[kind.__name__] for kind in type(layer).__mro__ if kind.__name__ in FAMILIES), _PLAIN)
 
 
 def shared_modules(layer: nn.Module) -> tuple[str, ...]:
@@ -187,32 +267,53 @@ def shared_modules(layer: nn.Module) -> tuple[str, ...]:
 def find_stacks(model: nn.Module, chosen: Sequence[str] | None = None) -> dict[str, Sequence[nn.Module]]:
     """The layer lists of a model by name.
 
-    chosen: names of the ModuleLists to take (or their last parts). By default every ModuleList made only of
-    `GradientCheckpointingLayer`s that can keep a state's shape; where there is none, those whose members are of one
-    class and as many as the config says that the model has layers.
+    chosen: names of the ModuleLists (or nn.Sequentials) to take, or their last parts. By default every ModuleList made
+    only of `GradientCheckpointingLayer`s that can keep a state's shape; where there is none, those whose members are of
+    one class and as many as the config says that the model has layers. Of a model that isn't transformers' those of
+    more than one member, of one class, that are in no other. A layer that is called again and again stands in its list
+    as often (ALBERT).
 
     Raises:
         UnsupportedModelError: there is none, or one lies inside a layer of another.
         ConfigurationError: no ModuleList has a chosen name.
     """
+    is_stock = isinstance(model, PreTrainedModel)
+    every = {n: m for n, m in model.named_modules() if n and isinstance(m, nn.ModuleList | nn.Sequential) and len(m)}
     lists: dict[str, Sequence[nn.Module]] = {
-        n: list(m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)
+        n: [*m.children()]
+        for n, m in every.items()
+        if isinstance(m, nn.ModuleList) or not is_stock or any(_is_called(n, name) for name in chosen or ())
     }
+    config = getattr(model, "config", None)
+    depth, groups = (getattr(config, key, None) for key in ("num_hidden_layers", "num_hidden_groups"))
+    for name, layers in lists.items():
+        if depth and groups and len(layers) == groups and name.endswith("_layer_groups"):
+            lists[name] = [layers[int(i / (depth / groups))] for i in range(depth)]  # as ALBERT does
     if chosen is None:
         stacks = {n: layers for n, layers in lists.items() if _are_layers(layers)}
-        stacks = stacks or {n: layers for n, layers in lists.items() if _look_like_layers(n, lists, model)}
+        stacks = stacks or {n: layers for n, layers in lists.items() if _look_like_layers(n, lists, model, is_stock)}
     else:
-        stacks = {n: layers for n, layers in lists.items() if any(_is_called(n, name) for name in chosen)}
+        taken: set[str] = set()
         for name in chosen:
-            if not any(_is_called(n, name) for n in stacks):
+            called = [n for n in lists if _is_called(n, name)]
+            taken |= {n for n in called if isinstance(every[n], nn.ModuleList)} or set(called)
+            if not called:
                 raise ConfigurationError(
                     f"stacks: {type(model).__name__} has no ModuleList {name!r}; it has {', '.join(lists) or 'none'}"
                 )
+        stacks = {n: layers for n, layers in lists.items() if n in taken}
     if not stacks:
+        whole = [n for n, layers in lists.items() if len(layers) == depth]
+        parts = next((found for n in whole if len(found := _beside(n, lists)) > 2), None)
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no stack: no ModuleList of transformer layers was found in it (one layer that "
-            f"is called again and again is none). Name one with stacks=[...], of {', '.join(lists) or 'none'}, or use "
-            "another model"
+            f"{type(model).__name__} has no stack: "
+            + (
+                f"its layers are no modules, as {', '.join(parts)} hold their parts. Use another model"
+                if parts
+                else "no ModuleList of layers of one kind, as many as the model has, was found in it. "
+                + (f"Name one with stacks=[...], of {', '.join(lists)}, or use" if lists else "Use")
+                + " another model"
+            )
         )
     for inner in stacks:
         for outer in stacks:
@@ -233,15 +334,22 @@ def _are_layers(layers: Sequence[nn.Module]) -> bool:
     return not any(isinstance(child, nn.Conv1d) and max(child.stride) > 1 for child in children)
 
 
-def _look_like_layers(name: str, lists: Mapping[str, Sequence[nn.Module]], model: nn.Module) -> bool:
-    layers, parent = lists[name], name.rpartition(".")[0]
-    config = getattr(model, "config", None)
-    depths = {getattr(config, key, None) for key in ("num_hidden_layers", "encoder_layers", "decoder_layers")}
-    if len(layers) not in depths or len({type(layer) for layer in layers}) > 1 or not list(layers[0].children()):
+def _look_like_layers(name: str, lists: Mapping[str, Sequence[nn.Module]], model: nn.Module, is_stock: bool) -> bool:
+    layers = lists[name]
+    if len({type(layer) for layer in layers}) > 1 or not list(layers[0].children()):
         return False
-    # the parts of one layer as lists of their own (XLM)
-    beside = [n for n, others in lists.items() if n.rpartition(".")[0] == parent and len(others) == len(layers)]
-    return len(beside) == 1 and not any(name.startswith(outer + ".") for outer in lists)
+    if any(name.startswith(outer + ".") for outer in lists):
+        return False
+    if not is_stock:
+        return len(layers) > 1
+    keys = ("num_hidden_layers", "encoder_layers", "decoder_layers")
+    return len(layers) in {getattr(model.config, key, None) for key in keys} and len(_beside(name, lists)) == 1
+
+
+def _beside(name: str, lists: Mapping[str, Sequence[nn.Module]]) -> list[str]:
+    """Lists of the same module and length: several are parts of one layer in lists of their own (XLM)."""
+    parent = name.rpartition(".")[0]
+    return [n for n, others in lists.items() if n.rpartition(".")[0] == parent and len(others) == len(lists[name])]
 
 
 def _is_called(path: str, name: str) -> bool:
@@ -253,7 +361,7 @@ def _layerdrops(model: nn.Module) -> Iterator[tuple[str, float]]:
     for name, module in model.named_modules():
         for owner, values in (
             (name or "model", vars(module)),
-            ("config", vars(getattr(module, "config", None) or object)),
+            ("config", getattr(getattr(module, "config", None), "__dict__", {})),
         ):
             for key, value in values.items():
                 if key.endswith("layerdrop") and isinstance(value, int | float) and value > 0:

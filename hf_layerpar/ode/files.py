@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
-from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
+from hf_layerpar.compat.transformers import ADAPTER_CONFIG_NAME
 from hf_layerpar.errors import CheckpointError, LayerParallelError
 from hf_layerpar.ode.remote import MODULE_NAME
 

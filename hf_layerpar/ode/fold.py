@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_layerpar.compat.torch import children_of, forward_pre_hooks
 from hf_layerpar.errors import CheckpointError, UnsupportedModelError
 
 _LLAMA = ("self_attn.o_proj", "mlp.down_proj")
@@ -94,7 +95,7 @@ class BranchScaling:
         for branch in self.branches:
             module: Any = layer
             for name in branch.split("."):  # as get_submodule does, at a fraction of its time
-                module = module._modules[name]
+                module = children_of(module)[name]
             hooked = self._hooked.get(branch)
             if hooked is None or hooked[0] is not module:
                 if hooked is not None:
@@ -121,7 +122,7 @@ def can_fold(model: nn.Module, state_dict: Mapping[str, Tensor]) -> bool:
     """
     if getattr(model, "hf_quantizer", None) is not None:
         return False
-    weights = [(state_dict[key], module) for key, module, _ in _scaled_parameters(model) if key in state_dict]
+    weights = [(state_dict[key], module) for key, module, _ in scaled_parameters(model) if key in state_dict]
     return all(
         weight.is_floating_point()
         and not weight.is_meta
@@ -138,7 +139,7 @@ def folded_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None 
     Raises CheckpointError when a scaled weight isn't in `state_dict`, or holds no floating-point data.
     """
     folded = dict(model.state_dict() if state_dict is None else state_dict)
-    for key, module, h in _scaled_parameters(model):
+    for key, module, h in scaled_parameters(model):
         weight = folded.get(key)
         if weight is None:
             if key.endswith(".bias"):
@@ -152,27 +153,36 @@ def folded_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor] | None 
                 f"the step size {h} can't be folded into {key!r} of dtype {weight.dtype} on device {weight.device}; "
                 "fold before quantizing, on a device that holds the weights"
             )
-        folded[key] = _offset_fold(weight, h) if _is_offset_norm(module) else weight * h
+        folded[key] = fold(weight, module, h)
     return folded
+
+
+def fold(weight: Tensor, module: nn.Module, h: float) -> Tensor:
+    """A tensor of a scaled branch's last module, multiplied by the branch's step size."""
+    return _offset_fold(weight, h) if _is_offset_norm(module) else weight * h
+
+
+def unfold(weight: Tensor, module: nn.Module, h: float) -> Tensor:
+    """The inverse of `fold`: bit-exact for h a power of two (Gemma's norms, and other h: up to one rounding)."""
+    return _offset_fold(weight, 1 / h) if _is_offset_norm(module) else weight / h
 
 
 @torch.no_grad()
 def unfold_(model: nn.Module) -> None:
     """Divide the scaled branches' weights by their step size, in place: the model was built from folded weights.
 
-    To be called after `install_scaling`, whose step sizes it uses. Bit-exact inverse of the fold for h a power of two
-    (Gemma's norms, and other h: up to one rounding).
+    To be called after `install_scaling`, whose step sizes it uses.
     """
-    for key, module, h in _scaled_parameters(model):
+    for key, module, h in scaled_parameters(model):
         weight = getattr(module, key.rpartition(".")[2], None)
         if weight is not None:
-            weight.copy_(_offset_fold(weight, 1 / h) if _is_offset_norm(module) else weight / h)
+            weight.copy_(unfold(weight, module, h))
 
 
-def _scaled_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, float]]:
+def scaled_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, float]]:
     """(name in the model, owning module, step size) of the weight and bias of every scaled branch."""
     for path, layer in model.named_modules():
-        for scaling in layer._forward_pre_hooks.values():
+        for scaling in forward_pre_hooks(layer):
             if isinstance(scaling, BranchScaling):
                 for branch in scaling.branches:
                     for name in ("weight", "bias"):

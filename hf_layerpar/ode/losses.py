@@ -102,6 +102,12 @@ class Counting(TorchFunctionMode):
                 return None
             if _is_in_place(func):
                 return args[0]
+            if (
+                getattr(func, "__module__", "") == functional.__name__
+                and "inplace" in (known := signature(func)).parameters
+            ):
+                bound = known.bind(*args, **kwargs)
+                return func(**bound.arguments | {"inplace": False})
         return func(*args, **kwargs)
 
 

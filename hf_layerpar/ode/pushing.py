@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from hf_layerpar.errors import CheckpointError
+from hf_layerpar.compat.transformers import CHECKPOINT_PATH, has_adapters
+from hf_layerpar.errors import CheckpointError, UnsupportedModelError
 from hf_layerpar.hub.card import CardFacts, Kind, facts_of_class, make_card, merged
 from hf_layerpar.hub.upload import CARD_NAME, Repository
 from hf_layerpar.ode.convert import ode_view
@@ -111,16 +112,25 @@ class ModelPush:
         )
 
 
+def check_pushable(model: Any) -> None:
+    """Raises UnsupportedModelError for a model of which there is no card."""
+    if not any(isinstance(module, PreTrainedModel) for module in model.modules()):
+        raise UnsupportedModelError(
+            f"push_to_hub of a {type(model).__name__}, which is no transformers model: call save_pretrained, and "
+            "upload the folder with huggingface_hub"
+        )
+
+
 def model_facts(model: Any) -> dict[str, Any]:
     """`CardFacts` fields that a converted model (or its PEFT wrapper) tells; on any lp rank."""
     view = ode_view(model)
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    adapters = base is not model or getattr(base, "_hf_peft_config_loaded", False)
+    adapters = base is not model or has_adapters(base)
     return facts_of_class(type(base).__name__) | {
         "kind": "adapters" if adapters else kind_of(base, base.state_dict()),
         "ode": view.settings.to_dict(),
         "layers": {stack.path: len(stack.layers) for stack in view.stacks},
-        "base_model": hub_name(getattr(base.config, "_name_or_path", None)),
+        "base_model": hub_name(getattr(base.config, CHECKPOINT_PATH, None)),
     }
 
 

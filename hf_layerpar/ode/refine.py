@@ -2,22 +2,30 @@
 
 New layer n of a stack that goes from N to M inner layers sits at t = n N / M in the old one. It gets the weights of
 layer floor(t) ("constant"), or a mean of floor(t) and floor(t) + 1 weighted by distance ("linear"; clamped at the last
-layer). The new layers have parameters of their own: the result is an ordinary deeper (or shallower) net.
+layer before a buffer). The new layers have parameters of their own: the result is an ordinary deeper (or shallower)
+net.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
-from hf_layerpar.config import OdeSettings
+from hf_layerpar.compat.torch import parameter_slots
+from hf_layerpar.compat.transformers import (
+    checkpoint_activations,
+    checkpoints_activations,
+    has_adapters,
+    no_init_weights,
+)
+from hf_layerpar.config import Buffers, OdeSettings, buffer_places
 from hf_layerpar.errors import UnsupportedModelError
 from hf_layerpar.ode.families import find_stacks, shared_modules
 
@@ -32,20 +40,35 @@ class Source:
 
 
 def sources(depth: int, steps: int, settings: OdeSettings) -> list[Source]:
-    """The source of every layer of a stack of `depth` layers that gets `steps` inner ones (buffers stay as they "
-    "are)."""
-    opening, closing = settings.buffers
-    inner = depth - opening - closing
-    found = [Source(n, n, 0.0) for n in range(opening)]
+    """The source of every layer of a stack of `depth` layers that gets `steps` inner ones (buffers stay as they
+    are)."""
+    places = buffer_places(settings.buffers, depth)
+    buffers = [Source(n, n, 0.0) for n in sorted(places)]
+    inner = [n for n in range(depth) if n not in places]
+    found = []
     for n in range(steps):
-        low, remainder = divmod(n * inner, steps)
+        place, remainder = divmod(n * len(inner), steps)
+        low = inner[place]
+        while buffers and buffers[0].low < low:
+            found.append(buffers.pop(0))
         weight = remainder / steps if settings.interpolation == "linear" else 0.0
-        found.append(Source(opening + low, opening + min(low + 1, inner - 1), weight))
-    return found + [Source(n, n, 0.0) for n in range(depth - closing, depth)]
+        high = low if low + 1 in places or low + 1 == depth else low + 1
+        found.append(Source(low, high, weight))
+    return found + buffers
+
+
+def refined_buffers(depth: int, steps: int, settings: OdeSettings) -> Buffers:
+    """The buffers of a stack that `sources` made deeper: those between have other places there."""
+    opening, *between, closing = settings.buffers
+    moved = [n for n, source in enumerate(sources(depth, steps, settings)) if source.low in between]
+    return opening, *moved, closing
 
 
 def refined(model: PreTrainedModel, steps: Mapping[str, int], settings: OdeSettings) -> PreTrainedModel:
     """A new model of the same class with `steps[path]` inner layers in each stack; `model` itself isn't touched.
+
+    A model whose layers are on the meta device gives one of the same kind, which has the tensors outside the layers
+    together with it.
 
     Its weights, frozen flags, dtypes, devices and train/eval mode are those of `model`.
 
@@ -56,8 +79,10 @@ def refined(model: PreTrainedModel, steps: Mapping[str, int], settings: OdeSetti
     _check_plain(model)
     stacks = find_stacks(model, settings.stacks)
     plan = {path: sources(len(layers), steps[path], settings) for path, layers in stacks.items()}
-    with torch.random.fork_rng(devices=[]), no_init_weights():
-        new = type(model)(_deeper_config(model.config, {path: len(layers) for path, layers in stacks.items()}, plan))
+    config = _deeper_config(model.config, {path: len(layers) for path, layers in stacks.items()}, plan)
+    lacks_layers = any(p.is_meta for p in model.parameters())
+    with torch.random.fork_rng(devices=[]), no_init_weights(), _on_meta(model) if lacks_layers else nullcontext():
+        new = type(model)(config)
     new_stacks = find_stacks(new, settings.stacks)
     for path, layers in plan.items():
         if len(new_stacks.get(path, ())) != len(layers):
@@ -72,18 +97,18 @@ def refined(model: PreTrainedModel, steps: Mapping[str, int], settings: OdeSetti
     ties = {k: v for k, v in new.all_tied_weights_keys.items() if k in old_ties or _place(k, plan) is not None}
     new.all_tied_weights_keys = ties
     new.tie_weights(recompute_mapping=False)
-    _copy_weights(model, new, plan)
+    _copy_weights(model, new, plan, lacks_layers)
     new.train(model.training)
     if model.can_generate():
         new.generation_config = copy.deepcopy(model.generation_config)
-    if model.is_activation_checkpointing:
-        checkpointed: Any = next(m for m in model.modules() if getattr(m, "gradient_checkpointing", False))
-        new.activation_checkpointing_enable(dict(checkpointed._gradient_checkpointing_func.keywords))
+    options = checkpoints_activations(model)
+    if options is not None:
+        checkpoint_activations(new, options)
     return new
 
 
 def _check_plain(model: PreTrainedModel) -> None:
-    if getattr(model, "_hf_peft_config_loaded", False):
+    if has_adapters(model):
         raise UnsupportedModelError(
             f"{type(model).__name__} holds PEFT adapters, which belong to its layers; refine the model first, then add "
             "them"
@@ -159,8 +184,19 @@ def _traits(layer: nn.Module) -> Iterator[tuple[str, Any]]:
 _NOT_TRAITS = {"training", "gradient_checkpointing", "layer_idx", "layer_id"}
 
 
+@contextmanager
+def _on_meta(model: PreTrainedModel) -> Iterator[None]:
+    """Models are built inside as transformers builds those that it loads."""
+    with ExitStack() as stack:
+        for context in type(model).get_init_context(model.dtype, False, False, None):
+            stack.enter_context(context)
+        yield
+
+
 @torch.no_grad()
-def _copy_weights(model: PreTrainedModel, new: PreTrainedModel, plan: Mapping[str, list[Source]]) -> None:
+def _copy_weights(
+    model: PreTrainedModel, new: PreTrainedModel, plan: Mapping[str, list[Source]], lacks_layers: bool
+) -> None:
     old: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     old |= dict(model.named_buffers(remove_duplicate=False))
     used = set()
@@ -176,12 +212,18 @@ def _copy_weights(model: PreTrainedModel, new: PreTrainedModel, plan: Mapping[st
                     "before changing its modules by hand"
                 )
         if weight == 0 or not old[low].is_floating_point() or not isinstance(old[low], nn.Parameter):
-            return old[low].detach().clone()
+            return old[low].detach() if lacks_layers and low == name else old[low].detach().clone()
         return (1 - weight) * old[low] + weight * old[high]
 
-    for name, parameter in new.named_parameters():  # tied ones come once, and stay tied
-        parameter.data = fetch(name, parameter)
-        parameter.requires_grad_(old[_locate(name, plan)[0]].requires_grad)
+    slots: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in new.modules():
+        parameters = parameter_slots(module)
+        for key, value in parameters.items():
+            slots.setdefault(id(value), []).append((parameters, key))
+    for name, parameter in list(new.named_parameters()):  # tied ones come once, and stay tied
+        value = nn.Parameter(fetch(name, parameter), old[_locate(name, plan)[0]].requires_grad)
+        for parameters, key in slots[id(parameter)]:
+            parameters[key] = value
     for name, buffer in new.named_buffers():
         owner, _, leaf = name.rpartition(".")
         setattr(new.get_submodule(owner), leaf, fetch(name, buffer))

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import (
+
+from hf_layerpar.compat.torch import (
     tree_flatten,
     tree_is_leaf,
     tree_leaves,
@@ -26,7 +27,6 @@ from torch.utils._pytree import (
     tree_map,
     tree_map_with_path,
 )
-
 from hf_layerpar.errors import ConfigurationError, LayerParallelError, UnsupportedModelError
 from hf_layerpar.ode.ends import EndParameter, Ends
 from hf_layerpar.ode.losses import LOSSES, Counting, Term, factors

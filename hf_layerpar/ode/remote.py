@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
 
+from hf_layerpar.compat.transformers import auto_mappings, build_from
 from hf_layerpar.errors import UnsupportedModelError
 from hf_layerpar.ode.convert import convert_to_ode
 
@@ -51,7 +51,7 @@ class OdeModel:
 
     @classmethod
     def _from_config(cls, config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
-        return converted(cls.stock_class._from_config(_stock_config(config), **kwargs))
+        return converted(build_from(cls.stock_class, _stock_config(config), **kwargs))
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
@@ -69,9 +69,8 @@ def converted(loaded: Any) -> Any:
 def auto_classes(model: PreTrainedModel) -> dict[str, str]:
     """Names of the Auto classes that know the model's config class, and of the stock class that each one loads."""
     found = {}
-    for name, auto in vars(modeling_auto).items():
-        mapping = getattr(auto, "_model_mapping", None) if name.startswith("AutoModel") else None
-        if mapping is None or type(model.config) not in mapping:
+    for name, mapping in auto_mappings().items():
+        if type(model.config) not in mapping:
             continue
         classes = mapping[type(model.config)]
         if isinstance(classes, tuple):

@@ -22,10 +22,11 @@ from hf_layerpar.config import CONFIG_KEY, OdeSettings
 from hf_layerpar.errors import CheckpointError
 from hf_layerpar.hub.card import CardFacts, facts_of_class, make_card
 from hf_layerpar.hub.upload import CARD_NAME
-from hf_layerpar.ode.checkpoint import load_stock, stored_config, sync
+from hf_layerpar.ode.checkpoint import load_stock, stored_config
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
 from hf_layerpar.ode.pushing import hub_name, model_facts
 from hf_layerpar.ode.remote import MODEL_TYPE_PREFIX
+from hf_layerpar.ode.saving import sync
 
 logger = logging.get_logger(__name__)
 

@@ -138,6 +138,42 @@ class PlanBuilder:
             inputs = (a, self._nearest(b, rank))
             self._add("residual", self.direction, rank, self._place, self._micro_batch, inputs, [], iteration=iteration)
 
+    def least(
+        self, states: Sequence[Sequence[int]], residuals: Sequence[Sequence[tuple[int, int]]], ranks: Sequence[int]
+    ) -> list[int]:
+        """Of every place the combination of its `states`, made on its rank, with weights (for each row of the batch the
+        same at all places) that make the combination of the `residuals`, differences (a, b), smallest. What are the
+        same states in every try are left as they are.
+
+        Each rank multiplies the residuals of its places with each other; these products are summed by one all-reduce,
+        in which every place has a part of its own, so that no sum depends on the ranks.
+        """
+        moved = [j for j, of in enumerate(states) if len(set(of)) > 1]
+        places = [j for j, of in enumerate(residuals) if any(a != b for a, b in of)]
+        tries = len(states[0])
+        like = Value("products", self._place, self._micro_batch, shape=(len(places), 2 * tries - 1, 2 * tries - 1))
+        terms: dict[int, int] = {}
+        by_rank: dict[int, list[int]] = {}
+        for slot, j in enumerate(places):
+            by_rank.setdefault(self.home(residuals[j][0][0]), []).append(slot)
+        about = (self._place, self._micro_batch)
+        for rank, slots in sorted(by_rank.items()):
+            pairs = [(a, self._nearest(b, rank)) for slot in slots for a, b in residuals[places[slot]]]
+            given = [v for pair in pairs for v in pair]
+            (terms[rank],) = self._add("products", self.direction, rank, *about, given, [like], slots=tuple(slots))
+        products = next(iter(terms.values()))
+        if len(terms) > 1:
+            products = len(self.values)
+            self.values[products] = like
+            self._reduced[products,] = Reduction(products, tuple(terms.values()))
+        made = {}
+        for rank in sorted({ranks[j] for j in moved}):
+            own = [j for j in moved if ranks[j] == rank]
+            given = [products, *(self._nearest(v, rank) for j in own for v in states[j])]
+            outputs = [Value("state", *about) for _ in own]
+            made |= dict(zip(own, self._add("least", self.direction, rank, *about, given, outputs), strict=True))
+        return [made.get(j, of[-1]) for j, of in enumerate(states)]
+
     def home(self, value: int) -> int:
         """The rank that makes `value`."""
         return self._home[value]

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from hf_layerpar.config import checked, real
-from hf_layerpar.plan.tasks import Plan, Task
+from hf_layerpar.plan.tasks import Plan, Task, Value
 
 MOST_COST = 1e15
 """Sums of what is larger lose what is smaller, or run over."""
@@ -16,7 +16,12 @@ _PRICE = real(lambda price: 0 <= price <= MOST_COST, f"at least 0 and at most {M
 _LIMITS = {
     "bandwidth": real(lambda b: b >= 1 / MOST_COST, f"positive and at least {1 / MOST_COST:g}; inf costs nothing"),
     "fixed_share": real(lambda share: 0 <= share <= 1, "in [0, 1]"),
+    "trained_share": real(lambda share: 0 <= share <= 1, "in [0, 1]"),
 }
+_OF_THE_BATCH = (
+    *("state_bytes", "graph_bytes", "pending_bytes", "work_bytes", "vjp_bytes"),
+    *("front_graph_bytes", "tail_graph_bytes"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +33,23 @@ class Costs:
     front, front_backward: the model's ends before the layers (embeddings); a middle of several stacks costs as much.
     tail: the ends behind the layers (head and loss), forward and backward.
     arguments: what a rank takes that has no ends to make the layers' arguments (masks, rotary tables).
-    combine: a linear combination, for each of its terms. residual: one residual norm.
+    combine: a linear combination, for each of its terms. residual: one residual norm, or product of two residuals.
     overhead: what every task takes beside its work.
     fixed_share: the part of a price that doesn't shrink when the batch is cut into micro-batches.
     latency, bandwidth: a message of b bytes arrives latency + b / bandwidth after its send. A rank's messages go out
         one behind the other.
     send: working time that a message takes from its sender.
     state_bytes: one state. graph_bytes: one kept graph (the activations of a layer; with recomputation, one state).
+    pending_bytes: what waits for a layer's weight gradients where these are taken apart.
+    work_bytes: what a layer's forward or final backward takes beside its graph and its gradients at most. vjp_bytes: an
+        input-only vjp, which frees nothing of the graph on its way.
+    added_bytes, tail_added_bytes: the largest gradient of a parameter in a layer, or in the tail: it is made before it
+        is added to what is there.
+    front_graph_bytes: what the front keeps for its backward. tail_graph_bytes: what the tail takes while it runs.
+    layer_bytes, front_bytes, tail_bytes: parameters of a layer, of the embeddings, of head and loss.
+    shared_bytes: those of both ends, whose gradients are kept apart until the end of a step.
+    trained_share: the part of these that is trained. optimizer_share: what the optimizer keeps for each byte of it (2
+        is AdamW in the parameters' precision).
     Raises ConfigurationError for a price that is negative, endless or no number.
     """
 
@@ -56,6 +71,19 @@ class Costs:
     send: float = 0.0
     state_bytes: float = 0.0
     graph_bytes: float = 0.0
+    pending_bytes: float = 0.0
+    work_bytes: float = 0.0
+    vjp_bytes: float = 0.0
+    added_bytes: float = 0.0
+    tail_added_bytes: float = 0.0
+    front_graph_bytes: float = 0.0
+    tail_graph_bytes: float = 0.0
+    layer_bytes: float = 0.0
+    front_bytes: float = 0.0
+    tail_bytes: float = 0.0
+    shared_bytes: float = 0.0
+    trained_share: float = 1.0
+    optimizer_share: float = 2.0
 
     def __post_init__(self) -> None:
         checked(self, {f.name: _LIMITS.get(f.name, _PRICE) for f in dataclasses.fields(self)})
@@ -77,6 +105,11 @@ class Costs:
             price /= task.piece[1]
         elif kind in ("combine", "collect"):
             price = self.combine * len(task.inputs)
+        elif kind == "least":
+            price = self.combine * (len(task.inputs) - 1)
+        elif kind == "products":  # of every two of the residuals and their differences
+            _, size, _ = plan.values[task.output].shape
+            price = self.residual * len(task.slots) * size * (size + 1) / 2
         else:
             price = self.residual if kind == "residual" else self.combine
         return price + self.overhead
@@ -85,12 +118,11 @@ class Costs:
         """From the send of a state to its arrival on another rank."""
         return self.latency + self.state_bytes / self.bandwidth
 
-    def all_reduce(self, num_ranks: int) -> float:
-        """From the last term of a state's sum to its arrival everywhere: as many latencies as a tree of ranks is deep,
-        and the bytes of a ring."""
-        return math.ceil(math.log2(num_ranks)) * self.latency + (
-            2 * (num_ranks - 1) / num_ranks * self.state_bytes / self.bandwidth
-        )
+    def all_reduce(self, num_ranks: int, value: Value) -> float:
+        """From the last term of a sum to its arrival everywhere: as many latencies as a tree of ranks is deep, and the
+        bytes of a ring (of a few numbers, none)."""
+        size = self.state_bytes if value.kind == "state" else 0.0
+        return math.ceil(math.log2(num_ranks)) * self.latency + 2 * (num_ranks - 1) / num_ranks * size / self.bandwidth
 
     def serial(self, num_layers: int) -> float:
         """Forward and backward of the whole batch on one rank, layer after layer, ends included."""
@@ -102,10 +134,24 @@ class Costs:
         work = self.fixed_share + (1.0 - self.fixed_share) / micro_batches
         names = ("step", "graph_step", "vjp", "weights", "final_vjp", "combine", "residual")
         shrinking = dict.fromkeys((*names, "front", "front_backward", "tail"), work)
-        shrinking |= dict.fromkeys(("state_bytes", "graph_bytes"), 1 / micro_batches)
+        shrinking |= dict.fromkeys(_OF_THE_BATCH, 1 / micro_batches)
         return dataclasses.replace(self, **{name: getattr(self, name) * s for name, s in shrinking.items()})
+
+    def recomputed(self) -> Costs:
+        """With gradient checkpointing: a layer keeps its state alone, and every vjp evaluates it again first."""
+        return dataclasses.replace(
+            self,
+            vjp=self.vjp + self.graph_step,
+            final_vjp=self.final_vjp + self.graph_step,
+            graph_bytes=self.state_bytes,
+            work_bytes=self.work_bytes + self.graph_bytes,
+            vjp_bytes=self.vjp_bytes + self.graph_bytes,
+        )
 
 
 APART = Costs(vjp=1.4, weights=0.8)
 """What a backward costs in two halves: a tenth more than in one, and the input half is the larger, as all of attention
 and the activations is in it. So weight gradients are taken apart only where the gaps they fill are worth it."""
+
+COMPILED = Costs(vjp=2.0, weights=0.0)
+"""Of layers that run as compiled code, whose backward makes all gradients whatever is asked for."""

@@ -7,6 +7,11 @@ C-points C_j of a level and the ends E_j of its relaxed intervals, the next coar
 
 which is kept in this form, rather than with a right-hand side tau_j = E_j - G_j(C_j), because then v_j = C_j gives
 v_{j+1} = E_j without rounding. Source: Falgout et al., SIAM J. Sci. Comput. 36 (2014); arXiv 2601.09026, section 3.
+
+An adjoint sweep is affine in its unknowns, so weights that add up to 1 and combine the C-points of several iterations
+combine their residuals E_j - C_{j+1} too. Krylov acceleration takes the weights of the smallest residual. MGRIT being a
+preconditioned Richardson iteration, that is what GMRES finds with it as preconditioner (reduced rank extrapolation:
+Sidi, J. Comput. Appl. Math. 22 (1988)), and the sweeps stay what they are.
 """
 
 from __future__ import annotations
@@ -32,20 +37,27 @@ class Cycle:
         operator: CoarseOperator,
         relaxation: str,
         start: int,
+        *,
+        krylov: bool = False,
     ) -> None:
         self.builder, self.layers, self.grid = builder, layers, grid
-        self.operator, self.relaxation, self.start = operator, relaxation, start
+        self.operator, self.relaxation, self.start, self.krylov = operator, relaxation, start, krylov
         owners = [builder.owner[layer] for layer in layers]
         self.interleaved = owners not in (sorted(owners), sorted(owners, reverse=True))
 
     def solve(self, iterations: int) -> int:
         """The end value after `iterations`: the nested start and one F-relaxation, then a correction each."""
         c_points = self._nested(1)
+        tried: list[tuple[list[int], list[int]]] = []
         for iteration in range(1, iterations):
             _, ends = self._relax(0, c_points, None)
             self._residuals(c_points, ends, iteration)
+            tried.append((c_points, ends))
             c_points, ends = self._c_relax(0, c_points, ends, None)
             c_points = self._correct(0, c_points, ends)
+        if self.krylov and tried:
+            tried.append((c_points, self._relax(0, c_points, None)[1]))
+            c_points = self._combined(tried)
         _, ends = self._relax(0, c_points, None, final=True)
         self._residuals(c_points, ends, iterations)
         return ends[-1]
@@ -118,7 +130,22 @@ class Cycle:
 
     def _coarse_step(self, level: int, s: int, x: int, plus: Sequence[tuple[float, int]] = ()) -> int:
         layers = [self.layers[i] for i in self.grid.span(level, s)]
+        if self.grid.is_exact(level, s):  # E_j and G_j(C_j) are one value then, and cancel
+            y = self.builder.step(layers[0], x)
+            return self.builder.combine([(1.0, y), *plus], self.builder.home(y))
         return self.operator.emit(self.builder, layers, x, interleaved=self.interleaved, plus=plus)
+
+    def _combined(self, tried: list[tuple[list[int], list[int]]]) -> list[int]:
+        """The C-points with the smallest residual among the affine combinations of (C-points, ends) of iterations."""
+        points, ends = zip(*tried, strict=True)
+        if all(end == x for end, x in zip(ends[-1], points[-1][1:], strict=False)):
+            return points[-1]  # exact
+        # the rank that each is needed on: that of the first layer behind it
+        places = [self.grid.interval(0, j)[0] for j in range(len(points[0]))]
+        ranks = [self.builder.owner[self.layers[s]] for s in places]
+        residuals = [[(end[j], x[j + 1]) for x, end in tried] for j in range(len(places) - 1)]
+        made = self.builder.least([list(of) for of in zip(*points, strict=True)][1:], residuals, ranks[1:])
+        return [self.start, *made]
 
     def _residuals(self, c_points: list[int], ends: list[int], iteration: int) -> None:
         """C-point residuals of the fine level; at F-points a relaxed state has none."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from hf_layerpar.config import MOST_ITERATIONS, LayerParallelConfig
+from hf_layerpar.config import MOST_ITERATIONS, Acceleration, Buffers, LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.operators import OPERATORS
 from hf_layerpar.plan.ownership import contiguous_owner
@@ -14,14 +14,17 @@ from hf_layerpar.plan.planner import predict_step
 from hf_layerpar.plan.step import interval_points
 
 _ITERATIONS = ((1, 1), (2, 1), (2, 2), (0, 1), (0, 2))
+_ACCELERATED = ((0, 2), (0, 3))
+"""With Krylov acceleration, which doesn't help `identity`."""
 
 
 @dataclass(frozen=True)
 class StackShape:
-    """What a prediction needs to know of a stack: its layers, and how many at its ends are always exact."""
+    """What a prediction needs to know of a stack: its layers, which are always exact, and the size of its steps."""
 
     num_layers: int
-    buffers: tuple[int, int]
+    buffers: Buffers
+    step_size: float = 1.0
 
 
 def exact_settings(config: LayerParallelConfig) -> LayerParallelConfig:
@@ -46,16 +49,25 @@ def predicted_share(config: LayerParallelConfig, stacks: Sequence[StackShape], n
     return made / serial
 
 
-def escalation(config: LayerParallelConfig) -> list[LayerParallelConfig]:
-    """From `config` to the exact solve, each step more accurate and dearer: twice the iterations, two levels, half the
-    coarsening, the richest operator, exact. Steps that change nothing are left out.
+def escalation(config: LayerParallelConfig, stacks: Sequence[StackShape] = ()) -> list[LayerParallelConfig]:
+    """From `config` to the exact solve, each step more accurate and dearer: an exact forward (where a stack has steps
+    of size 1), twice the iterations, Krylov acceleration, two levels, half the coarsening, the richest operator, exact.
+    Steps that change nothing are left out.
     """
-    more = {
-        "forward_iterations": min(2 * config.forward_iterations, MOST_ITERATIONS),
-        "backward_iterations": min(2 * config.backward_iterations, MOST_ITERATIONS),
-    }
+    forward = 0 if _are_large(stacks) else config.forward_iterations
+    idle = config.coarse_operator == "identity" or not config.backward_iterations
     c = config.factors[0]
-    changes = (more, {"coarsening": c}, {"coarsening": max(2, c // 2)}, {"coarse_operator": "aggregate"})
+    changes = (
+        {"forward_iterations": forward},
+        {
+            "forward_iterations": min(2 * forward, MOST_ITERATIONS),
+            "backward_iterations": min(2 * config.backward_iterations, MOST_ITERATIONS),
+        },
+        {"acceleration": config.acceleration if idle else "krylov"},
+        {"coarsening": c},
+        {"coarsening": max(2, c // 2)},
+        {"coarse_operator": "aggregate"},
+    )
     steps = [config]
     for change in changes:
         following = dataclasses.replace(steps[-1], **change)
@@ -76,7 +88,7 @@ def cheapest_first(
     limit = predicted_share(exact, stacks, num_ranks)
     shares: dict[LayerParallelConfig, float] = {}
     for operator in OPERATORS:
-        for forward, backward in _ITERATIONS:
+        for forward, backward in dict.fromkeys((*_ITERATIONS, *_ACCELERATED)):
             candidate = dataclasses.replace(
                 config,
                 strategy="mgrit",
@@ -84,7 +96,9 @@ def cheapest_first(
                 forward_iterations=forward,
                 backward_iterations=backward,
             )
-            shares[candidate] = predicted_share(candidate, stacks, num_ranks)
+            for acceleration in _accelerations(operator, forward, backward):
+                made = dataclasses.replace(candidate, acceleration=acceleration)
+                shares[made] = predicted_share(made, stacks, num_ranks)
     faster = sorted((c for c in shares if shares[c] < limit), key=lambda c: shares[c])
     if not faster:
         raise ConfigurationError(
@@ -95,6 +109,24 @@ def cheapest_first(
     return [*faster, exact]
 
 
+def _accelerations(operator: str, forward: int, backward: int) -> Iterator[Acceleration]:
+    if (forward, backward) in _ITERATIONS:
+        yield "none"
+    if (forward, backward) in _ACCELERATED and operator != "identity":
+        yield "krylov"
+
+
+def first_offer(ladder: Sequence[LayerParallelConfig], stacks: Sequence[StackShape]) -> int:
+    """The place in `ladder` to begin at. With steps of size 1 the forward is hard for MGRIT, and its error goes into
+    loss and gradient alike: the first settings with an exact one. Else the first of all."""
+    exact = (i for i, c in enumerate(ladder) if c.strategy == "mgrit" and not c.forward_iterations)
+    return next(exact, 0) if _are_large(stacks) else 0
+
+
+def _are_large(stacks: Sequence[StackShape]) -> bool:
+    return any(stack.step_size == 1 for stack in stacks)
+
+
 def describe(config: LayerParallelConfig) -> str:
     """A short name, such as "mgrit aggregate 1/1 c=4"; iterations that make a sweep exact are written so."""
     if config.strategy != "mgrit":
@@ -103,4 +135,5 @@ def describe(config: LayerParallelConfig) -> str:
         f"mgrit {config.coarse_operator} {config.forward_iterations or 'exact'}/{config.backward_iterations or 'exact'}"
         f" c={','.join(map(str, config.factors))}"
     )
-    return name + (" FCF" if config.relaxation == "FCF" else "")
+    name += " FCF" if config.relaxation == "FCF" else ""
+    return name + (f" {config.acceleration}" if config.acceleration != "none" else "")

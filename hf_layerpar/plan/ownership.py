@@ -53,25 +53,24 @@ def contiguous_owner(
     return tuple(rank for rank in range(num_ranks) for _ in range(cuts[rank], cuts[rank + 1]))
 
 
-def interleaved_owner(
-    num_layers: int, num_ranks: int, boundaries: Sequence[int], buffers: tuple[int, int]
-) -> tuple[int, ...]:
+def interleaved_owner(num_layers: int, num_ranks: int, boundaries: Sequence[int]) -> tuple[int, ...]:
     """The owner of every layer when each interval is dealt out to all ranks: what the `aggregate` operator wants, whose
     coarse step evaluates all layers of an interval at once.
 
-    boundaries: layer indices of the C-points, from the first inner layer to the end of the last. The deal starts one
-    rank later in every interval, so that each rank has as many first layers as any other.
+    boundaries: layer indices of the C-points, from the first inner layer to the end of the last; the layers before are
+    the first rank's, those behind the last one's. The deal starts one rank later in every interval, so that each rank
+    has as many first layers as any other.
     Raises ConfigurationError when a rank would own nothing.
     """
-    owner = [0] * buffers[0]
+    owner = [0] * boundaries[0]
     for j, (start, stop) in enumerate(pairwise(boundaries)):
         owner += [(i + j) % num_ranks for i in range(stop - start)]
-    owner += [num_ranks - 1] * buffers[1]
+    owner += [num_ranks - 1] * (num_layers - boundaries[-1])
     idle = sorted(set(range(num_ranks)) - set(owner))
     if idle:
         raise ConfigurationError(
             f"split='interleaved' leaves lp ranks {shown(idle)} of {num_ranks} without a layer: {num_layers} layers in "
-            f"intervals of {boundaries[1] - boundaries[0]}; use a larger coarsening or a contiguous split"
+            f"intervals of {max(b - a for a, b in pairwise(boundaries))}; use a larger coarsening or a contiguous split"
         )
     return tuple(owner)
 

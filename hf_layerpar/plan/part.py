@@ -60,11 +60,13 @@ class RankPart:
 
     @classmethod
     def of(cls, plan: Plan, rank: int, tasks: Sequence[Task] | None = None, fetch: Sequence[int] = ()) -> RankPart:
-        """tasks: those of the plan to work, in this order; all by default. Then values that others of the rank's tasks
-        make are sent by who makes them. fetch: values to have in the end."""
+        """tasks: those of the plan to work, of all ranks, in this order; all by default. Then values that others of the
+        tasks make are sent by who makes them. fetch: values to have in the end."""
         groups = [group for group in plan.groups() if group[0].rank == rank]
+        terms: set[int] = set()  # that some rank makes now: all ranks have a part in their sums
         if tasks is not None:
-            groups = [(task,) for task in tasks]
+            groups = [(task,) for task in tasks if task.rank == rank]
+            terms = {value for task in tasks for value in task.outputs}
         needed: dict[int, int] = {}
         last: dict[int, int] = {}
         made: dict[int, int] = {}
@@ -97,7 +99,7 @@ class RankPart:
                     queue.append((Post("send", value, entry.target), there, there, there))
                 elif entry.target == rank and value in needed:
                     queue.append((Post("receive", value, entry.source), 0, wish, end))
-            elif tasks is None or value in needed or not made.keys().isdisjoint(entry.terms):
+            elif tasks is None or not terms.isdisjoint(entry.terms):
                 there = max((made[term] + 1 for term in entry.terms if term in made), default=0)
                 queue.append((Post("reduce", value), there, wish if value in needed else there, end))
         posts: list[list[Post]] = [[] for _ in range(len(groups) + 1)]

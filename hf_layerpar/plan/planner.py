@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
-from hf_layerpar.config import LayerParallelConfig, shown
+from hf_layerpar.config import Buffers, LayerParallelConfig, buffer_places, num_buffers, shown
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.costs import Costs
-from hf_layerpar.plan.ownership import balanced_split, interleaved_owner, two_blocks_owner
+from hf_layerpar.plan.memory import check_memory, fullest
+from hf_layerpar.plan.ownership import balanced_split, contiguous_owner, interleaved_owner, two_blocks_owner
 from hf_layerpar.plan.simulate import Timeline, simulate
 from hf_layerpar.plan.step import Anatomy, build_step, interval_points
 
@@ -29,7 +30,8 @@ Split = tuple[int, ...] | Literal["interleaved", "v"]
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting and its predicted time for one training step of the model; `share` is that over serial.
+    """A setting and its predicted time for one training step of the model; `share` is that over serial, `bytes` what
+    the fullest rank holds, as far as the costs say.
 
     split: for `parallelize`; owner: the rank of every layer that it makes.
     """
@@ -39,6 +41,7 @@ class Choice:
     owner: tuple[int, ...]
     time: float
     share: float
+    bytes: float = 0.0
 
 
 def predict_step(
@@ -47,7 +50,7 @@ def predict_step(
     costs: Costs | None = None,
     *,
     num_ranks: int,
-    buffers: tuple[int, int] = (0, 0),
+    buffers: Buffers = (0, 0),
 ) -> Timeline:
     """One training step of a model with one stack, as it would run. costs: of the whole batch.
 
@@ -68,9 +71,10 @@ def plan_step(
     costs: Costs | None = None,
     *,
     accuracy: Accuracy = "high",
-    buffers: tuple[int, int] = (0, 0),
+    buffers: Buffers = (0, 0),
     micro_batches: Sequence[int] = (1, 2, 4, 8),
     interleaved: bool = False,
+    memory: float | None = None,
     note: Callable[[str], None] | None = None,
 ) -> list[Choice]:
     """Settings of an accuracy class, the fastest predicted first.
@@ -81,10 +85,11 @@ def plan_step(
     costs: of the whole batch; the default ones take half a batch to take half the time and messages to take none.
     micro_batches: the numbers to try (none above the batch size of a rank).
     interleaved: also try intervals dealt out to all ranks, and pipelines with two blocks a rank.
+    memory: bytes that a rank has; what takes more is left out.
     note: told of such a ranking.
 
-    Raises ConfigurationError for more ranks than layers, buffers that leave no layer, an unknown accuracy class, and
-    what is too large for either way.
+    Raises ConfigurationError when nothing that was tried fits into the memory, for more ranks than layers, buffers that
+    leave no layer, an unknown accuracy class, and what is too large for either way.
     """
     if accuracy not in get_args(Accuracy):
         raise ConfigurationError(f"accuracy={shown(accuracy)} is unknown; use one of {', '.join(get_args(Accuracy))}")
@@ -93,24 +98,48 @@ def plan_step(
     tries = [
         (config, name)
         for config in _candidates(shape.inner, num_ranks, accuracy, micro_batches)
+        if shape.holds(config)
         for name in shape.splits(config)
     ]
     if sum(shape.seconds(config) for config, _ in tries) > MOST_SEARCH:
         tries = _promising(tries, shape, note or (lambda text: None))
-    return sorted((shape.predict(*one) for one in tries), key=lambda choice: choice.time)
+    choices = sorted((shape.predict(*one) for one in tries), key=lambda choice: choice.time)
+    if memory is None:
+        return choices
+    if not any(choice.bytes <= memory for choice in choices):
+        least = min(choices, key=lambda choice: choice.bytes)
+        step = predict_step(least.config, least.owner, costs, num_ranks=num_ranks, buffers=buffers)
+        check_fits(step, memory, least.config, costs, buffers=buffers)
+    return [choice for choice in choices if choice.bytes <= memory]
 
 
-def check_shape(num_layers: int, num_ranks: int, buffers: tuple[int, int]) -> None:
-    """Raises ConfigurationError for more ranks than layers, and for buffers that leave no layer between them."""
+def check_fits(
+    step: Timeline, memory: float, config: LayerParallelConfig, costs: Costs | None, *, buffers: Buffers = (0, 0)
+) -> None:
+    """Raises ConfigurationError for a predicted step of which a rank holds more than `memory` bytes; the error says
+    what would fit: checkpointing, micro-batches, ranks. costs: of the whole batch."""
+    (num_layers,) = step.plan.passes
+
+    def predict(config: LayerParallelConfig, num_ranks: int, recompute: bool) -> Timeline:
+        if planning_seconds(config, num_layers, num_ranks) > _SUGGESTED:
+            raise ConfigurationError("too long to try")
+        owner = contiguous_owner(num_layers, num_ranks, boundaries=interval_points(config, num_layers, buffers))
+        whole = costs or Costs()
+        return predict_step(
+            config, owner, whole.recomputed() if recompute else whole, num_ranks=num_ranks, buffers=buffers
+        )
+
+    check_memory(step, memory, config, num_layers, predict)
+
+
+def check_shape(num_layers: int, num_ranks: int, buffers: Buffers) -> None:
+    """Raises ConfigurationError for more ranks than layers, and for buffers that don't fit."""
     if not 1 <= num_ranks <= num_layers:
         raise ConfigurationError(
             f"{num_ranks} ranks can't share {num_layers} layers; use 1 to {num_layers} (other devices serve as "
             f"data-parallel ranks)"
         )
-    if sum(buffers) >= num_layers:
-        raise ConfigurationError(
-            f"buffers={buffers} leave none of {num_layers} layers between them; use fewer buffer layers"
-        )
+    buffer_places(buffers, num_layers)
 
 
 MOST_SECONDS = 30
@@ -123,6 +152,9 @@ _SAMPLED, _PREDICTED = 15, 8
 """Seconds of a search that is too long, in smaller stacks, and in those of the full size."""
 
 _KEPT = 4
+
+_SUGGESTED = 2
+"""Seconds that the plan of a step may take to make which is tried as a remedy."""
 
 _Try = tuple[LayerParallelConfig, str]
 """A setting and the name of a split."""
@@ -157,13 +189,21 @@ class _Shape:
 
     num_layers: int
     num_ranks: int
-    buffers: tuple[int, int]
+    buffers: Buffers
     costs: Costs | None
     interleaved: bool
 
     @property
     def inner(self) -> int:
-        return self.num_layers - sum(self.buffers)
+        return self.num_layers - num_buffers(self.buffers)
+
+    def holds(self, config: LayerParallelConfig) -> bool:
+        """Whether its grid fits, around buffers between."""
+        try:
+            interval_points(config, self.num_layers, self.buffers)
+        except ConfigurationError:
+            return False
+        return True
 
     def seconds(self, config: LayerParallelConfig) -> float:
         return planning_seconds(config, self.num_layers, self.num_ranks)
@@ -194,16 +234,23 @@ class _Shape:
                 found["points"] = at_points
         if self.interleaved and num_ranks > 1:
             with suppress(ConfigurationError):  # intervals too short to give every rank a layer
-                found["interleaved"] = ("interleaved", interleaved_owner(num_layers, num_ranks, points, buffers))
+                found["interleaved"] = ("interleaved", interleaved_owner(num_layers, num_ranks, points))
         return found
 
     def predict(self, config: LayerParallelConfig, name: str) -> Choice:
         split, owner = self.splits(config)[name]
         step = predict_step(config, owner, self.costs, num_ranks=self.num_ranks, buffers=self.buffers)
-        return Choice(config, split, owner, step.makespan, step.share)
+        return Choice(config, split, owner, step.makespan, step.share, step.peaks[fullest(step)].bytes)
 
     def resized(self, inner: int, num_ranks: int) -> _Shape:
-        return dataclasses.replace(self, num_layers=inner + sum(self.buffers), num_ranks=num_ranks)
+        """Buffers between lie in proportion."""
+        opening, *between, closing = self.buffers
+        moved = [
+            opening + n + (place - opening - n) * inner // self.inner for n, place in enumerate(between)
+        ]  # n of the places before it are buffers
+        return dataclasses.replace(
+            self, num_layers=inner + num_buffers(self.buffers), num_ranks=num_ranks, buffers=(opening, *moved, closing)
+        )
 
     def carried(self, config: LayerParallelConfig, other: _Shape) -> LayerParallelConfig:
         """`config` on another shape: coarsenings that follow from the number of ranks follow from its number."""

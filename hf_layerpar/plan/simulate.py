@@ -6,16 +6,27 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from hf_layerpar.plan.costs import Costs
-from hf_layerpar.plan.tasks import Plan
+from hf_layerpar.plan.tasks import Plan, Task
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The most a rank holds at once: states in flight, kept graphs (of single layers), and both together in bytes."""
+    """The most a rank holds at once: states in flight, kept graphs (of single layers), and bytes by what they are.
+
+    activations: of states, graphs and the work on them together. parameters, gradients, optimizer: from the first step
+    on.
+    """
 
     states: int
     graphs: int
-    bytes: float
+    activations: float
+    parameters: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def bytes(self) -> float:
+        return self.activations + self.parameters + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,8 @@ class Timeline:
     @property
     def bytes_moved(self) -> float:
         """Over all ranks; of an all-reduce what a ring moves."""
-        moved = len(self.plan.messages) + 2 * (self.plan.num_ranks - 1) * len(self.plan.reductions)
+        sums = sum(self.plan.values[reduction.value].kind == "state" for reduction in self.plan.reductions)
+        moved = len(self.plan.messages) + 2 * (self.plan.num_ranks - 1) * sums
         return moved * self.costs.state_bytes
 
     @cached_property
@@ -80,7 +92,7 @@ class Timeline:
                 last[value, task.rank] = i
                 if plan.values[value].kind in ("graph", "pending"):
                     size.setdefault(value, len(task.layers))
-        states, graphs = [0] * plan.num_ranks, [0] * plan.num_ranks
+        states, graphs, pending, fronts = ([0] * plan.num_ranks for _ in range(4))
         most = [[0, 0, 0.0] for _ in range(plan.num_ranks)]
         present: set[tuple[int, int]] = set()
         for i, task in enumerate(plan.tasks):
@@ -90,15 +102,59 @@ class Timeline:
                     present.add((value, rank))
                     states[rank] += value not in size
                     graphs[rank] += size.get(value, 0) if plan.values[value].kind == "graph" else 0
-            held = (states[rank], graphs[rank], states[rank] * costs.state_bytes + graphs[rank] * costs.graph_bytes)
-            most[rank] = [max(a, b) for a, b in zip(most[rank], held, strict=True)]
+            at_front = task.kind == "phase" and task.place == 0 and plan.trains
+            fronts[rank] += at_front and task.direction == "forward"
+            kept = states[rank] * costs.state_bytes + (graphs[rank] - pending[rank]) * costs.graph_bytes
+            kept += pending[rank] * costs.pending_bytes
+            kept += fronts[rank] * costs.front_graph_bytes + _work(task, plan, costs)
             # what weight gradients wait for takes the place of the graph
-            graphs[rank] += sum(size[v] for v in task.outputs if plan.values[v].kind == "pending")
+            left = sum(size[v] for v in task.outputs if plan.values[v].kind == "pending")
+            kept += max(0.0, left * (costs.pending_bytes - costs.graph_bytes))
+            held = (states[rank], graphs[rank], kept)
+            most[rank] = [max(a, b) for a, b in zip(most[rank], held, strict=True)]
+            graphs[rank] += left
+            pending[rank] += left
+            fronts[rank] -= at_front and task.direction == "backward"
             for value in {*task.inputs, *task.outputs}:
                 if last[value, rank] == i:
                     states[rank] -= value not in size
                     graphs[rank] -= size.get(value, 0)
-        return tuple(Peak(int(s), int(g), float(b)) for s, g, b in most)
+                    pending[rank] -= size.get(value, 0) if plan.values[value].kind == "pending" else 0
+        found = []
+        for (s, g, activations), (parameters, ends) in zip(most, self._parameters, strict=True):
+            trained = costs.trained_share if plan.trains else 0.0
+            gradients = trained * (parameters + ends * costs.shared_bytes)
+            optimizer = trained * parameters * costs.optimizer_share
+            found.append(Peak(int(s), int(g), float(activations), parameters, gradients, optimizer))
+        return tuple(found)
+
+    @property
+    def _parameters(self) -> list[tuple[float, int]]:
+        """Of each rank the bytes of its layers and ends, and the number of ends."""
+        plan, costs = self.plan, self.costs
+        layers: list[set[tuple[int, int]]] = [set() for _ in range(plan.num_ranks)]
+        ends: list[set[int]] = [set() for _ in range(plan.num_ranks)]
+        for task in plan.tasks:
+            if task.kind == "step" and (task.final or not plan.trains):
+                layers[task.rank] |= {(plan.stacks[task.place], n) for n in task.layers}
+            elif task.kind == "phase":
+                ends[task.rank].add(task.place)
+        sizes = {0: costs.front_bytes, len(plan.passes): costs.tail_bytes}
+        return [
+            (len(own) * costs.layer_bytes + sum(sizes.get(k, 0.0) for k in phases), len(phases & set(sizes)))
+            for own, phases in zip(layers, ends, strict=True)
+        ]
+
+
+def _work(task: Task, plan: Plan, costs: Costs) -> float:
+    """What is held only as long as the task runs."""
+    if task.kind == "step":
+        if task.direction == "backward" and not task.final:
+            return costs.vjp_bytes
+        return costs.work_bytes + costs.added_bytes * (task.direction == "backward")
+    if task.kind == "phase" and task.place == len(plan.passes):
+        return costs.tail_graph_bytes / task.piece[1] + costs.tail_added_bytes * plan.trains
+    return costs.added_bytes * (task.kind == "weights")
 
 
 def simulate(plan: Plan, costs: Costs | None = None, *, serial: float = 0.0) -> Timeline:
@@ -145,7 +201,7 @@ def simulate(plan: Plan, costs: Costs | None = None, *, serial: float = 0.0) -> 
             for total in sums_of.get(value, ()):
                 free[rank] += costs.send
                 sending[rank] += costs.send
-                entry = sums[total]
+                entry, whole = sums[total], costs.all_reduce(plan.num_ranks, plan.values[total])
                 entry[0] -= 1
-                entry[1] = max(entry[1], free[rank] + (0.0 if entry[0] else costs.all_reduce(plan.num_ranks)))
+                entry[1] = max(entry[1], free[rank] + (0.0 if entry[0] else whole))
     return Timeline(plan, costs, tuple(spans), tuple(free), tuple(sending), serial)

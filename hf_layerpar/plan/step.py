@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 
-from hf_layerpar.config import LayerParallelConfig, shown
+from hf_layerpar.config import Buffers, LayerParallelConfig, gathered, shown
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan import schedules
 from hf_layerpar.plan.builder import PlanBuilder, Split
@@ -31,13 +31,13 @@ from hf_layerpar.plan.waves import in_waves
 
 @dataclass(frozen=True)
 class Pass:
-    """One run of a state through a stack. owner: the rank of every layer. buffers: open and close layers, which are
-    always solved exactly. sides: layers are given something beside the state that depends on parameters or earlier
+    """One run of a state through a stack. owner: the rank of every layer. buffers: those that are always solved exactly
+    (see `OdeSettings`). sides: layers are given something beside the state that depends on parameters or earlier
     passes (encoder states, position biases). stack: a number for the stack, None for one that no other pass goes
     through."""
 
     owner: tuple[int, ...]
-    buffers: tuple[int, int] = (0, 0)
+    buffers: Buffers = (0, 0)
     sides: bool = False
     stack: int | None = None
 
@@ -56,7 +56,7 @@ class Anatomy:
     tail_pieces: int = 1
 
     @classmethod
-    def of_stack(cls, owner: Sequence[int], buffers: tuple[int, int] = (0, 0)) -> Anatomy:
+    def of_stack(cls, owner: Sequence[int], buffers: Buffers = (0, 0)) -> Anatomy:
         """One stack with its ends on the ranks of its first and last layer."""
         return cls((Pass(tuple(owner), buffers),), (owner[0], owner[-1]), ((), (0,)))
 
@@ -82,21 +82,18 @@ def check_config(config: LayerParallelConfig, num_ranks: int) -> None:
         )
 
 
-def inner_grid(config: LayerParallelConfig, num_layers: int, buffers: tuple[int, int]) -> Grid:
-    """The grid over the layers between the buffers, in layer order."""
-    inner = num_layers - sum(buffers)
-    if inner < 1:
-        raise ConfigurationError(
-            f"buffers={buffers} leave {inner} of {num_layers} layers to MGRIT; use fewer buffer layers"
-        )
-    return Grid.coarsened(inner, config.factors)
+def inner_grid(config: LayerParallelConfig, num_layers: int, buffers: Buffers) -> Grid:
+    """The grid over the layers between the first and last buffers, in layer order."""
+    opening, *between, closing = gathered(buffers, num_layers)
+    return Grid.coarsened(num_layers - opening - closing, config.factors, [place - opening for place in between])
 
 
-def interval_points(config: LayerParallelConfig, num_layers: int, buffers: tuple[int, int]) -> list[int]:
+def interval_points(config: LayerParallelConfig, num_layers: int, buffers: Buffers) -> list[int]:
     """The places in the stack where intervals of the finest grid begin or end; none without MGRIT."""
     if config.strategy != "mgrit":
         return []
-    return [buffers[0] + p for p in inner_grid(config, num_layers, buffers).levels[1]]
+    opening = gathered(buffers, num_layers)[0]
+    return [opening + p for p in inner_grid(config, num_layers, buffers).levels[1]]
 
 
 def build_step(
@@ -258,14 +255,15 @@ class _Writer:
         iterations = self._iterations(direction)
         if not iterations:
             return self._chain(layers if forward else layers[::-1], x)
-        opening, closing = run.buffers
+        opening, *_, closing = gathered(run.buffers, len(layers))
         grid = inner_grid(self.config, len(layers), run.buffers)
         head, body, tail = layers[:opening], layers[opening : len(layers) - closing], layers[len(layers) - closing :]
         if not forward:
             head, body, tail, grid = tail[::-1], body[::-1], head[::-1], grid.reversed()
         x = self._chain(head, x)
         build.iterations[k, direction] = iterations
-        x = Cycle(build, body, grid, self.operator, self.config.relaxation, x).solve(iterations)
+        krylov = not forward and self.config.acceleration == "krylov"
+        x = Cycle(build, body, grid, self.operator, self.config.relaxation, x, krylov=krylov).solve(iterations)
         return self._chain(tail, x)
 
     def _chain(self, layers: Sequence[int], x: int) -> int:
@@ -318,9 +316,10 @@ def fused(plan: Plan) -> Plan:
     names = {old: new for r in runs for t in r for old, new in zip(t.outputs, r[-1].outputs, strict=True)}
     joined: dict[int, Task] = {}  # by the last task of the run
     for run in runs:
-        given = (*run[0].inputs, *(v for t in run[1:] for v in t.inputs[1:]))
-        inputs = tuple(dict.fromkeys(names.get(v, v) for v in given))
         last = run[-1]
+        inputs = tuple(names.get(v, v) for t in run for v in (t.inputs if t is run[0] else t.inputs[1:]))
+        if last.kind in ("step", "collect"):  # for others their places count
+            inputs = tuple(dict.fromkeys(inputs))
         if inputs != last.inputs:
             last = dataclasses.replace(last, inputs=inputs, layers=tuple(n for t in run for n in t.layers))
         joined[id(run[-1])] = last

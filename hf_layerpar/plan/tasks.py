@@ -20,7 +20,7 @@ from itertools import groupby
 from typing import Literal
 
 Direction = Literal["forward", "backward"]
-Kind = Literal["phase", "cut", "join", "step", "combine", "residual", "weights", "collect"]
+Kind = Literal["phase", "cut", "join", "step", "combine", "residual", "weights", "collect", "products", "least"]
 Pieces = tuple[int, int]
 """(i, n): the i-th of n parts of a micro-batch's rows."""
 
@@ -30,15 +30,17 @@ class Value:
     """What a value number stands for.
 
     kind: "state" (a state or an adjoint), "sides" (what a pass's layers are given beside the state and that depends on
-        parameters or earlier passes, or the gradient of that), "graph" (kept for the backward) or "pending" (what
-        weight gradients still need). The last two never travel.
+        parameters or earlier passes, or the gradient of that), "products" (numbers, of which each row of the
+        micro-batch has `shape`), "graph" (kept for the backward) or "pending" (what weight gradients still need). The
+        last two never travel.
     place: the pass that it belongs to.
     """
 
-    kind: Literal["state", "sides", "graph", "pending"]
+    kind: Literal["state", "sides", "products", "graph", "pending"]
     place: int
     micro_batch: int
     piece: Pieces = (0, 1)
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -50,8 +52,11 @@ class Task:
         gives the adjoints of its inputs. "step" evaluates `layers` one after the other (backward: their input-vjps);
         "combine" is the linear combination of its inputs with `coefficients`; "residual" adds
         ||inputs[0] - inputs[1]||^2 to the residual of `iteration`; "weights" takes the weight gradients that the final
-        vjp of `layers` left; "collect" adds the layers' gradients of the sides to those of the layers behind them;
-        "cut" and "join" part the rows of a state and put them together.
+        vjp of `layers` left; "products" multiplies residuals with each other, for each of `slots` those of as many
+        tries, given as pairs of minuend and subtrahend; "least" makes, for each of its outputs, of what as many tries
+        made of it, the combination whose residual is least by the products in inputs[0]; "collect" adds the layers'
+        gradients of the sides to those of the layers behind them; "cut" and "join" part the rows of a state and put
+        them together.
     place: the phase of a "phase", else the pass.
     layers: in the order of the sweep.
     final: a step of the last relaxation. Forward it keeps its graph, backward it takes the weight gradients too, unless
@@ -72,6 +77,7 @@ class Task:
     iteration: int = 0
     wave: int = -1
     piece: Pieces = (0, 1)
+    slots: tuple[int, ...] = ()
 
     @property
     def output(self) -> int:

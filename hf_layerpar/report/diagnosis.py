@@ -11,8 +11,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hf_layerpar.config import buffer_places
 from hf_layerpar.diagnosis.readings import Diagnosis, LayerReading, SettingReading, setting_name
-from hf_layerpar.diagnosis.suggest import LEAST_COSINE, is_friendly, standing_out
+from hf_layerpar.diagnosis.suggest import LEAST_COSINE, PROBE, is_friendly, standing_out
+from hf_layerpar.plan.memory import size_text
 from hf_layerpar.report.drawing import check_picture, matplotlib_classes
 
 _WIDTH = 140
@@ -20,7 +22,7 @@ _WIDTH = 140
 
 OPERATOR_COLOURS = {"rediscretize": "#2b6cb0", "aggregate": "#6b8e4e", "identity": "#c05621"}
 _OTHER_COLOUR = "#805ad5"  # of operators that users add
-ITERATION_MARKS = {(1, 1): "o", (2, 1): "s", (2, 2): "D", (0, 1): "^", (0, 2): "v"}
+ITERATION_MARKS = {(1, 1): "o", (2, 1): "s", (2, 2): "D", (0, 1): "^", (0, 2): "v", (0, 3): "P"}
 
 
 def print_diagnosis(diagnosis: Diagnosis, file: TextIO | None = None) -> None:
@@ -35,25 +37,38 @@ def print_diagnosis(diagnosis: Diagnosis, file: TextIO | None = None) -> None:
         + ("" if d.noise is None else f", batch noise {d.noise:.3g} of the gradient")
     )
     console.print(_layer_table(d))
+    if d.trials:
+        tried = ", ".join(f"{trial.buffers} {trial.cosine:.4f}" for trial in d.trials)
+        console.print(f"buffers tried, and the cosine that they give {setting_name(PROBE)}: {tried}")
     console.print(_setting_table(d))
     console.print(
         f"predicted for {d.ranks} ranks; exact pipeline: {setting_name(d.pipeline.config)}, "
         f"{d.pipeline.share:.3f} of serial. Messages cost nothing in these predictions."
     )
+    if d.pipeline.bytes:
+        console.print(
+            f"memory of the fullest rank, with AdamW: {size_text(d.pipeline.bytes)} with the exact pipeline"
+            + "".join(f", {size_text(most)} with MGRIT at most" for most in _most_bytes(d))
+        )
     console.print(f"buffers {d.buffers}. {d.verdict[0].upper()}{d.verdict[1:]}", style="bold")
+
+
+def _most_bytes(diagnosis: Diagnosis) -> list[float]:
+    sizes = [prediction.bytes for prediction in diagnosis.predictions]
+    return [max(sizes)] if sizes else []
 
 
 def _layer_table(diagnosis: Diagnosis) -> Table:
     table = Table(title="layers", title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for name in ("layer", "h", "increment", "Lipschitz", "growth", "outlier token", ""):
+    for name in ("layer", "h", "increment", "Lipschitz", "growth", "adjoint growth", "outlier token", ""):
         table.add_column(name, justify="left" if name in ("layer", "") else "right")
     for path, own in _stacks(diagnosis).items():
         outstanding = standing_out(own)
-        opening, closing = diagnosis.buffers
+        buffers = buffer_places(diagnosis.buffers, len(own))
         for n, layer in enumerate(own):
-            notes = ["buffer"] if n < opening or n >= len(own) - closing else []
+            notes = ["buffer"] if n in buffers else []
             notes += ["stands out"] if n in outstanding else []
-            figures = (layer.increment, layer.lipschitz, layer.growth, layer.outlier)
+            figures = (layer.increment, layer.lipschitz, layer.growth, layer.adjoint, layer.outlier)
             table.add_row(f"{path}.{n}", f"{layer.step_size:.4g}", *(f"{v:.3g}" for v in figures), ", ".join(notes))
     return table
 
@@ -98,20 +113,21 @@ def draw_diagnosis(diagnosis: Diagnosis, path: Path | str) -> None:
     upper, lower = figure.subplots(2, 1, height_ratios=(1.0, 1.25))
     offset = 0
     colours = {"increment": "#1a202c", "lipschitz": "#c05621", "growth": "#2b6cb0", "outlier": "#a0aec0"}
+    colours |= {"adjoint": "#6b8e4e"}
     labels = {
         "increment": "increment, |S(x) - x| / |x|",
         "lipschitz": "Lipschitz estimate of S - id",
         "growth": "growth of the state",
         "outlier": "outlier token, largest / median norm",
+        "adjoint": "growth of the adjoint",
     }
     for number, (stack, own) in enumerate(_stacks(d).items()):
         places = [offset + n for n in range(len(own))]
         for name, colour in colours.items():
             label = labels[name] if number == 0 else None
             upper.plot(places, [getattr(x, name) for x in own], color=colour, marker=".", linewidth=1.2, label=label)
-        for start, count in ((offset, d.buffers[0]), (offset + len(own) - d.buffers[1], d.buffers[1])):
-            if count:
-                upper.axvspan(start - 0.5, start + count - 0.5, color="#edf0f3", zorder=0)
+        for place in buffer_places(d.buffers, len(own)):
+            upper.axvspan(offset + place - 0.5, offset + place + 0.5, color="#edf0f3", linewidth=0, zorder=0)
         if offset:
             upper.axvline(offset - 0.5, color="#718096", linewidth=0.8)
             upper.annotate(stack, (offset, 0.97), xycoords=("data", "axes fraction"), fontsize=8, va="top")
@@ -130,7 +146,7 @@ def draw_diagnosis(diagnosis: Diagnosis, path: Path | str) -> None:
             marker=ITERATION_MARKS[iterations],
             color=OPERATOR_COLOURS.get(config.coarse_operator, _OTHER_COLOUR),
             markersize=4 + config.factors[0] / 2,
-            markeredgecolor="white",
+            markeredgecolor="white" if config.acceleration == "none" else "#1a202c",
             linestyle="none",
         )
     lower.axhline(1.0 - LEAST_COSINE, color="#1a202c", linewidth=0.9, linestyle=(0, (3, 2)))
@@ -148,7 +164,9 @@ def draw_diagnosis(diagnosis: Diagnosis, path: Path | str) -> None:
     lower.set_yscale("log")
     lower.set_xlabel(f"predicted step on {d.ranks} ranks, share of serial", fontsize=9)
     lower.set_ylabel("1 - cosine of the gradient", fontsize=9)
-    lower.set_title("settings (larger mark: larger coarsening)", loc="left", fontsize=10, fontweight="bold")
+    lower.set_title(
+        "settings (larger mark: larger coarsening; black edge: Krylov)", loc="left", fontsize=10, fontweight="bold"
+    )
     for operator in dict.fromkeys(reading.config.coarse_operator for reading in d.settings):
         lower.plot(
             [], [], marker="o", color=OPERATOR_COLOURS.get(operator, _OTHER_COLOUR), linestyle="none", label=operator

@@ -13,6 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.run.clock import seconds_of
+from hf_layerpar.run.held import Held
 from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, autocast_of, kept_streams, sides_of
 from hf_layerpar.run.step import combine
 from hf_layerpar.run.transport import LocalTransport, Transport
@@ -69,7 +70,7 @@ def calibrate(
             "overhead": overhead,
             "fixed_share": fixed_share,
             **dict(zip(names, (0.0,) * 4 if ends is None else ends(), strict=True)),
-            "graph_bytes": _graph_bytes(calls, x, chosen[0]),
+            **_layer_bytes(calls, x, list(range(len(calls)) if layers is None else layers), chosen[0]),
         }
     if transport.size == 1:
         return Costs(**prices, state_bytes=x.numel() * x.element_size())
@@ -150,6 +151,54 @@ def _small_times(x: Tensor) -> tuple[float, float, float]:
     combination = median(lambda: combine((1.0, 1.0, -1.0), [x, x, x])) / 3
     residual = median(lambda: torch.linalg.vector_norm(x - x).square())
     return combination, residual, median(lambda: combine((1.0,), [x[:0]]))
+
+
+def _layer_bytes(calls: Sequence[LayerCall], x: Tensor, own: Sequence[int], sample: int) -> dict[str, float]:
+    """Parameters of a layer, the mean over this rank's, and the share that is trained; and what the graph of `sample`
+    keeps, and what its evaluation and its vjp take beside."""
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for n in own for p in calls[n].layer.parameters()]
+    total = sum(size for size, _ in sizes)
+    graph = _graph_bytes(calls, x, sample)
+    added = max((size for size, trained in sizes if trained), default=0)
+    most, vjp, pending = _held_bytes(calls, x, sample)
+    return {
+        "layer_bytes": total / len(own),
+        "trained_share": sum(size for size, trained in sizes if trained) / total if total else 1.0,
+        "graph_bytes": graph,
+        "work_bytes": max(0.0, most - graph - added),
+        "vjp_bytes": max(0.0, vjp - graph),
+        "added_bytes": added,
+        "pending_bytes": pending,
+    }
+
+
+def _held_bytes(calls: Sequence[LayerCall], x: Tensor, layer: int) -> tuple[float, float, float]:
+    """The most that is held from the evaluation of a layer to the end of its final vjp, its gradients not; during an
+    input-only vjp; and what is still held behind a vjp that leaves the weight gradients."""
+    params = [p for p in calls[layer].layer.parameters() if p.requires_grad]
+    before = [p.grad for p in params]
+    lam = torch.ones_like(x, memory_format=torch.contiguous_format)
+    try:
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        layers = _layers_of(calls, x, Common(0))
+        there = [x, lam, *params, *(p.grad for p in params if p.grad is not None)]
+        with Held(there) as whole:
+            layers.forward((layer,), x, final=True)
+            layers.backward((layer,), lam, final=True)
+        with Held(there) as inputs:
+            layers.forward((layer,), x, final=True)
+            layers.backward((layer,), lam)
+        layers.backward((layer,), lam, final=True)
+        with Held(there) as split:
+            layers.forward((layer,), x, final=True, split=True)
+            lam = layers.backward((layer,), lam, final=True, split=True)
+            pending = split.now - lam.untyped_storage().nbytes()
+        layers.weights((layer,))
+        return float(whole.most), float(inputs.most), max(0.0, float(pending))
+    finally:
+        for p, grad in zip(params, before, strict=True):
+            p.grad = grad
 
 
 def _graph_bytes(calls: Sequence[LayerCall], x: Tensor, layer: int) -> float:

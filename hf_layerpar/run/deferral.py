@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.nn import functional
+
+from hf_layerpar.compat.torch import OF_COMPILED, children_of, compiled_call, saved_elsewhere
 
 
 class Record:
@@ -79,8 +80,7 @@ def make_deferrable(layer: nn.Module) -> None:
 
 def _uncompiled(module: nn.Module) -> Iterator[nn.Module]:
     """The module and those inside, without what torch.compile (`_orig_mod`) or its own `compile` made of any."""
-    held: Any = module
-    if held._compiled_call_impl is None and "_orig_mod" not in held._modules:
+    if compiled_call(module) is None and OF_COMPILED not in children_of(module):
         yield module
         for child in module.children():
             yield from _uncompiled(child)
@@ -99,7 +99,8 @@ class _Forward:
         trainable = module.weight.requires_grad or (module.bias is not None and module.bias.requires_grad)
         # for an input that isn't contiguous autograd sums in another order: then it does it all itself
         record = _recording.get()
-        if record is None or not (trainable and torch.is_grad_enabled() and x.is_contiguous()) or _is_checkpointed():
+        # checkpointing runs a layer's parts again in the backward, where nothing is recorded, and compares
+        if record is None or not (trainable and torch.is_grad_enabled() and x.is_contiguous()) or saved_elsewhere():
             return type(module).forward(module, x)
         weight = module.weight.detach()
         bias = None if module.bias is None else module.bias.detach()
@@ -133,12 +134,6 @@ class _InputOnly(torch.autograd.Function):
             inputs = x.detach().reshape(-1, x.shape[-1])
             ctx.record.pending.append(PendingGradient(ctx.module, inputs, outputs.detach()))
         return (outputs.mm(weight).view(x.shape) if ctx.needs_input_grad[0] else None), None, None, None, None
-
-
-def _is_checkpointed() -> bool:
-    """Whether somebody handles what graphs save, as torch.utils.checkpoint does: it runs a layer's own parts again in
-    the backward, where nothing is recorded, and compares."""
-    return _top_saved_tensors_default_hooks(False) is not None
 
 
 def _is_transposed(module: nn.Module) -> bool:

@@ -35,14 +35,34 @@ def together(failed: str, group: dist.ProcessGroup | None) -> Iterator[None]:
         yield
     except PeerLostError as error:
         if _by_messages(group):  # by which it is known who is lost
-            tell_all(str(error), group, failed)
+            tell_all((None, str(error)), group, failed)
         raise
     except Exception as error:
         failure = error
-    mine = failure and (
-        str(failure) if isinstance(failure, CheckpointError) else f"{type(failure).__name__}: {failure}"
-    )
-    causes = {rank: text for rank, text in tell_all(mine, group, failed).items() if text is not None}
+    _agree(failed, tell_all((None, _said(failure)), group, failed), failure, group)
+
+
+def all_give(action: Callable[[], Result], failed: str, group: dist.ProcessGroup | None) -> list[Result]:
+    """What `action`, which talks to no other rank, gives on each rank of the group, in their order. Collective; raises
+    as `together`."""
+    result, failure = None, None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    heard = tell_all((result, _said(failure)), group, failed)
+    _agree(failed, heard, failure, group)
+    return [heard[rank][0] for rank in sorted(heard)]
+
+
+def _said(failure: Exception | None) -> str | None:
+    if failure is None or isinstance(failure, CheckpointError):
+        return failure and str(failure)
+    return f"{type(failure).__name__}: {failure}"
+
+
+def _agree(failed: str, heard: dict[int, Any], failure: Exception | None, group: dist.ProcessGroup | None) -> None:
+    causes = {rank: text for rank, (_, text) in heard.items() if text is not None}
     if causes:
         same = len(causes) > 1 and len(set(causes.values())) == 1
         said = next(iter(causes.values())) if same or group is None else f"by world rank: {causes}"

@@ -17,7 +17,7 @@ operator and number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Increments:
     loss_scale: what the loss is multiplied by before its backward; the penalty's gradient is scaled alike.
     """
 
-    def __init__(self, inner: range, rows: Sequence[int], alpha: float, loss_scale: float) -> None:
+    def __init__(self, inner: Collection[int], rows: Sequence[int], alpha: float, loss_scale: float) -> None:
         self.inner, self.rows, self.alpha, self.loss_scale = inner, sum(rows), alpha, loss_scale
         self._sums: dict[tuple[int, int], Tensor] = {}
 

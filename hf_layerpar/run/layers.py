@@ -8,15 +8,15 @@ Shapes: B rows of the micro-batch, T tokens, D hidden; a state is `[B, T, D]`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from hf_layerpar.compat.torch import has_gradient_hooks, tree_flatten, tree_unflatten
 from hf_layerpar.errors import UnsupportedModelError
 from hf_layerpar.run.deferral import Record, make_deferrable, recording
 from hf_layerpar.run.increments import Increments
@@ -78,12 +78,14 @@ def autocast_of(x: Tensor) -> torch.dtype | None:
 
 
 @dataclass(slots=True)
-class _Run:
-    """The graph of final steps of some layers: from the leaf `x`, with a leaf for every side of every layer, to `y`."""
+class Run:
+    """The graph of final steps of some layers: from the leaf `x`, with a leaf for every side of every layer, to `y`. Of
+    layers that are to be evaluated again there is `x` alone."""
 
+    layers: tuple[int, ...]
     x: Tensor
-    sides: dict[tuple[int, int], Tensor]
-    y: Tensor
+    sides: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    y: Tensor | None = None
     record: Record | None = None
 
 
@@ -93,15 +95,21 @@ class Common:
 
     seed: the step's draw, or None when no layer is in training mode. Each layer of each micro-batch has a stream of its
         own, set before every evaluation: all sweeps, levels, schedules and ranks see the same dropout masks.
-    recompute: keep states instead of graphs, and run a layer's forward again in the backward.
+    recompute: keep a layer's state instead of its graph, and run its forward again in the backward; of all layers, or
+        of those of which it is true.
     keeps: whether final steps keep what a backward needs.
     deferrable: the layers that were made so (by `id`).
+    compiled: layers run as compiled code, which makes all gradients at once: none are taken apart.
     """
 
     seed: int | None = None
-    recompute: bool = False
+    recompute: bool | Callable[[nn.Module], bool] = False
     keeps: bool = True
     deferrable: set[int] = field(default_factory=set)
+    compiled: bool = False
+
+    def recomputes(self, layer: nn.Module) -> bool:
+        return self.recompute if isinstance(self.recompute, bool) else self.recompute(layer)
 
 
 class Layers:
@@ -123,8 +131,7 @@ class Layers:
             for layer, leaf in places:
                 self._side_of.setdefault(layer, {})[leaf] = side
         self.sides: list[Tensor] = []
-        # lowest layer of a run -> its graph, or its first state alone where that is recomputed
-        self._tape: dict[int, list[_Run] | Tensor] = {}
+        self._tape: dict[int, list[Run]] = {}  # by the lowest layer of a task
         self._pending: dict[int, list[Record]] = {}
         self._side_grads: dict[tuple[int, int], Tensor] = {}  # (layer, side)
 
@@ -141,23 +148,22 @@ class Layers:
 
         split: weight gradients of linear modules (see `deferral`) will be taken apart.
         """
-        kept = final and self.common.keeps
-        if kept and self._keeps(tuple(layers)):
-            runs, y = self._with_graphs(layers, x, split=split)
-            self._tape[min(layers)] = runs
-            if self.increments is not None:
-                for layer, run in zip(layers, runs, strict=True):
-                    self.increments.note(layer, self.micro_batch, run.x, run.y)
-            return y.detach()
-        if kept:
-            self._tape[min(layers)] = x
-        with torch.no_grad():
-            for layer in layers:
-                y = self._evaluate(layer, x, {})
-                if kept and self.increments is not None:
-                    self.increments.note(layer, self.micro_batch, x, y)
+        if final and self.common.keeps:
+            tape = self._tape[min(layers)] = []
+            for part in self._parts(layers):
+                if self._keeps(part):
+                    run = self._with_graph(part, x, split=split)
+                    assert run.y is not None
+                    y = run.y.detach()
+                else:
+                    run = Run(part, x)
+                    y = self._without_graph(part, x)
+                if self.increments is not None:
+                    self.increments.note(part[0], self.micro_batch, x, y)
+                tape.append(run)
                 x = y
-        return x
+            return x
+        return self._without_graph(layers, x)
 
     # ---- backward
     def backward(self, layers: Sequence[int], lam: Tensor, *, final: bool = False, split: bool = False) -> Tensor:
@@ -167,31 +173,34 @@ class Layers:
         With a penalty on its increment d, a step's adjoint is affine: lam -> J^T (lam + s) - s, s = dR/dd.
         """
         key = min(layers)
-        tape = self._tape[key]
-        if isinstance(tape, Tensor):
-            tape, _ = self._with_graphs(sorted(layers), tape, split=split)
-            if not final and not self.common.recompute:
-                self._tape[key] = tape
-        if final:
-            self._tape.pop(key)
-        for layer, run in zip(sorted(layers)[::-1], tape[::-1], strict=False):
-            source = None if self.increments is None else self.increments.source(layer, run.x, run.y)
+        tape = self._tape.pop(key) if final else self._tape[key]
+        records: list[Record] = []
+        for place in reversed(range(len(tape))):
+            run = tape.pop() if final else tape[place]  # freed as soon as it is done
+            if run.y is None:
+                again = any(self.common.recomputes(self.calls[n].layer) for n in run.layers)
+                run = self._with_graph(run.layers, run.x, split=split)
+                if not final and not again:
+                    tape[place] = run
+            assert run.y is not None
+            source = None if self.increments is None else self.increments.source(run.layers[0], run.x, run.y)
             if source is not None:
                 lam = lam + source
             if final:
                 if run.record is not None:
                     run.record.wanted = True
+                    records.append(run.record)
                 torch.autograd.backward(run.y, lam)
                 grad = run.x.grad
-                for place, leaf in run.sides.items():
+                for where, leaf in run.sides.items():
                     if leaf.grad is not None:
-                        self._side_grads[place] = leaf.grad
+                        self._side_grads[where] = leaf.grad
             else:
                 grad = torch.autograd.grad(run.y, run.x, lam, retain_graph=True)[0]
             assert grad is not None, f"layers {tuple(layers)} don't depend on their state"
             lam = grad if source is None else grad - source
         if split:
-            self._pending[key] = [run.record for run in tape if run.record is not None]
+            self._pending[key] = records
         return lam
 
     def weights(self, layers: Sequence[int]) -> None:
@@ -223,21 +232,32 @@ class Layers:
     # ---- inside
     def _keeps(self, layers: tuple[int, ...]) -> bool:
         """Whether the graph of a final evaluation of these layers together is kept."""
-        return not self.common.recompute
+        return not any(self.common.recomputes(self.calls[n].layer) for n in layers)
 
-    def _with_graphs(self, layers: Sequence[int], x: Tensor, *, split: bool) -> tuple[list[_Run], Tensor]:
-        """One graph for all layers; one for each where their increments are looked at."""
-        if self.increments is None:
-            run = self._with_graph(layers, x, split=split)
-            return [run], run.y
-        runs = []
+    def _parts(self, layers: Sequence[int]) -> Iterator[tuple[int, ...]]:
+        """The layers of a run that have one graph: those that follow each other; each alone where it is evaluated
+        again, or where increments are looked at."""
+        part: tuple[int, ...] = ()
         for layer in layers:
-            runs.append(self._with_graph([layer], x, split=split))
-            x = runs[-1].y.detach()
-        return runs, x
+            alone = self.increments is not None or self.common.recomputes(self.calls[layer].layer)
+            if part and alone:
+                yield part
+                part = ()
+            part = (*part, layer)
+            if alone:
+                yield part
+                part = ()
+        if part:
+            yield part
 
-    def _with_graph(self, layers: Sequence[int], x: Tensor, *, split: bool = False) -> _Run:
-        record = Record() if split else None
+    def _without_graph(self, layers: Sequence[int], x: Tensor) -> Tensor:
+        with torch.no_grad():
+            for layer in layers:
+                x = self._evaluate(layer, x, {})
+        return x
+
+    def _with_graph(self, layers: Sequence[int], x: Tensor, *, split: bool = False) -> Run:
+        record = Record() if split and not self.common.compiled else None
         used: dict[tuple[int, int], Tensor] = {}
         with torch.enable_grad(), nullcontext() if record is None else recording(record):
             start = y = x.detach().requires_grad_()
@@ -249,7 +269,7 @@ class Layers:
                 mine = {s: self.sides[s].detach().requires_grad_() for s in set(self._side_of.get(layer, {}).values())}
                 used |= {(layer, s): leaf for s, leaf in mine.items()}
                 y = self._evaluate(layer, y, mine)
-        return _Run(start, used, y, record)
+        return Run(tuple(layers), start, used, y, record)
 
     def _evaluate(self, layer: int, x: Tensor, sides: dict[int, Tensor]) -> Tensor:
         call = self.calls[layer]
@@ -281,8 +301,7 @@ class Layers:
 
 def add_gradient(param: nn.Parameter, grad: Tensor) -> None:
     """To `.grad`, in place where there is one; by autograd (and with a copy) where hooks wait for it."""
-    held: Any = param
-    if held._backward_hooks or held._post_accumulate_grad_hooks:
+    if has_gradient_hooks(param):
         torch.autograd.backward(param, grad)
     elif param.grad is None:
         param.grad = grad

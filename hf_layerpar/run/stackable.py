@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from hf_layerpar.compat.torch import CALL, OWN_TENSORS, hook_counts
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.plan.tasks import Plan
 from hf_layerpar.run.layers import Layers
@@ -58,11 +59,7 @@ class Kinds:
 def fingerprint(program: Layers) -> tuple:
     """What `Kinds` and the trial depend on, as far as it may change between solves: modules, modes, hooks, what the
     arguments are (but for sizes), and precision."""
-    modules = tuple(
-        (id(m), m.training, len(m._forward_hooks), len(m._forward_pre_hooks))
-        for call in program.calls
-        for m in call.layer.modules()
-    )
+    modules = tuple((id(m), m.training, hook_counts(m)) for call in program.calls for m in call.layer.modules())
     first = program.arguments(0)[0]
     arguments: list[Any] = []
     for n in range(len(program.calls)):
@@ -189,9 +186,6 @@ def _without(layer: nn.Module, numbers: Numbers) -> Iterator[None]:
             values[name] = value
 
 
-_OWN_TENSORS = {"_parameters", "_buffers", "_modules"}
-
-
 def _difference(a: nn.Module, b: nn.Module, numbers: set[tuple[str, str]]) -> str | None:
     """The first thing but weights in which two layers differ, None if there is none; whole numbers go to `numbers`."""
     if type(a) is not type(b):
@@ -206,16 +200,14 @@ def _difference(a: nn.Module, b: nn.Module, numbers: set[tuple[str, str]]) -> st
             return f"{path} is {type(other).__name__} and not {type(module).__name__}"
         mine, its = vars(module), vars(other)
         for key in [*mine, *(k for k in its if k not in mine)]:
-            if key in _OWN_TENSORS:
+            if key in OWN_TENSORS:
                 continue
             if key not in mine or key not in its:
                 return f"{name}{key} is set in one of them"
             if key.endswith("_hooks") and isinstance(mine[key], dict):
                 same = _same(list(mine[key].values()), list(its[key].values()))
             else:
-                same = _same(mine[key], its[key]) or (
-                    key in ("forward", "_call_impl") and _is_put_there(mine[key], its[key])
-                )
+                same = _same(mine[key], its[key]) or (key in ("forward", CALL) and _is_put_there(mine[key], its[key]))
             if not same:
                 if type(mine[key]) is int and type(its[key]) is int:
                     numbers.add((path, key))

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_unflatten
 
-from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, add_gradient
+from hf_layerpar.compat.torch import tree_unflatten
+from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, Run, add_gradient
 
 Wave = tuple[int, ...]
 
@@ -64,7 +64,7 @@ class StackedLayers(Layers):
                 y = self.evaluate_wave(layers, self._weights_of(layers).select(layers), x, dim)
         if kept:
             for layer, state in zip(layers, states, strict=True):
-                self._tape[layer] = state
+                self._tape[layer] = [Run((layer,), state)]
         return list(y.unbind())
 
     def backward_wave(self, layers: Wave, lams: Sequence[Tensor], final: bool) -> list[Tensor]:
@@ -99,6 +99,7 @@ class StackedLayers(Layers):
 
     def try_layer(self, layer: int, x: Tensor) -> tuple[Tensor, Tensor]:
         alone = self._with_graph((layer,), x)
+        assert alone.y is not None
         return alone.y.detach(), torch.autograd.grad(alone.y, alone.x, torch.ones_like(alone.y))[0]
 
     # ---- inside
@@ -106,8 +107,7 @@ class StackedLayers(Layers):
         return super()._keeps(layers) and layers in self.kept
 
     def _state(self, layer: int) -> Tensor:
-        entry = self._tape[layer]
-        return entry if isinstance(entry, Tensor) else entry[0].x
+        return self._tape[layer][0].x
 
     def _weights_of(self, layers: Wave) -> Weights:
         kind = self.kinds[layers[0]]

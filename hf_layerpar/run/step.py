@@ -9,6 +9,7 @@ Shapes: a state is `[B, T, D]`, B the rows of a micro-batch or of a piece of one
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -21,6 +22,7 @@ from hf_layerpar.plan.part import Post, RankPart
 from hf_layerpar.plan.tasks import Direction, Pieces, Plan, Task, Value
 from hf_layerpar.run.clock import Clock
 from hf_layerpar.run.increments import Increments, wide_dtype
+from hf_layerpar.run.krylov import combinations, products
 from hf_layerpar.run.layers import Common, Entry, Layers, mix, seed_device
 from hf_layerpar.run.transport import Transport
 
@@ -58,13 +60,15 @@ class Outcome:
 
 LayersOf = Callable[[Entry, Common, int, int, Increments | None], Layers]
 Penalty = Callable[[int], Increments | None]
+Finished = Callable[[tuple[int, int]], None]
 
 
 class Step:
     """One rank's part in one step.
 
     common: what all layers share. seed: for the phases' random streams, None without any. scale: what the losses are
-    multiplied by before they go backward. penalty: by pass, what watches the layers' increments.
+    multiplied by before they go backward. penalty: by pass, what watches the layers' increments. finished: is told of
+    a layer, by stack and place, when this step adds nothing more to its gradients.
     """
 
     def __init__(
@@ -78,12 +82,16 @@ class Step:
         scale: float = 1.0,
         penalty: Penalty | None = None,
         make_layers: LayersOf = Layers,
+        finished: Finished | None = None,
     ) -> None:
         self.part, self.phases, self.transport, self.common = part, phases, transport, common
         self.device, self.scale, self.make_layers = device, scale, make_layers
         self.outcome = Outcome(Clock(device), Clock(device))
         passes = range(len(part.plan.passes))
         self.increments = {k: None if penalty is None else penalty(k) for k in passes}
+        self._finished, self._left = finished, Counter[tuple[int, int]]()
+        if finished is not None:
+            self._left.update(layer for group in part.groups for task in group for layer in self._adds_to(task))
         self.values: dict[int, Any] = {}
         self._arriving: dict[int, tuple[list[Any], Any]] = {}
         self._terms: dict[int, Tensor] = {}  # of all-reduces that aren't posted yet
@@ -125,6 +133,8 @@ class Step:
                         for total in part.contributes.get(value, ()):
                             self._terms[total] = self.values[value]
                 self._post(part.posts[i + 1])
+                if self._finished is not None:
+                    self._count(group)
                 for value in part.dead_after[i]:
                     if value not in keep:
                         self.values.pop(value, None)
@@ -137,6 +147,18 @@ class Step:
     def _work_one(self, task: Task, plan: Plan) -> None:
         made = self._do(task, [self.values[v] for v in task.inputs], plan)
         self.values.update(zip(task.outputs, made, strict=True))
+
+    def _adds_to(self, task: Task) -> list[tuple[int, int]]:
+        """(stack, place) of the layers whose gradients a task adds to, once for each sum that it adds to."""
+        return [(name[2], name[3]) for name in self.part.plan.sums(task) if len(name) == 4]
+
+    def _count(self, group: Sequence[Task]) -> None:
+        assert self._finished is not None
+        for task in group:
+            for layer in self._adds_to(task):
+                self._left[layer] -= 1
+                if not self._left[layer]:
+                    self._finished(layer)
 
     def settle(self) -> None:
         """Waits for what is still being sent, and for sums that only others need."""
@@ -167,6 +189,10 @@ class Step:
         if kind == "residual":
             self._residual(task, given, plan)
             return ()
+        if kind == "products":
+            return [products(given, task.slots, plan.values[task.output].shape)]
+        if kind == "least":
+            return combinations(given[0], given[1:])
         if kind == "cut":
             (state,), n = given, len(task.outputs)
             bounds = [len(state) * i // n for i in range(n + 1)]
@@ -293,8 +319,10 @@ class Step:
         entry = self._layers_of(value.place, value.micro_batch).entry
         if value.kind == "sides":
             return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in entry.sources]
-        i, n = value.piece
         rows = len(entry.x)
+        if value.kind == "products":
+            return torch.empty((rows, *value.shape), dtype=torch.float64, device=self.device)
+        i, n = value.piece
         shape = (rows * (i + 1) // n - rows * i // n, *entry.x.shape[1:])
         return torch.empty(shape, dtype=entry.x.dtype, device=self.device)
 

@@ -7,7 +7,6 @@ import hashlib
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from enum import Enum
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_layerpar.compat.torch import is_alive, timeout_of
 from hf_layerpar.errors import ConfigurationError, PeerLostError, RankMismatchError
 
 Result = TypeVar("Result")
@@ -51,23 +51,12 @@ def group_of(ranks: Sequence[int], purpose: str, backend: str | None = None) -> 
     as the process lives, and as patient as the default group. Collective over `ranks`."""
     key = (tuple(ranks), purpose, backend)
     # one of a default group that was destroyed is of no use
-    if key not in _groups or _groups[key] not in dist.distributed_c10d._world.pg_map:
+    if key not in _groups or not is_alive(_groups[key]):
         made: Any = dist.new_group(
             list(ranks), backend=backend, timeout=timeout_of(dist.group.WORLD), use_local_synchronization=True
         )
         _groups[key] = made
     return _groups[key]
-
-
-def timeout_of(group: Any) -> timedelta | None:
-    """How long the ranks of a group wait for each other; None where its backend doesn't say."""
-    options: list[Any] = [getattr(group._get_backend(device), "options", None) for device in group._device_types]
-    return min((o._timeout for o in options if hasattr(o, "_timeout")), default=None)
-
-
-def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Of collectives; connections that messages go by keep the one that they were made with."""
-    dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 # ---- what ranks compare
@@ -279,7 +268,7 @@ class GroupTransport:
         self._broken: str | None = None
 
     def open(self, pairs: Iterable[tuple[int, int]], device: torch.device) -> None:
-        self._timeout = (timeout_of(self.group),) if self._is_gloo else ()  # see `set_timeout`
+        self._timeout = (timeout_of(self.group),) if self._is_gloo else ()  # see compat's `set_timeout`
         backend = self._backends.get(device.type)
         if self.size > 1 and (backend is None or (backend == "gloo" and device.type != "cpu")):
             raise ConfigurationError(

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from transformers import Seq2SeqTrainingArguments
 
 from hf_layerpar.config import (
+    Acceleration,
     Check,
     Ends,
     LayerParallelConfig,
@@ -30,11 +31,14 @@ from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.step import check_config
 from hf_layerpar.run.mesh import check_lp_size, store_of_restart
 from hf_layerpar.training.controller import Policy
+from hf_layerpar.training.launched import axis_sizes, check_axes, check_fsdp, fsdp_of_launcher
 
 _CHECKS: dict[str, Check] = {
     "lp_size": whole(1),
+    "tp_size": whole(1),
     "controller": one_of(Policy),
     "check_every": whole(1),
+    "async_save": flag,
     "check_gradient": flag,
     "check_layers": flag,
     "controller_bound": real(lambda bound: 0 < bound < math.inf, "positive and finite; controller='off' has no bound"),
@@ -49,12 +53,20 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
     `Seq2SeqTrainingArguments`.
 
     They are ordinary fields, so `HfArgumentParser` reads them from the command line, from YAML and from JSON.
-    `per_device_train_batch_size` counts per dp rank: the lp ranks of one dp rank share its batch.
+    `per_device_train_batch_size` counts per dp rank: the lp and tp ranks of one dp rank share its batch.
 
-    Raises ConfigurationError where lp_size does not divide the number of processes, or a setting is out of range.
+    `fsdp=True` (or `accelerate launch --use_fsdp --fsdp_version 2`) is understood as in stock: between steps every dp
+    rank keeps a piece of the parameters, gradients and optimizer states of the layers that its lp rank owns, by FSDP2.
+    So is accelerate's `ParallelismConfig` where it says the same as these arguments.
+
+    Raises ConfigurationError where lp_size and tp_size do not divide the number of processes, or a setting is out of
+    range or says something else than what can be done here.
     """
 
     lp_size: int = field(default=1, metadata={"help": "Processes that share one model's layers; divides the world."})
+    tp_size: int = field(
+        default=1, metadata={"help": "Processes that share each layer's matrices (transformers' tp_plan)."}
+    )
     strategy: Strategy = field(
         default=LayerParallelConfig.strategy,
         metadata={"help": "How the layers are solved: pipeline (exact) or mgrit."},
@@ -80,6 +92,10 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
     )
     backward_iterations: int = field(
         default=LayerParallelConfig.backward_iterations, metadata={"help": "MGRIT: iterations backward; 0 is exact."}
+    )
+    acceleration: Acceleration = field(
+        default=LayerParallelConfig.acceleration,
+        metadata={"help": "MGRIT: krylov combines two or more backward iterations into the best of their residuals."},
     )
     coarse_operator: str = field(
         default=LayerParallelConfig.coarse_operator,
@@ -115,6 +131,11 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
         default=None, metadata={"help": "Controller: lp ranks to predict step times for; default: lp_size."}
     )
 
+    async_save: bool = field(
+        default=False,
+        metadata={"help": "Writes checkpoints from copies on the host while training goes on."},
+    )
+
     def __post_init__(self) -> None:
         checked(self, _CHECKS)
         # YAML and Python callers give one number
@@ -127,8 +148,36 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
         restarted = {} if dist.is_initialized() else store_of_restart(timeout)
         if self.use_cpu or restarted:  # stock gives the process group its timeout on accelerators only
             PartialState(cpu=self.use_cpu, backend=self.ddp_backend, timeout=timeout, **restarted)
+        launched = fsdp_of_launcher()
+        if launched is not None:
+            self.fsdp, self.fsdp_config = True, launched  # type: ignore[assignment]
         super().__post_init__()
-        check_lp_size(self.world_size, self.lp_size)
+        self._find_axes()
+
+    def _find_axes(self) -> None:
+        asked = axis_sizes(self.parallelism_config)
+        if asked["tp"] > 1:
+            if self.tp_size not in (1, asked["tp"]):
+                raise ConfigurationError(
+                    f"tp_size={self.tp_size}, but tp_size={asked['tp']} in the parallelism_config; give one of them"
+                )
+            self.tp_size = asked["tp"]
+        check_lp_size(self.world_size, self.lp_size, self.tp_size)
+        dp_size = self.world_size // (self.lp_size * self.tp_size)
+        check_axes(asked, dp_size)
+        self.shards_data = bool(self.fsdp) or asked["dp_shard"] > 1
+        if self.fsdp:
+            check_fsdp(self.fsdp_config)  # type: ignore[arg-type]
+        self.fsdp_plugin_args = None  # by which accelerate would wrap the model
+        if self.shards_data and dp_size == 1:
+            raise ConfigurationError(
+                f"fsdp on {self.world_size} processes with lp_size={self.lp_size} and tp_size={self.tp_size}: one dp "
+                "rank has nobody to share parameters with; start more processes, or leave fsdp out"
+            )
+        if self.shards_data and self.stacked:
+            raise ConfigurationError(
+                "fsdp with stacked=True: stacked weights are copies, whole on every dp rank; use one of them"
+            )
 
     def _check_rows(self) -> None:
         compares = self.controller == "adaptive" or (self.controller != "off" and self.check_gradient)

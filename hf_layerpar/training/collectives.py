@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 
+from hf_layerpar.run.data_shards import local
 from hf_layerpar.run.transport import peer_loss
 
 BUCKET_BYTES = 8 << 20
@@ -18,55 +19,108 @@ BUCKET_BYTES = 8 << 20
 _UNDER_WAY = 4
 """So many of them at a time: they are copies, and all together another model's memory."""
 
+Layer = tuple[int, int]
+"""(stack, place in it)."""
 
-@peer_loss("the averaging of gradients")
-def average_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Replaces every `.grad` by its mean over the group, in flat buckets. Collective.
 
-    A parameter without a gradient on some ranks (an unused branch) counts as zero there; without one on all ranks it
-    stays without. `parameters` must be the same list on all ranks.
+class GradientAverage:
+    """Replaces every `.grad` by its mean over the group, beside the backward that makes them, in flat buckets.
+
+    layers: parameters whose gradients come with a layer's; None for those that come last. All ranks of the group must
+    give the same ones, in the same order: that of the all-reduces, whichever gradients are there first. A parameter
+    without a gradient on some ranks (an unused branch) counts as zero there; without one on all it stays without.
     """
-    size = dist.get_world_size(group)
-    if size == 1 or not parameters:
-        return
-    used = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=parameters[0].device)
-    dist.all_reduce(used, op=dist.ReduceOp.MAX, group=group)
-    grads: list[Tensor] = []
-    for parameter, is_used in zip(parameters, used.tolist(), strict=True):
-        if is_used:
-            if parameter.grad is None:
+
+    def __init__(self, layers: Iterable[tuple[Layer | None, Iterable[nn.Parameter]]], group: dist.ProcessGroup) -> None:
+        self.group, self.size = group, dist.get_world_size(group)
+        layers_of: dict[nn.Parameter, set[Layer | None]] = {}
+        for layer, members in layers:
+            for parameter in members:
+                layers_of.setdefault(parameter, set()).add(layer)
+        self._parameters = list(layers_of)
+        self._coming = deque(_buckets(self._parameters, local))
+        self._awaited = deque(set[Layer | None]().union(*(layers_of[p] for p in bucket)) for bucket in self._coming)
+        self._done: set[Layer | None] = set()
+        self._used: dict[nn.Parameter, bool] = {}
+        self._under_way: deque[tuple[list[nn.Parameter], Tensor, Any]] = deque()
+        self._without: list[tuple[nn.Parameter, Tensor]] = []
+
+    @peer_loss("the averaging of gradients")
+    def done(self, layer: Layer) -> None:
+        """A layer's gradients are all there. Never waits for another rank: its backward may wait for this one's."""
+        self._done.add(layer)
+        if self.size > 1:
+            while self._under_way and self._under_way[0][2].is_completed():
+                self._finish_one()
+            while self._coming and len(self._under_way) < _UNDER_WAY and self._awaited[0] <= self._done:
+                self._start_one()
+
+    @peer_loss("the averaging of gradients")
+    def finish(self) -> None:
+        """All gradients are there. Collective."""
+        if self.size == 1 or not self._parameters:
+            return
+        while self._coming:
+            if len(self._under_way) >= _UNDER_WAY:
+                self._finish_one()
+            self._start_one()
+        flags = [self._used[p] for p in self._parameters]
+        used = torch.tensor(flags, dtype=torch.int32, device=local(self._parameters[0]).device)
+        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.group)
+        while self._under_way:
+            self._finish_one()
+        elsewhere = dict(zip(self._parameters, used.tolist(), strict=True))
+        for parameter, piece in self._without:
+            if elsewhere[parameter]:
                 parameter.grad = torch.zeros_like(parameter)
-            grads.append(parameter.grad)
-    under_way: deque[tuple[list[Tensor], Tensor, Any]] = deque()
+                local(parameter.grad).copy_(piece)
 
-    def finish() -> None:
-        bucket, flat, work = under_way.popleft()
+    @torch.no_grad()
+    def _start_one(self) -> None:
+        bucket = self._coming.popleft()
+        self._awaited.popleft()
+        self._used |= {p: p.grad is not None for p in bucket}
+        flat = torch.cat([_zeros(p) if p.grad is None else local(p.grad).reshape(-1) for p in bucket])
+        self._under_way.append((bucket, flat, dist.all_reduce(flat, group=self.group, async_op=True)))
+
+    @torch.no_grad()
+    def _finish_one(self) -> None:
+        bucket, flat, work = self._under_way.popleft()
         work.wait()
-        flat.div_(size)
-        for grad, piece in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
-            grad.copy_(piece.view_as(grad))
-
-    with torch.no_grad():
-        for bucket in _buckets(grads):
-            if len(under_way) == _UNDER_WAY:
-                finish()
-            flat = torch.cat([grad.reshape(-1) for grad in bucket])
-            under_way.append((bucket, flat, dist.all_reduce(flat, group=group, async_op=True)))
-        while under_way:
-            finish()
+        flat.div_(self.size)
+        for parameter, piece in zip(bucket, flat.split([local(p).numel() for p in bucket]), strict=True):
+            piece = piece.view_as(local(parameter))
+            if parameter.grad is None:
+                self._without.append((parameter, piece.clone()))
+            else:
+                local(parameter.grad).copy_(piece)
 
 
-def _buckets(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors of one dtype and device together, cut at about `BUCKET_BYTES`."""
+def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """`GradientAverage` of gradients that are all there. Collective."""
+    GradientAverage([(None, parameters)], group).finish()
+
+
+def _zeros(parameter: nn.Parameter) -> Tensor:
+    like = local(parameter)
+    return like.new_zeros(like.numel())
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _buckets(tensors: Iterable[Any], part: Callable[[Tensor], Tensor] = _itself) -> list[list[Any]]:
+    """Tensors of one dtype and device together, cut at about `BUCKET_BYTES`. part: what of a tensor is counted."""
     buckets: list[list[Tensor]] = []
     open_bucket: dict[Any, tuple[list[Tensor], int]] = {}
     for tensor in tensors:
-        kind = (tensor.dtype, tensor.device)
+        kind, held = (tensor.dtype, tensor.device), part(tensor)
         bucket, filled = open_bucket.get(kind, ([], 0))
         if not bucket:
             buckets.append(bucket)
         bucket.append(tensor)
-        filled += tensor.numel() * tensor.element_size()
+        filled += held.numel() * held.element_size()
         open_bucket[kind] = (bucket, filled) if filled < BUCKET_BYTES else ([], 0)
     return buckets
 

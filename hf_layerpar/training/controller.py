@@ -17,8 +17,8 @@ from hf_layerpar.plan.ladder import describe
 
 Policy = Literal["off", "paper", "raise", "adaptive"]
 """off: nothing is checked. paper: exact for good once a convergence factor passes 1. raise: then one step up from the
-given settings (more iterations, fewer levels, smaller intervals, richer operator, exact). adaptive: the
-cheapest settings whose bias stays under a bound, moving both ways."""
+given settings (exact forward, more iterations, Krylov acceleration, fewer levels, smaller intervals, richer operator,
+exact). adaptive: the cheapest settings whose bias stays under a bound, moving both ways."""
 
 RETURN = 0.5
 """`adaptive` goes down to cheaper settings at this share of the bound, so that it doesn't swing."""
@@ -58,7 +58,7 @@ class Measure(Protocol):
 
 
 class Controller:
-    """Moves through `ladder`, from its first settings (cheapest) to its last (exact).
+    """Moves through `ladder`, whose first settings are the cheapest and whose last are exact, from place `start` on.
 
     A reading is good if no convergence factor is above 1 (`paper`), if besides the bias, where it was measured, is at
     most `bound` (`raise`), or if the bias is (`adaptive`: factors say how fast a solve converges, not how far off it
@@ -67,9 +67,9 @@ class Controller:
     readings: (place on the ladder, reading) of everything that the last check measured, in that order.
     """
 
-    def __init__(self, policy: Policy, ladder: Sequence[LayerParallelConfig], *, bound: float) -> None:
+    def __init__(self, policy: Policy, ladder: Sequence[LayerParallelConfig], *, bound: float, start: int = 0) -> None:
         self.policy, self.ladder, self.bound = policy, tuple(ladder), bound
-        self.place = 0
+        self.place = start
         self.readings: list[tuple[int, Reading]] = []
         self._trial = 0  # the cheaper settings that were tried last
         self._biases: dict[int, float] = {}  # by place, as last measured

@@ -1,26 +1,11 @@
-"""How a dataset is dealt out over the dp ranks: what accelerate is told, and what it doesn't count by itself."""
+"""How a dataset is dealt out over the dp ranks, as far as accelerate doesn't know it by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 from torch.utils.data import IterableDataset
-
-from hf_layerpar.run.mesh import Mesh
-
-
-class BatchSharing:
-    """What accelerate reads of a device mesh to shard a dataloader: ranks along "tp" are given the same batches."""
-
-    mesh_dim_names = ("dp_replicate", "tp")
-
-    def __init__(self, mesh: Mesh) -> None:
-        self._sizes = {"dp_replicate": mesh.dp_size, "tp": mesh.lp_size}
-
-    def __getitem__(self, name: str) -> SimpleNamespace:
-        return SimpleNamespace(size=lambda: self._sizes[name])
 
 
 class CountedStream(IterableDataset):

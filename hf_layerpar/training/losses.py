@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.trainer_pt_utils import LabelSmoother
 
+from hf_layerpar.compat.trainer import LabelSmoother
 from hf_layerpar.training.streams import kept_streams
 
 

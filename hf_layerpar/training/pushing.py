@@ -15,8 +15,8 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, SaveStrategy
 from transformers.utils import CONFIG_NAME, logging
-from transformers.utils.hub import PushInProgress, hf_api
 
+from hf_layerpar.compat.trainer import PushInProgress, hf_api
 from hf_layerpar.hub.card import MARK, CardFacts, changes_of, make_card, merged, metrics_of, solver_facts
 from hf_layerpar.hub.upload import CARD_NAME, Repository
 from hf_layerpar.ode.files import is_of_a_checkpoint
@@ -50,7 +50,8 @@ class HubPushing(ShardedSaving):
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As stock. Collective over all ranks: where the Hub refuses, all raise."""
-        self._on_first(lambda: super(HubPushing, self).init_hf_repo(token, private))
+        options = {} if private is None else {"private": private}  # older versions of stock don't take it
+        self._on_first(lambda: super(HubPushing, self).init_hf_repo(token, **options))
         if not self.is_world_process_zero():  # all must know that the repository is there
             self.hub_model_id = self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
             self.push_in_progress = None
@@ -98,11 +99,12 @@ class HubPushing(ShardedSaving):
         if busy and not args.hub_always_push:
             return
         self.callback_handler.on_push_begin(args, self.state, self.control)
-        when = f"step {self.state.global_step}"
+        step = Path(checkpoint_folder).name.rpartition("-")[2]  # training may be further by now
+        when = f"step {step}"
         if args.save_strategy != SaveStrategy.STEPS:
             when = f"epoch {int(self.state.epoch)}"
         output_dir = Path(str(args.output_dir))
-        staged = output_dir / f"{_STAGED}{self.state.global_step}"
+        staged = output_dir / f"{_STAGED}{step}"
 
         def failed(error: Exception) -> None:
             logger.error(

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import os
-
 from torch import nn
-from transformers.utils.generic import strtobool
+from torch.nn.parallel import DistributedDataParallel
 
+from hf_layerpar.compat.transformers import was_split_while_loading
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 
 _WHOLE_MODEL_OPTIMIZERS = ("galore", "apollo", "lomo", "adalomo")
+
+
+def refuse_trainer(kind: type) -> None:
+    """Raises ConfigurationError for a trainer class whose other bases compute losses in a way that can't be spread."""
+    for base in kind.__mro__:
+        if base.__module__.partition(".")[0] == "trl":
+            raise ConfigurationError(
+                f"{kind.__name__} derives from TRL's {base.__name__}, whose loss runs a head of its own around the "
+                "backbone, which ranks without the head can't, and counts what it logs in every call; use "
+                "LayerParallelTrainer by itself with tokenised data (labels of -100 where nothing is learned)"
+            )
 
 
 def refuse_unsupported(args: LayerParallelTrainingArguments, model: nn.Module | None) -> None:
@@ -21,17 +31,17 @@ def refuse_unsupported(args: LayerParallelTrainingArguments, model: nn.Module | 
             args.deepspeed_plugin is not None,
             "layers are sharded by lp_size already; start without --deepspeed (in accelerate's config too)",
         ),
-        "FSDP": (
-            bool(args.fsdp) or strtobool(os.environ.get("ACCELERATE_USE_FSDP", "false")) == 1,
-            "layers are sharded by lp_size already; start without --fsdp (in accelerate's config too)",
-        ),
-        "a parallelism_config (tensor, context or sequence parallelism)": (
-            args.parallelism_config is not None or (getattr(model, "tp_size", None) or 1) > 1,
-            "leave it out and choose lp_size; the remaining processes are data parallel",
+        "a model that from_pretrained has split over processes": (
+            was_split_while_loading(model),
+            "load it without distributed_config and tp_plan; lp_size, tp_size and fsdp of the arguments split it",
         ),
         f"DataParallel over {args.n_gpu} GPUs in one process": (
             args.n_gpu > 1,
             f"start one process a GPU: accelerate launch --num_processes {args.n_gpu}, or set CUDA_VISIBLE_DEVICES",
+        ),
+        f"a model in a {type(model).__name__}": (
+            isinstance(model, DistributedDataParallel | nn.DataParallel),
+            "gradients would be averaged twice; give the model inside",
         ),
         "a model spread by device_map": (
             len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1,
@@ -41,9 +51,18 @@ def refuse_unsupported(args: LayerParallelTrainingArguments, model: nn.Module | 
             str(getattr(args.optim, "value", args.optim)).startswith(_WHOLE_MODEL_OPTIMIZERS),
             "it needs the whole model on every process; use adamw_torch, adafactor or another per-parameter optimizer",
         ),
-        "torch_compile": (
-            args.torch_compile,
-            "the layers are solved by an autograd node that can't be traced as one graph; leave it out",
+        f"optim={args.optim} with fsdp or tp_size": (
+            str(getattr(args.optim, "value", args.optim)).startswith("adafactor")
+            and (args.shards_data or args.tp_size > 1),
+            "it knows no tensors in pieces; use adamw_torch or another of torch's optimizers",
+        ),
+        "torch_compile with tp_size": (
+            args.torch_compile and args.tp_size > 1,
+            "layers that send messages are not compiled; use one of them",
+        ),
+        "stacked with tp_size": (
+            args.stacked and args.tp_size > 1,
+            "weights in parts are not stacked; use one of them",
         ),
         "auto_find_batch_size": (
             args.auto_find_batch_size,
@@ -54,9 +73,12 @@ def refuse_unsupported(args: LayerParallelTrainingArguments, model: nn.Module | 
             "it saves on a signal that reaches the processes at different steps; use save_steps (writing is atomic)",
         ),
         f"{args.mixed_precision} (of the arguments, or of accelerate's config)": (
-            args.mixed_precision in ("fp16", "fp8"),
-            "fp16's loss scaler would skip steps on one lp rank and not on another, and fp8 replaces the layers; use "
-            "bf16=True",
+            args.mixed_precision == "fp8",
+            "it replaces the layers; use bf16=True or fp16=True",
+        ),
+        f"fp16 with controller={args.controller!r}": (
+            args.mixed_precision == "fp16" and args.controller != "off",
+            "the gradients that it looks at are not scaled, and what is small in them would be lost; use bf16=True",
         ),
         f"predict_with_generate with a {type(model).__name__}": (
             args.predict_with_generate and model is not None and not hasattr(model, "generate"),

@@ -5,36 +5,49 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate.utils import recursively_apply
-from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_pt_utils import find_batch_size
-from transformers.trainer_utils import unwrap_peft_model
+from transformers.trainer_utils import set_seed
 
+from hf_layerpar.compat.accelerate import (
+    BatchSharing,
+    check_accelerator,
+    clear_device_cache,
+    compiler_asked_for,
+    keep_unwrapped,
+)
+from hf_layerpar.compat.torch import set_timeout
+from hf_layerpar.compat.trainer import check_attributes, find_batch_size, loss_is_scaled, unwrap_peft_model
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
+from hf_layerpar.loading import from_pretrained
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
+from hf_layerpar.ode.reading import checksums
 from hf_layerpar.ode.rehearsal import loss_and_metrics
 from hf_layerpar.run.mesh import build_mesh
 from hf_layerpar.run.sharing import share
-from hf_layerpar.run.transport import Attempt, GroupTransport, LocalTransport, Transport, fact, set_timeout
+from hf_layerpar.run.transport import Attempt, GroupTransport, LocalTransport, Transport, fact
 from hf_layerpar.sharding import layer_parallel, model_facts, parallelize
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.callbacks import solver_log
-from hf_layerpar.training.collectives import average_gradients, broadcast_model, gather_rows
-from hf_layerpar.training.loading import BatchSharing, CountedStream, innermost_sampler, real_rows
+from hf_layerpar.training.collectives import GradientAverage, broadcast_model, gather_rows
+from hf_layerpar.training.half import check_parameters, loss_scale, use_fp16
+from hf_layerpar.training.launched import unseen_by_accelerate
+from hf_layerpar.training.loading import CountedStream, innermost_sampler, real_rows
 from hf_layerpar.training.losses import SmoothedCrossEntropy, depends_on_item_count
 from hf_layerpar.training.pushing import HubPushing
 from hf_layerpar.training.streams import SeededCollator, kept_streams, main_streams, set_main_streams
-from hf_layerpar.training.support import refuse_unsupported
+from hf_layerpar.training.support import refuse_trainer, refuse_unsupported
 from hf_layerpar.training.watching import STATE, Watch
 
 _SEEN_BY_ONE_PROCESS = (
@@ -54,6 +67,8 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
     Everything is used as in the stock Trainer. The differences:
 
     - `args` must be `LayerParallelTrainingArguments`. A model that is not converted is converted at step size 1.
+    - `model` (or what `model_init` returns) may be the path or Hub id of a checkpoint: then every process reads only
+      its own layers and what is outside of layers (`hf_layerpar.from_pretrained`).
     - The lp ranks of one dp rank share one batch (that of lp rank 0), so batch sizes, token counts, the loss average
       and gathered predictions count dp ranks.
     - `compute_loss` should only compute: it is called for every micro-batch, on several lp ranks (each as far as its
@@ -77,7 +92,7 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
 
     def __init__(
         self,
-        model: nn.Module | None = None,
+        model: nn.Module | str | os.PathLike[str] | None = None,
         args: LayerParallelTrainingArguments | None = None,
         *positional: Any,
         **kwargs: Any,
@@ -87,16 +102,22 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
                 f"args is a {type(args).__name__}; LayerParallelTrainer needs LayerParallelTrainingArguments, which "
                 "take the same arguments and lp_size"
             )
+        refuse_trainer(type(self))
         self._everyone = _all_processes(args)
         self._everyone.agree(_settings(args), remedy=_REMEDY)
-        refuse_unsupported(args, model)
-        self.mesh = build_mesh(args.lp_size)
+        refuse_unsupported(args, None if isinstance(model, str | os.PathLike) else model)
+        self.mesh = build_mesh(args.lp_size, args.tp_size, args.device.type)
+        group = self.mesh.batch_group
+        names = "lp ranks" if args.tp_size == 1 else "ranks of a batch"
+        self._batch_ranks = LocalTransport() if group is None else GroupTransport(group, names)
         self._collator: SeededCollator | None = None
         self._order: torch.Generator | None = None
         self._sharding_args = args  # call_model_init runs inside super().__init__
+        self._compiling: dict[str, str] = {}
         if model is not None:
             model = self._shard(model)
         Trainer.__init__(self, model, args, *positional, **kwargs)  # type: ignore[arg-type]
+        check_attributes(self)
         if args.generation_config is not None:  # Seq2SeqTrainer's own __init__ lacks optimizer_cls_and_kwargs
             self.model.generation_config = self.load_generation_config(args.generation_config)  # type: ignore[arg-type]
         if self.mesh.lp_size > 1 and self.optimizer is not None:
@@ -106,11 +127,9 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
             )
         if self.label_smoother is not None:
             self.label_smoother = SmoothedCrossEntropy(epsilon=self.label_smoother.epsilon)
-        # accelerate must neither wrap the model in DDP nor shard it: gradients are averaged here
-        self.is_distributed_loading_by_transformers = True
         declared = getattr(unwrap_peft_model(self.model), "accepts_loss_kwargs", None)
         self._item_count_unknown = declared is None and self.model_accepts_loss_kwargs
-        self._metrics, self._metric_batches = Counter[str](), 0
+        self._summed_metrics, self._metric_batches = Counter[str](), 0
         self._beside_loss: tuple[dict[str, float], dict[str, str]] = {}, {}
         self._watch: Watch | None = None
         self._watched_run: Any = None
@@ -119,10 +138,18 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
 
     # ---- the model on the mesh
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        return self._shard(super().call_model_init(trial))
+        model = self._shard(super().call_model_init(trial))
+        self._compile(model)
+        return model
 
-    def _shard(self, model: nn.Module) -> nn.Module:
-        args, mesh = self._sharding_args, self.mesh
+    def _compile(self, model: nn.Module) -> None:
+        if self._compiling:
+            layer_parallel(model).compile_layers(**self._compiling)
+
+    def _shard(self, given: nn.Module | str | os.PathLike[str]) -> nn.Module:
+        if isinstance(given, str | os.PathLike):
+            return self._read(given)
+        model, args, mesh = given, self._sharding_args, self.mesh
         try:
             handle = layer_parallel(model)  # a second trainer for the same model
         except UnsupportedModelError:
@@ -133,6 +160,11 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
                     f"the model is spread over {handle.lp_size} lp ranks already, but lp_size={mesh.lp_size}; give a "
                     "model that isn't parallelized"
                 )
+            if (handle.tp_size, handle.is_sharded_over_dp) != (mesh.tp_size, args.shards_data):
+                raise ConfigurationError(
+                    f"the model was cut before by tp_size={handle.tp_size} and fsdp={handle.is_sharded_over_dp}, but "
+                    f"now tp_size={mesh.tp_size} and fsdp={args.shards_data}; give a model that isn't parallelized"
+                )
             handle.config = args.layer_parallel_config
             return model
         found = Attempt(lambda: _converted(model))
@@ -141,27 +173,71 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         if args.place_model_on_device is not False:
             model.to(args.device)
         parallelize(model, args.layer_parallel_config, mesh.lp_group)
-        if mesh.dp_group is not None:
-            broadcast_model(model, mesh.dp_group)
+        for group in (mesh.dp_group, mesh.tp_group):
+            if group is not None:
+                broadcast_model(model, group)
+        self._cut(model)
         return model
 
-    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
-        """Stock averages over the whole world here; `_shard` and `training_step` do it by axis."""
+    def _read(self, path: str | os.PathLike[str]) -> nn.Module:
+        """A model of which each process has read its own layers."""
+        args, mesh = self._sharding_args, self.mesh
+        set_seed(args.seed)  # new heads are drawn, as stock's with model_init
+        place = None if args.place_model_on_device is False else args.device
+        settings = args.layer_parallel_config
+        found = Attempt(lambda: from_pretrained(path, layer_parallel=settings, group=mesh.lp_group, device_map=place))
+        self._everyone.agree({"about to": "train a model that was read in parts"}, found.error, _REMEDY)
+        model = found.given()
+        for group, names in ((mesh.dp_group, "dp ranks"), (mesh.tp_group, "tp ranks")):
+            if group is not None:
+                held = checksums(dict(model.named_parameters()) | dict(model.named_buffers()))
+                GroupTransport(group, names).agree({"checksums": held}, remedy=_REMEDY)
+        self._cut(model)
+        return model
+
+    def _cut(self, model: nn.Module) -> None:
+        """Leaves tp ranks parts of the layers' matrices, and then dp ranks pieces of all that they have."""
+        handle, devices = layer_parallel(model), self.mesh.devices
+        splits, shards = self.mesh.tp_size > 1, self._sharding_args.shards_data
+        if devices is None or not (splits or shards):
+            return
+
+        def cut() -> None:
+            if splits:
+                handle.split_over_tp(devices)
+            if shards:
+                handle.shard_over_dp(devices)
+
+        self._everyone.agree({"about to": "cut parameters"}, Attempt(cut).error, _REMEDY)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        made = super()._build_accelerator_args(**kwargs)
+        made.pop("parallelism_config", None)  # of which accelerate would make meshes of its own
+        return made
 
     def create_accelerator_and_postprocess(self) -> None:
-        super().create_accelerator_and_postprocess()
+        with unseen_by_accelerate():
+            super().create_accelerator_and_postprocess()
+        check_accelerator(self.accelerator)
+        keep_unwrapped(self.accelerator, _is_parallel)  # gradients are averaged here
         if self.mesh.world_size > 1:
             self.accelerator.gather_for_metrics = self._gather_for_metrics
+        if self.accelerator.mixed_precision == "fp16":
+            use_fp16(self.accelerator)
+        self._compiling = compiler_asked_for(self.accelerator)
+        if self.model is not None:
+            self._compile(self.model)
         loading = self.accelerator.dataloader_config
         if loading.data_seed is None:  # stock takes the main stream's current seed, which a resumed run may not have
             loading.data_seed = self._data_seed
         if self.mesh.world_size > 1 and loading.dispatch_batches is None:
             loading.dispatch_batches = False  # process 0 would deal iterable datasets out by world rank
-        self.accelerator.state.device_mesh = BatchSharing(self.mesh) if self.mesh.lp_size > 1 else None
+        sharing = BatchSharing(self.mesh.dp_size, self.mesh.batch_size)
+        self.accelerator.state.device_mesh = sharing if self.mesh.batch_size > 1 else None
 
     def get_tp_size(self) -> int:
         """The processes that share a batch: stock divides batch sizes, item counts and the loss scale by it."""
-        return self.mesh.lp_size
+        return self.mesh.batch_size
 
     # ---- all processes do the same
     def train(
@@ -177,7 +253,7 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
-        made = Attempt(self.create_optimizer)
+        made = Attempt(self._make_optimizer)
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         facts = {"max_steps": max_steps, "batches": _length(train_dataloader), "optimizer": type(optimizer).__name__}
         facts["optimizer's defaults"] = fact(getattr(optimizer, "defaults", {}))
@@ -195,6 +271,11 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         self._everyone.agree_in_common(members, _REMEDY)  # lp ranks may have groups of their own layers
         return prepared
 
+    def _make_optimizer(self) -> Any:
+        if self.accelerator.scaler is not None:
+            check_parameters(self.model.parameters())
+        return self.create_optimizer()
+
     def _agree(self, doing: str, **facts: Any) -> None:
         self._everyone.agree({**_settings(self.args), "about to": doing, **facts}, remedy=_REMEDY)
 
@@ -210,8 +291,11 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
 
     def _join_controls(self) -> None:
         asked = [bool(getattr(self.control, name)) for name in _CONTROLS]
-        for name, value in zip(_CONTROLS, self._everyone.any_of("go on after a step", asked), strict=True):
+        *joined, writing = self._everyone.any_of("go on after a step", [*asked, self.is_writing])
+        for name, value in zip(_CONTROLS, joined, strict=True):
             setattr(self.control, name, value)
+        if not writing:
+            self._finish_saving()
 
     # ---- batches
     @property
@@ -260,12 +344,13 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         return batches, self._get_num_items_in_batch(batches, device)
 
     def _share(self, doing: str, data: Any, error: Exception | None = None) -> Any:
-        """lp rank 0's data on all its lp ranks, and its random streams too: nothing a collator does can part them."""
-        self.layer_parallel.agree({"about to": doing}, error)
-        if self.mesh.lp_size == 1:
+        """The first rank's data on all ranks of the batch, and its random streams too: nothing a collator does can part
+        them."""
+        self._batch_ranks.agree({"about to": doing}, error)
+        if self.mesh.batch_size == 1:
             return data
-        assert self.mesh.lp_group is not None
-        data, streams = share((data, main_streams()), self.mesh.lp_group, self.args.device)
+        assert self.mesh.batch_group is not None
+        data, streams = share((data, main_streams()), self.mesh.batch_group, self.args.device)
         set_main_streams(streams)
         return data
 
@@ -274,7 +359,7 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
             self._find_out_about_item_count(batch_samples[0])
         count = super()._get_num_items_in_batch(batch_samples, device)
         if count is not None and not self.args.average_tokens_across_devices:
-            count = count * self.mesh.lp_size  # stock divides by get_tp_size() here too, though it hasn't summed
+            count = count * self.mesh.batch_size  # stock divides by get_tp_size() here too, though it hasn't summed
         return count
 
     def _find_out_about_item_count(self, batch: Any) -> None:
@@ -313,30 +398,58 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
             with self.compute_loss_context_manager():
                 return self.compute_loss(model, dict(batch), num_items_in_batch=num_items_in_batch)  # type: ignore[return-value]
 
-        scaled = self.loss_is_scaled_for_ga
-        if scaled is None:
-            counted = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            scaled = counted or self.compute_loss_func is not None
+        scaled = loss_is_scaled(self, num_items_in_batch)
         accumulated = self.current_gradient_accumulation_steps
         steps, share = 1 if scaled else accumulated, 1 / self.accelerator.gradient_accumulation_steps
-        value = self.layer_parallel.train_step(inputs, loss, scale=share / steps, penalty_scale=share / accumulated)
+        share *= loss_scale(self.accelerator)
+        with self._averaged(model):
+            value = self.layer_parallel.train_step(inputs, loss, scale=share / steps, penalty_scale=share / accumulated)
+        if self.accelerator.sync_gradients:
+            self.accelerator.unscale_gradients(self.optimizer)
         if self.args.torch_empty_cache_steps and self.state.global_step % self.args.torch_empty_cache_steps == 0:
             clear_device_cache()
-        if self.accelerator.sync_gradients and self.mesh.dp_size > 1:
-            assert self.mesh.dp_group is not None
-            average_gradients([p for p in model.parameters() if p.requires_grad], self.mesh.dp_group)
         value, metrics = loss_and_metrics(value)
-        self._metrics.update({name: float(number) for name, number in metrics.items()})
+        self._summed_metrics.update({name: float(number) for name, number in metrics.items()})
         self._metric_batches += 1
         return value / steps
 
+    @contextmanager
+    def _averaged(self, model: nn.Module) -> Iterator[None]:
+        """Around the backward of a batch: behind the last one of a step gradients are means over the dp ranks."""
+        if not self.accelerator.sync_gradients or self.mesh.dp_size == 1:
+            yield
+            return
+        assert self.mesh.dp_group is not None
+        stepper = self.layer_parallel.stepper
+        shards = stepper.shards
+        left = [p for p in model.parameters() if p.requires_grad]
+        members: list[tuple[Any, list[nn.Parameter]]] = []
+        if shards is None:
+            outside = {end.value for end in self.layer_parallel.ends}
+            for s, stack in [*enumerate(self.layer_parallel.stacks)][::-1]:  # as a backward comes by them
+                for i, layer in [*enumerate(stack.layers)][::-1]:
+                    members.append(((s, i), [p for p in layer.parameters() if p.requires_grad and p not in outside]))
+        else:
+            left = shards.uncut
+        known = {p for _, layer in members for p in layer}
+        average = GradientAverage([*members, (None, [p for p in left if p not in known])], self.mesh.dp_group)
+        stepper.finished = average.done
+        try:
+            yield
+        finally:
+            stepper.finished = None
+        if shards is not None:
+            shards.reduce()
+        average.finish()
+
     def _mean_metrics(self) -> dict[str, float]:
         """What `compute_loss` returned beside the loss since the last log, a mean over batches. Collective."""
-        names, batches = sorted(self._metrics), self._metric_batches
-        sums = torch.tensor([self._metrics[name] for name in names], dtype=torch.float64, device=self.args.device)
+        names, batches = sorted(self._summed_metrics), self._metric_batches
+        found = [self._summed_metrics[name] for name in names]
+        sums = torch.tensor(found, dtype=torch.float64, device=self.args.device)
         if names and self.mesh.dp_size > 1:
             dist.all_reduce(sums, group=self.mesh.dp_group)
-        self._metrics.clear()
+        self._summed_metrics.clear()
         self._metric_batches = 0
         return dict(zip(names, (sums / (batches * self.mesh.dp_size)).tolist(), strict=True)) if names else {}
 
@@ -358,7 +471,8 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
             with self.compute_loss_context_manager():
                 return self.compute_loss(model, dict(batch))  # type: ignore[return-value]
 
-        numbers, texts = watch.check(step, model, inputs, loss)
+        with self.layer_parallel.whole():  # so that gradients are those of this dp rank's own batch
+            numbers, texts = watch.check(step, model, inputs, loss)
         stored[STATE] = watch.state()
         self.log(numbers)
         self.state.log_history[-1] |= texts
@@ -377,7 +491,8 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         self.gather_function = functools.partial(
             self.accelerator.gather_for_metrics, use_gather_object=self.args.eval_use_gather_object
         )
-        return super().evaluation_loop(dataloader, description, *args, **kwargs)
+        with self.layer_parallel.whole():  # dp ranks may run other numbers of forwards
+            return super().evaluation_loop(dataloader, description, *args, **kwargs)
 
     def prediction_step(
         self,
@@ -413,7 +528,7 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         before = self.state.num_input_tokens_seen
         super()._track_num_input_tokens(inputs)
         seen = self.state.num_input_tokens_seen - before
-        self.state.num_input_tokens_seen = before + seen // self.mesh.lp_size
+        self.state.num_input_tokens_seen = before + seen // self.mesh.batch_size
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Of what this rank holds; stock sums it over all processes."""
@@ -451,6 +566,14 @@ def _converted(model: nn.Module) -> nn.Module:
     except UnsupportedModelError:
         return convert_to_ode(model)
     return model
+
+
+def _is_parallel(model: Any) -> bool:
+    try:
+        layer_parallel(model)
+    except UnsupportedModelError:
+        return False
+    return True
 
 
 def _length(data: Any) -> int | None:

@@ -18,7 +18,14 @@ from hf_layerpar.agreement import GradientProbe, batch_rows
 from hf_layerpar.config import MOST_ITERATIONS, LayerParallelConfig
 from hf_layerpar.diagnosis.sharded import lipschitz_of_layers
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.plan.ladder import cheapest_first, describe, escalation, exact_settings, predicted_share
+from hf_layerpar.plan.ladder import (
+    cheapest_first,
+    describe,
+    escalation,
+    exact_settings,
+    first_offer,
+    predicted_share,
+)
 from hf_layerpar.run.mesh import Mesh
 from hf_layerpar.run.transport import peer_loss
 from hf_layerpar.sharding import LayerParallel
@@ -49,7 +56,8 @@ class Watch:
         # bias adds up over the batches of a step, their noise averages out
         self.batches_per_step = args.gradient_accumulation_steps * mesh.dp_size
         ladder = _ladder(args.controller, args.layer_parallel_config, handle, self.ranks)
-        self.controller = Controller(args.controller, ladder, bound=args.controller_bound)
+        start = first_offer(ladder, handle.shapes) if args.controller == "adaptive" else 0
+        self.controller = Controller(args.controller, ladder, bound=args.controller_bound, start=start)
         self.shares = {settings: predicted_share(settings, handle.shapes, self.ranks) for settings in ladder}
         self.with_layers = args.check_layers
         self._checked: int | None = None
@@ -197,4 +205,4 @@ def _ladder(
             f"controller={policy!r} watches MGRIT, but strategy={config.strategy!r} is exact; use strategy='mgrit' or "
             "controller='off'"
         )
-    return escalation(config) if policy == "raise" else [config, exact_settings(config)]
+    return escalation(config, handle.shapes) if policy == "raise" else [config, exact_settings(config)]

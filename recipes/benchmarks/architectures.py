@@ -1,13 +1,16 @@
 """Which architectures of transformers convert, and do they compute what stock computes? A sweep over the Auto classes.
 
-    python recipes/benchmarks/architectures.py [--ranks 2] [--tasks "causal LM" "masked LM"] [--only bloom falcon]
+    python recipes/benchmarks/architectures.py [--ranks 2 --working] [--tasks "causal LM" "masked LM"] [--only bloom]
 
 Of every architecture a small random model is built, in float64 where stock can, without dropout; the loss is a weighted
 mean of what its head returns. Gradients of `train_step` on 1 or more ranks are compared with stock's. Each architecture
-runs in processes of its own, with a limit of time. Outcomes: equal to the bit; equal (up to rounding); wrong; refused
-(by an error of hf_layerpar, which is noted); failed (any other error); and for those that stock could not run here, not
-built. Written to recipes/benchmarks/results/architectures.json, for each number of ranks, in place of what was known of
-the same architectures.
+runs in processes of its own, with a limit of time. Of hierarchical image models, whose states change their shape from
+stage to stage, one stage's list is chosen (`CHOSEN`).
+
+Outcomes: equal to the bit; equal (up to rounding); wrong; refused (by an error of hf_layerpar, which is noted); failed
+(any other error); and for those that stock could not run here, not built. Written to
+recipes/benchmarks/results/architectures.json, for each number of ranks, in place of what was known of the same
+architectures.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from transformers.models.auto import modeling_auto
 from hf_layerpar import convert_to_ode, ode_view, parallelize
 from hf_layerpar.errors import LayerParallelError
 from recipes.benchmarks.launch import RESULTS
-from recipes.results import print_table, write_json
+from recipes.results import print_table, versions, write_json
 
 TASKS = {
     "causal LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
@@ -96,6 +99,7 @@ RULES: list[tuple[str, Any]] = [
 TRIES: tuple[dict[str, Any], ...] = (
     {},
     {"without": "head"},
+    {"without": 32},
     {"kv": 4},
     {"kv": 4, "hidden": 64, "head": 16},
     {"lists": True},
@@ -114,6 +118,22 @@ OF_TYPE: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
 }
 
+CHOSEN: dict[str, str] = {
+    "swin": "encoder.layers.2.blocks",
+    "swinv2": "encoder.layers.2.blocks",
+    "donut-swin": "encoder.layers.2.blocks",
+    "convnext": "encoder.stages.2.layers",
+    "convnextv2": "encoder.stages.2.layers",
+    "cvt": "encoder.stages.2.layers",
+    "focalnet": "encoder.stages.2.layers",
+    "poolformer": "encoder.block.2",
+    "pvt": "encoder.block.2",
+    "pvt_v2": "encoder.layers.2.blocks",
+    "mobilevit": "encoder.layer.3.transformer.layer",
+    "mobilevitv2": "encoder.layer.3.transformer.layer",
+}
+"""What `convert_to_ode` is given as `stacks`."""
+
 
 def small_config(config_class: Any, changes: dict[str, Any]) -> Any:
     default = config_class()
@@ -130,6 +150,8 @@ def small_config(config_class: Any, changes: dict[str, Any]) -> Any:
             if "only" in changes and rule not in changes["only"] and rule != 0:
                 continue
             values[key] = sizes[rule] if isinstance(rule, str) else rule
+        if key == "image_size" and isinstance(value, list | tuple) and changes.get("without") != 32:
+            values[key] = type(value)([32] * len(value))
         if isinstance(value, list) and len(value) == depth and "lists" in changes:
             values[key] = value[: sizes["layers"]]
         if key.endswith("_token_id") and isinstance(value, int) and value >= SIZES["vocab"] and key not in values:
@@ -224,7 +246,8 @@ def examine(config_class: Any, model_class: Any, task: str) -> dict[str, Any]:
         return {"outcome": "not built", "error": f"{type(error).__name__}: {error}"[:300]}
     model.zero_grad(set_to_none=True)
     try:
-        convert_to_ode(model)
+        chosen = CHOSEN.get(config_class.model_type)
+        convert_to_ode(model, stacks=chosen and [chosen])
         stacks = [
             f"{stack.path} ({len(stack.layers)} {type(stack.layers[0]).__name__})" for stack in ode_view(model).stacks
         ]
@@ -317,11 +340,19 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="MODEL_TYPE", help="these alone; others stay in the file"
     )
+    parser.add_argument(
+        "--working", action="store_true", help="those alone that equal stock in one process, as the file says"
+    )
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for an architecture")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    path = RESULTS / "architectures.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    working = {(r["task"], r["model_type"]) for r in before.get("1", []) if r["outcome"] in OUTCOMES[:2]}
     rows = []
     for task, model_type, name in architectures(args.tasks, args.only):
+        if args.working and (task, model_type) not in working:
+            continue
         found = on_ranks(args.ranks, (model_type, name), task, args.limit)
         rows.append({"task": task, "model_type": model_type, "class": name} | found)
         print(f"{task:22}{model_type:28}{found['outcome']:18}{found.get('error', '')[:200]}", flush=True)
@@ -329,11 +360,13 @@ def main() -> None:
             print(found["where"])
     counts = {task: Counter(row["outcome"] for row in rows if row["task"] == task) for task in args.tasks}
     print_table([(task, ", ".join(f"{count[o]} {o}" for o in OUTCOMES if count[o])) for task, count in counts.items()])
-    path = RESULTS / "architectures.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     done = {(row["task"], row["model_type"]) for row in rows}
     kept = [row for row in before.get(str(args.ranks), []) if (row["task"], row["model_type"]) not in done]
-    write_json(path, before | {str(args.ranks): kept + rows})
+    # of runs of a part of them, one after the other, all are noted
+    earlier = before.get("runs", {}).get(str(args.ranks), []) if kept else []
+    run = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "architectures": len(rows), "versions": versions()}
+    runs = before.get("runs", {}) | {str(args.ranks): [*earlier, run]}
+    write_json(path, before | {str(args.ranks): kept + rows, "runs": runs})
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.config import Buffers, LayerParallelConfig, buffer_places
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, build_step
@@ -72,7 +72,7 @@ class BareStack:
         owner: Sequence[int],
         num_ranks: int,
         *,
-        buffers: tuple[int, int] = (0, 0),
+        buffers: Buffers = (0, 0),
         costs: Costs | None = None,
     ) -> Plan:
         """The plan of a step with as many micro-batches as there are rows for. costs: of one micro-batch."""
@@ -89,9 +89,9 @@ class BareStack:
         transport: Transport,
         *,
         config: LayerParallelConfig | None = None,
-        buffers: tuple[int, int] = (0, 0),
+        buffers: Buffers = (0, 0),
         seed: int | None = None,
-        recompute: bool = False,
+        recompute: bool | Callable[[nn.Module], bool] = False,
         part: RankPart | None = None,
         make_layers: LayersOf = Layers,
     ) -> Outcome:
@@ -101,7 +101,7 @@ class BareStack:
         make_layers: as `hf_layerpar.run.stackable.OneDevice` gives it with a plan in waves.
         """
         alpha = config.increment_penalty if config is not None else 0.0
-        inner = range(buffers[0], len(self.calls) - buffers[1])
+        inner = frozenset(range(len(self.calls))) - buffer_places(buffers, len(self.calls))
         rows = [self.rows(m).stop - self.rows(m).start for m in range(self.micro_batches)]
         step = Step(
             part or RankPart.of(plan, transport.rank),

@@ -3,10 +3,10 @@
     python recipes/benchmarks/faults.py [--ranks 2 3 2x2] [--only TEXT ...]
 
 `--ranks`: of the layer axis, or data parallel x layer axis. Every fault runs in a training of its own, on fresh
-processes with `ddp_timeout=20`: the error's kind and first words by rank, and the seconds until the last rank ended
-(all but one that hangs on purpose). A rank that is killed on purpose says nothing; any other that ends without an error
-of this package, or is still there after 90 seconds, is marked as silent. Written to
-recipes/benchmarks/results/faults.json.
+processes with `ddp_timeout=20`: the error's kind and first words by rank, and the seconds from the start of the last
+rank's script to the end of the last rank (all but one that hangs on purpose). A rank that is killed on purpose says
+nothing; any other that ends without an error of this package, or is still there after three minutes, is marked as
+silent. Written to recipes/benchmarks/results/faults.json.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from hf_layerpar.errors import LayerParallelError
 from recipes.benchmarks.launch import RESULTS, ROOT
 from recipes.results import print_table, versions, write_json
 
-TIMEOUT, PATIENCE = 20, 90.0
+TIMEOUT, PATIENCE = 20, 180.0
 VOCABULARY, TOKENS = 64, 8
 KILLED = -signal.SIGKILL
 HUNG = "hung in a step"
@@ -203,6 +203,7 @@ FAULTS: dict[str, Callable[[str, int], None]] = {
 
 def run_rank(name: str, folder: str, output: Path) -> None:
     rank = int(os.environ["RANK"])
+    output.with_suffix(".began").write_text(str(time.time()), encoding="utf-8")
     try:
         FAULTS[name](folder, rank)
         found = {"error": None}
@@ -223,7 +224,7 @@ def outcome(name: str, ranks: str) -> dict[str, Any]:
     *dp_size, lp_size = map(int, ranks.split("x"))
     processes = lp_size * math.prod(dp_size)
     with tempfile.TemporaryDirectory() as folder:
-        seconds = 0.0
+        ended = 0.0
         began, world = time.monotonic(), {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         world |= {"FAULTS_LP_SIZE": str(lp_size)}
         world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
@@ -250,7 +251,8 @@ def outcome(name: str, ranks: str) -> dict[str, Any]:
                 code = None
             said = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {"error": None}
             found[rank] = said | {"killed": code == KILLED, "late": code is None}
-            seconds = time.monotonic() - began
+            ended = time.time()
+        seconds = ended - max(float(o.with_suffix(".began").read_text(encoding="utf-8")) for o, _ in started)
     cause = {"exception in a step": "ValueError", "out of memory in a step": "OutOfMemoryError"}.get(name)
     for rank, said in found.items():
         said["silent"] = not (said["killed"] or said.get("ours") or (rank == 1 and said["error"] == cause is not None))

@@ -106,7 +106,7 @@ def simulated(costs: Costs, batch: int, layers: int, devices: int, tensor_part: 
     for m in (m for m in MICRO_BATCHES if m <= batch):
         best("exact", m, [blocks, *two], LayerParallelConfig(micro_batches=m))
         aggregate = dataclasses.replace(mgrit, coarse_operator="aggregate", micro_batches=m)
-        dealt = [interleaved_owner(layers, devices, points, (0, 0))] if devices <= c else []
+        dealt = [interleaved_owner(layers, devices, points)] if devices <= c else []
         best("aggregate 1/1", m, [*dealt, blocks], aggregate)
         best("identity 1/1", m, [blocks], dataclasses.replace(mgrit, coarse_operator="identity", micro_batches=m))
     if tensor_part is not None:

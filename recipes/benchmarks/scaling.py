@@ -73,7 +73,7 @@ def mgrit(operator: str, coarsening: int, iterations: tuple[int, int], micro_bat
 
 def dealt(num_layers: int, num_ranks: int) -> tuple[int, ...]:
     """Intervals of P layers dealt out, one layer of each to every rank."""
-    return interleaved_owner(num_layers, num_ranks, range(0, num_layers + 1, num_ranks), (0, 0))
+    return interleaved_owner(num_layers, num_ranks, range(0, num_layers + 1, num_ranks))
 
 
 def predicted_step(config: LayerParallelConfig, owner: Sequence[int], num_ranks: int) -> Timeline:

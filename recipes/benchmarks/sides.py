@@ -352,7 +352,7 @@ def owner_of(
         return contiguous_owner(num_layers, num_ranks, boundaries=boundaries, split=split)
     if config.strategy == "pipeline":
         return two_blocks_owner(num_layers, num_ranks, split)
-    return interleaved_owner(num_layers, num_ranks, boundaries, (0, 0))
+    return interleaved_owner(num_layers, num_ranks, boundaries)
 
 
 def our_calls(stack: nn.Sequential, owner: tuple[int, ...], rank: int) -> list[Call]:

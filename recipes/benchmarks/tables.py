@@ -73,6 +73,16 @@ def memory() -> str:
     return markdown(head, rows)
 
 
+def big_model() -> str:
+    """Of the fullest process of each phase, in GB."""
+    rows = []
+    for phase, ranks in load("big_model.json")["phases"].items():
+        fullest = max(ranks, key=lambda rank: rank["peak"] / rank["allowed"])
+        cells = [f"{fullest[key] / 1e9:.2f}" for key in ("own_layers", "ends", "peak", "allowed")]
+        rows.append([phase, *cells, "yes" if all(rank["within"] for rank in ranks) else "no"])
+    return markdown(["GB", "own layers", "outside of layers", "process at its peak", "allowed", "within"], rows)
+
+
 def speed() -> str:
     """Ratios to serial one-thread torch on two ranks, by depth, and the simulator's time over the measured one; of the
     shallowest the cosine, and the memory that a step grows by on the fuller rank."""
@@ -270,6 +280,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "parity": parity,
     "parity_runs": parity_runs,
     "memory": memory,
+    "big_model": big_model,
     "speed": speed,
     "ends": ends,
     "weak": weak,

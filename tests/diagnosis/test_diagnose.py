@@ -11,7 +11,7 @@ import torch
 from transformers import BatchEncoding
 
 from hf_layerpar import LayerParallelConfig, convert_to_ode, diagnose, gradient_agreement, ode_view, parallelize
-from hf_layerpar.diagnosis.diagnose import ITERATIONS
+from hf_layerpar.diagnosis.diagnose import ACCELERATED, ITERATIONS
 from hf_layerpar.diagnosis.readings import FORMAT
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.plan.costs import Costs
@@ -51,7 +51,7 @@ def test_a_model_comes_back_as_it_was(name):
     assert set(found.costs) == stacks
     assert all(costs.step > 0 for costs in found.costs.values())
     assert [r.config for r in found.settings] == [replace_pieces(p.config) for p in found.predictions]
-    assert len(found.settings) == len(OPERATORS) * len(ITERATIONS)
+    assert len(found.settings) == len(OPERATORS) * len(ITERATIONS) + 2 * len(ACCELERATED)
     assert all(math.isfinite(r.cosine) and r.bias_to_noise is not None for r in found.settings)
 
 
@@ -212,5 +212,5 @@ def test_models_that_can_not_be_diagnosed():
         diagnose(model, zoo.without_labels(inputs), costs=UNIT)
     with pytest.raises(ConfigurationError, match="0 of the parameters in the 6 layers"):
         diagnose(model.requires_grad_(False), inputs, costs=UNIT)
-    with pytest.raises(UnsupportedModelError, match="needs a transformers model"):
+    with pytest.raises(UnsupportedModelError, match="Linear has no stack"):
         diagnose(torch.nn.Linear(2, 2), inputs)

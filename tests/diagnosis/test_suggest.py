@@ -7,15 +7,24 @@ from dataclasses import replace
 import pytest
 
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.diagnosis.readings import LayerReading, Prediction, SettingReading
-from hf_layerpar.diagnosis.suggest import is_friendly, standing_out, suggest, suggest_buffers
+from hf_layerpar.diagnosis.readings import BufferTrial, LayerReading, Prediction, SettingReading
+from hf_layerpar.diagnosis.suggest import best_trial, is_friendly, proposed_buffers, standing_out, suggest
 
 NAN = float("nan")
 
 
 def layers(*lipschitz: float, stack: str = "layers", increment: float = 0.1) -> list[LayerReading]:
     return [
-        LayerReading(stack=stack, index=n, step_size=1.0, increment=increment, lipschitz=value, growth=1.0, outlier=1.5)
+        LayerReading(
+            stack=stack,
+            index=n,
+            step_size=1.0,
+            increment=increment,
+            lipschitz=value,
+            growth=1.0,
+            outlier=1.5,
+            adjoint=1.0,
+        )
         for n, value in enumerate(lipschitz)
     ]
 
@@ -66,26 +75,40 @@ def test_friendly_needs_direction_and_small_bias(cosine, noise, friendly):
     assert is_friendly(reading(cosine=cosine, noise=noise)) is friendly
 
 
-def test_buffers_leave_out_what_stands_out_at_the_ends():
-    assert suggest_buffers(layers(*[1.0] * 12)) == (0, 0)
-    assert suggest_buffers(layers(1.0, 9.0, *[1.0] * 8, 1.0, 9.0)) == (2, 1)
-    assert suggest_buffers(layers(*[1.0] * 10, NAN, 1.0)) == (0, 2)
+def test_proposed_are_the_layers_that_stand_out_most_wherever_they_are():
+    assert proposed_buffers(layers(*[1.0] * 12)) == [(0, 0)]
+    wild = layers(1.0, 9.0, *[1.0] * 5, 50.0, *[1.0] * 7, 8.0)
+    assert standing_out(wild) == [7, 1, 15]
+    assert proposed_buffers(wild) == [(0, 0), (0, 7, 0), (0, 1, 7, 0), (0, 1, 7, 1)]
+    # no number at all stands out most, and no more than a quarter is proposed
+    wild = layers(NAN, *[1.0] * 3, 50.0, *[1.0] * 4, 9.0, 8.0, 7.0)
+    assert proposed_buffers(wild)[-1] == (1, 4, 9, 0)
 
 
-def test_buffers_reach_no_further_than_a_quarter():
-    """A wild layer in the middle stays, and is named instead."""
-    wild = layers(*[1.0] * 3, 50.0, *[1.0] * 8)
-    assert standing_out(wild) == [3]
-    assert suggest_buffers(wild) == (0, 0)
-    verdict = judged((reading(cosine=0.3), 0.2), outer=wild).verdict
-    assert "layer 3 of layers has Lipschitz estimate 50" in verdict
-
-
-def test_buffers_follow_the_increment_too_and_serve_all_stacks():
+def test_increments_and_adjoints_count_too_and_all_stacks_share_what_is_proposed():
     first = layers(*[1.0] * 8, stack="encoder")
     first[0] = replace(first[0], increment=1.0)
     second = layers(*[1.0] * 7, 8.0, stack="decoder")
-    assert suggest_buffers([*first, *second]) == (1, 1)
+    second[4] = replace(second[4], adjoint=100.0)
+    assert proposed_buffers([*first, *second]) == [(0, 0), (1, 4, 0), (1, 4, 1)]
+    # places between mean another layer in a deeper stack: ends alone
+    deeper = layers(*[1.0] * 9, 8.0, stack="encoder")
+    assert proposed_buffers([*deeper, *second]) == [(0, 0), (0, 1)]
+
+
+def test_the_fewest_buffers_that_do_are_taken():
+    def trials(*cosines: float) -> list[BufferTrial]:
+        return [BufferTrial(buffers=(n, 0), cosine=cosine) for n, cosine in enumerate(cosines)]
+
+    assert best_trial(trials(0.991, 0.9999)) == (0, 0)
+    assert best_trial(trials(0.5, 0.9, 0.98, 0.985)) == (2, 0)
+    assert best_trial(trials(NAN, 0.3, 0.1)) == (1, 0)
+
+
+def test_the_layer_that_amplifies_most_is_named():
+    wild = layers(*[1.0] * 3, 50.0, *[1.0] * 8)
+    verdict = judged((reading(cosine=0.3), 0.2), outer=wild).verdict
+    assert "layer 3 of layers has Lipschitz estimate 50" in verdict
 
 
 def test_the_cheapest_friendly_setting_that_pays_is_suggested():

@@ -23,7 +23,7 @@ MGRIT = [  # as many iterations as make it exact
     for o in ("rediscretize", "aggregate", "identity")
     for r in ("F", "FCF")
 ]
-DEALT = {n: interleaved_owner(LAYERS, n, range(0, LAYERS + 1, 3), (0, 0)) for n in (2, 3, 4)}
+DEALT = {n: interleaved_owner(LAYERS, n, range(0, LAYERS + 1, 3)) for n in (2, 3, 4)}
 TWO_BLOCKS = {n: two_blocks_owner(LAYERS, n, "v") for n in (2, 3, 4)}
 
 

@@ -49,17 +49,20 @@ def push_alone(repo_id: str) -> None:
     converted("llama", seed=6).push_to_hub(repo_id)
 
 
-def save_and_push(folder: Path, family: str, **options: Any) -> None:
-    if dist.get_rank() == 0:
-        converted(family, step_size=0.5).save_pretrained(folder, push_to_hub=True, **options)
+def save_and_push(folder: Path, family: str, spread: bool, **options: Any) -> None:
+    model = converted(family, step_size=0.5)
+    if spread:
+        parallelize(model)
+    if spread or dist.get_rank() == 0:
+        model.save_pretrained(folder, push_to_hub=True, **options)
 
 
-def push_parallel(folder: Path, repo_id: str, family: str, settings: dict[str, Any]) -> str | None:
+def push_parallel(folder: Path, repo_id: str, family: str, settings: dict[str, Any], **options: Any) -> str | None:
     model = converted(family, **settings)
     if dist.get_rank() == 0:
         remember(model, zoo.without_labels(zoo.build(family)[1]), folder / f"{repo_id.replace('/', '--')}.pt")
     parallelize(model, LayerParallelConfig(strategy="mgrit", coarsening=2))
-    commit = model.push_to_hub(repo_id)
+    commit = model.push_to_hub(repo_id, **options)
     return None if commit is None else str(commit)
 
 

@@ -82,7 +82,7 @@ def test_a_second_push_replaces_the_first_whole(
     code = {"step_size": 0.5, "form": "euler"}
     ranks.run(scenarios.push_serial, tmp_path, repo_id, "bert", code)
     assert "modeling_hf_layerpar.py" in endpoint.files(repo_id)
-    # shards in place of the one file, which stock would go on loading if it stayed
+    # pieces in place of the one file, which stock would go on loading if it stayed
     commit = {"max_shard_size": "50KB", "commit_message": "In shards"}
     ranks.run(_push_with, tmp_path, repo_id, commit)
     files = endpoint.files(repo_id)
@@ -94,7 +94,7 @@ def test_a_second_push_replaces_the_first_whole(
 
 
 def _push_with(folder: Path, repo_id: str, options: dict[str, Any]) -> None:
-    scenarios.push_serial(folder, repo_id, "llama", {}, **options)
+    scenarios.push_parallel(folder, repo_id, "llama", {}, **options)
 
 
 def test_a_card_that_people_wrote_is_kept(endpoint: Endpoint, ranks: RankPool, tmp_path: Path) -> None:
@@ -119,20 +119,24 @@ def test_a_hub_that_cannot_be_asked_has_no_missing_card(monkeypatch: pytest.Monk
         repository.card()
 
 
-def test_save_pretrained_pushes_what_it_wrote(endpoint: Endpoint, ranks: RankPool, tmp_path: Path) -> None:
-    folder = tmp_path / "mine"
+@pytest.mark.parametrize("spread", [False, True])
+def test_save_pretrained_pushes_what_it_wrote(
+    spread: bool, endpoint: Endpoint, ranks: RankPool, tmp_path: Path
+) -> None:
+    folder = tmp_path / f"mine-{spread}"
+    repo_id = f"tester/{folder.name}"
     folder.mkdir()
     (folder / "optimizer.pt").write_text("stays here")
-    ranks.run(_save_with, folder, {"commit_message": "m", "private": True, "revision": "dev"})
-    assert endpoint.files("tester/mine", "dev") == PLAIN
-    assert endpoint.messages("tester/mine", "dev") == ["m"]
-    assert endpoint.files("tester/mine") == set()
+    ranks.run(_save_with, folder, spread, {"commit_message": "m", "private": True, "revision": "dev"})
+    assert endpoint.files(repo_id, "dev") == PLAIN
+    assert endpoint.messages(repo_id, "dev") == ["m"]
+    assert endpoint.files(repo_id) == set()
     written = json.loads((folder / "config.json").read_text())
-    assert json.loads(endpoint.text("tester/mine", "config.json", "dev")) == written
+    assert json.loads(endpoint.text(repo_id, "config.json", "dev")) == written
 
 
-def _save_with(folder: Path, options: dict[str, Any]) -> None:
-    scenarios.save_and_push(folder, "gpt2", **options)
+def _save_with(folder: Path, spread: bool, options: dict[str, Any]) -> None:
+    scenarios.save_and_push(folder, "gpt2", spread, **options)
 
 
 # ---- failures

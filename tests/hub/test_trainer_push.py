@@ -59,7 +59,7 @@ def test_what_is_pushed_when(trained: Any, endpoint: Endpoint) -> None:
         files = set(commit["files"]) - {".gitattributes"}
         assert {name for name in files if "/" not in name} == code
         kept = {name.removeprefix("last-checkpoint/") for name in files if "/" in name}
-        assert {"optimizer-00000-of-00002.pt", "optimizer-00001-of-00002.pt", "trainer_state.json"} <= kept
+        assert {"optimizer/.metadata", "optimizer/__0_0.distcp", "optimizer/__1_0.distcp", "trainer_state.json"} <= kept
     weights = [commit["files"]["model.safetensors"]["sha256"] for commit in history[1:]]
     assert weights[0] != weights[1] == weights[2]
     assert history[2]["files"]["last-checkpoint/model.safetensors"]["sha256"] == weights[1]

@@ -42,9 +42,11 @@ def refused(error: type[Exception], *words: str) -> Any:
         ({"num_steps": 2.5}, ConfigurationError, ("num_steps=2.5", "integer")),
         ({"num_steps": True}, ConfigurationError, ("num_steps=True", "integer")),
         ({"num_steps": 0}, ConfigurationError, ("num_steps=0", "at least 1")),
-        ({"buffers": (2, 2)}, ConfigurationError, (r"\(2, 2\)", "0 of the 4 layers", "at least one")),
+        ({"buffers": (2, 2)}, ConfigurationError, (r"\(2, 2\)", "0 of 4 layers", "use fewer")),
         ({"buffers": (-1, 0)}, ConfigurationError, (r"buffers\[0\]=-1", "at least 0")),
         ({"buffers": (1,)}, ConfigurationError, (r"\(1,\)", "two integers")),
+        ({"buffers": (1, 0, 1)}, ConfigurationError, (r"\(1, 0, 1\)", "place 0 comes after 0", "ascending")),
+        ({"buffers": (0, 3, 1)}, ConfigurationError, (r"\(0, 3, 1\) of 4 layers", "layer 3", "from 0 to 2")),
         ({"form": "implicit"}, ConfigurationError, ("implicit", "euler, split")),
         ({"interpolation": "cubic"}, ConfigurationError, ("cubic", "constant, linear")),
         ({"form": "split"}, UnsupportedModelError, ("form='split'", "BertLayer", "form='euler'")),
@@ -70,11 +72,12 @@ def test_layerdrop():
 
 
 def test_models_without_flat_stacks():
-    with refused(UnsupportedModelError, "got Linear"):
+    with refused(UnsupportedModelError, "Linear has no stack"):
         convert_to_ode(nn.Linear(2, 2))
-    sizes: dict[str, Any] = {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8, "num_hidden_layers": 2}
-    with refused(UnsupportedModelError, "AlbertModel has no stack", "stacks=", "albert_layer_groups"):
-        convert_to_ode(hf.AlbertModel(hf.AlbertConfig(vocab_size=9, embedding_size=8, **sizes)))
+    with refused(UnsupportedModelError, "got int"):
+        convert_to_ode(3)  # type: ignore[type-var]
+    with refused(UnsupportedModelError, "XLMModel has no stack", "attentions, .*ffns.* hold their parts"):
+        convert_to_ode(hf.XLMModel(hf.XLMConfig(vocab_size=9, emb_dim=8, n_layers=2, n_heads=2)))
     swin = hf.SwinModel(hf.SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 1]))
     with refused(UnsupportedModelError, "stack inside a layer of another", "flat ones", "stacks="):
         convert_to_ode(swin)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 from typing import Any
 
 import peft
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_layerpar.config import OdeSettings
-from hf_layerpar.errors import UnsupportedModelError
+from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
+from hf_layerpar.loading import from_pretrained
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
 from hf_layerpar.ode.families import find_stacks
 from hf_layerpar.ode.refine import Source, sources
@@ -48,6 +50,30 @@ def test_sources():
     linear = sources(4, 4, OdeSettings(interpolation="linear", buffers=(1, 1)))
     assert linear[2] == Source(1, 2, 0.5)
     assert linear[4] == Source(2, 2, 0.5)  # clamped at the last inner layer, not taken from the buffer
+    # a buffer between stays where its layer was, and nothing is blended across it
+    assert places(5, 8, buffers=(0, 2, 0)) == [(n, 0) for n in (0, 0, 1, 1, 2, 3, 3, 4, 4)]
+    linear = sources(5, 8, OdeSettings(interpolation="linear", buffers=(0, 2, 0)))
+    assert [(s.low, s.high, s.weight) for s in linear[2:6]] == [(1, 1, 0), (1, 1, 0.5), (2, 2, 0), (3, 4, 0)]
+    assert places(5, 2, buffers=(0, 2, 0)) == [(0, 0), (2, 0), (3, 0)]
+
+
+def test_a_buffer_between_keeps_its_layer_and_its_step(tmp_path):
+    """The settings say where it is now; loaded again, folded and in stock it is the same model."""
+    old, inputs = randomized("gpt2")
+    new = convert_to_ode(old, step_size=0.5, buffers=(0, 1, 1))
+    (stack,) = ode_view(new).stacks
+    assert stack.settings.buffers == (0, 2, 1)
+    assert list(stack.step_sizes) == [0.5, 0.5, 1, 0.5, 0.5, 1]
+    weights = [layer.attn.c_attn.weight for layer in old.transformer.h]
+    made = [layer.attn.c_attn.weight for layer in stack.layers]
+    assert [next(n for n, w in enumerate(weights) if torch.equal(w, own)) for own in made] == [0, 0, 1, 2, 2, 3]
+    new.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["hf_layerpar"]["buffers"] == [0, 2, 1]
+    expected = new(**inputs).logits
+    torch.testing.assert_close(type(old).from_pretrained(tmp_path).eval()(**inputs).logits, expected)
+    torch.testing.assert_close(from_pretrained(tmp_path, buffers=(0, 2, 1)).eval()(**inputs).logits, expected)
+    with pytest.raises(ConfigurationError, match=r"buffers=\(0, 1, 1\) contradicts buffers=\(0, 2, 1\)"):
+        from_pretrained(tmp_path, buffers=(0, 1, 1))
 
 
 def unshared(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -170,6 +170,31 @@ class Run:
     def _combine(self, task: Task, given: list[Tensor]) -> list[Tensor]:
         return [sum(c * t for c, t in zip(task.coefficients, given, strict=True))]  # type: ignore[list-item]
 
+    def _products(self, task: Task, given: list[Tensor]) -> list[Tensor]:
+        """The residuals themselves, `[places, tries, rows, numbers]`, over the norm of the first try of the place."""
+        places, size, _ = self.plan.values[task.output].shape
+        tries, rows = (size + 1) // 2, len(given[0])
+        found = torch.zeros(places, tries, rows, given[0][0].numel(), dtype=F64)
+        for i, slot in enumerate(task.slots):
+            ends, states = (given[2 * tries * i + k : 2 * tries * (i + 1) : 2] for k in (0, 1))
+            for k, (end, x) in enumerate(zip(ends, states, strict=True)):
+                found[slot, k] = (end - x).flatten(1) / states[0].flatten(1).norm(dim=1, keepdim=True)
+        return [found]
+
+    def _least(self, task: Task, given: list[Tensor]) -> list[Tensor]:
+        """The tries with weights by least squares on the residuals, row by row."""
+        residuals, *states = given
+        _, tries, rows, _ = residuals.shape
+        made = [torch.zeros_like(states[0]) for _ in task.outputs]
+        for row in range(rows):
+            first, *others = residuals[:, :, row].transpose(0, 1).flatten(1)
+            steps = torch.stack([other - first for other in others], 1)
+            y = torch.linalg.lstsq(steps, -first[:, None], driver="gelsd").solution[:, 0].tolist()
+            for place, end in enumerate(made):
+                own = [state[row] for state in states[place * tries : (place + 1) * tries]]
+                end[row] = own[0] + sum(w * (state - own[0]) for w, state in zip(y, own[1:], strict=True))
+        return made
+
     def _residual(self, task: Task, given: list[Tensor]) -> list[Tensor]:
         key = (task.place, task.direction, task.iteration)
         self.residuals[key] = self.residuals.get(key, 0.0) + float((given[0] - given[1]).square().sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.config import Buffers, LayerParallelConfig, num_buffers
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.operators import OPERATORS
 from hf_layerpar.plan.ownership import contiguous_owner, interleaved_owner, two_blocks_owner
@@ -36,7 +36,7 @@ def exact_step(
 
 
 def two_stacks(
-    encoder: tuple[int, ...], decoder: tuple[int, ...], buffers: tuple[int, int] = (0, 0), *, tail_pieces: int = 1
+    encoder: tuple[int, ...], decoder: tuple[int, ...], buffers: Buffers = (0, 0), *, tail_pieces: int = 1
 ) -> Anatomy:
     """An encoder-decoder whose decoder layers are given the encoder's end, and whose head looks at both."""
     passes = (Pass(encoder, buffers), Pass(decoder, buffers, sides=True))
@@ -52,21 +52,21 @@ def makespan(plan: Plan, costs: Costs = UNIT) -> float:
 
 
 # ---- at random
-def random_owner(rng: random.Random, num_layers: int, num_ranks: int, buffers: tuple[int, int]) -> tuple[int, ...]:
+def random_owner(rng: random.Random, num_layers: int, num_ranks: int, buffers: Buffers) -> tuple[int, ...]:
     """Blocks of any sizes, two blocks a rank, or layers dealt out; every rank owns one."""
     kind = rng.choice(["even", "uneven", "uneven", "interleaved", "v", "dealt"])
     if kind in ("interleaved", "v") and num_layers >= 2 * num_ranks:
         return two_blocks_owner(num_layers, num_ranks, kind)  # type: ignore[arg-type]
-    if kind == "dealt" and num_layers - sum(buffers) >= 2 * num_ranks:
-        points = [*range(buffers[0], num_layers - buffers[1], num_ranks), num_layers - buffers[1]]
-        return interleaved_owner(num_layers, num_ranks, points, buffers)
+    if kind == "dealt" and num_layers - num_buffers(buffers) >= 2 * num_ranks:
+        points = [*range(buffers[0], num_layers - buffers[-1], num_ranks), num_layers - buffers[-1]]
+        return interleaved_owner(num_layers, num_ranks, points)
     cuts = sorted(rng.sample(range(1, num_layers), num_ranks - 1)) if kind == "uneven" else None
     split = None if cuts is None else [b - a for a, b in zip([0, *cuts], [*cuts, num_layers], strict=True)]
     return contiguous_owner(num_layers, num_ranks, split=split)
 
 
 def random_anatomy(rng: random.Random, num_ranks: int) -> Anatomy:
-    buffers = rng.choice([(0, 0), (0, 0), (1, 2), (0, 1)])
+    buffers = rng.choice([(0, 0), (0, 0), (1, 2), (0, 1), (0, 4, 1), (1, 5, 0), (0, 4, 5, 0)])
     owners = [
         random_owner(rng, rng.randint(6, 3 * num_ranks + 5), num_ranks, buffers)
         for _ in range(rng.choice([1, 1, 1, 2, 3]))
@@ -94,6 +94,7 @@ def random_config(rng: random.Random, num_ranks: int) -> LayerParallelConfig:
         relaxation=rng.choice(["F", "F", "FCF"]),
         forward_iterations=iterations[0],
         backward_iterations=iterations[1],
+        acceleration=rng.choice(["none", "none", "krylov"]),
         stacked=num_ranks == 1 and rng.random() < 0.5,
     )
 

@@ -14,6 +14,7 @@ from hf_layerpar.plan.ladder import (
     describe,
     escalation,
     exact_settings,
+    first_offer,
     predicted_share,
 )
 from hf_layerpar.plan.operators import OPERATORS, Rediscretize
@@ -27,12 +28,31 @@ def test_escalation_changes_one_thing_a_step():
     assert [describe(s) for s in steps] == [
         "mgrit rediscretize 1/1 c=4,2",
         "mgrit rediscretize 2/2 c=4,2",
-        "mgrit rediscretize 2/2 c=4",
-        "mgrit rediscretize 2/2 c=2",
-        "mgrit aggregate 2/2 c=2",
+        "mgrit rediscretize 2/2 c=4,2 krylov",
+        "mgrit rediscretize 2/2 c=4 krylov",
+        "mgrit rediscretize 2/2 c=2 krylov",
+        "mgrit aggregate 2/2 c=2 krylov",
         "pipeline",
     ]
-    assert [s.levels for s in steps[:3]] == [3, 3, 2]
+    assert [s.levels for s in steps[1:4]] == [3, 3, 2]
+
+
+def test_steps_of_size_1_begin_with_an_exact_forward():
+    assert [describe(s) for s in escalation(START, GPT)][:4] == [
+        "mgrit rediscretize 1/1 c=4,2",
+        "mgrit rediscretize exact/1 c=4,2",
+        "mgrit rediscretize exact/2 c=4,2",
+        "mgrit rediscretize exact/2 c=4,2 krylov",
+    ]
+    small = [dataclasses.replace(GPT[0], step_size=1 / 16)]
+    assert escalation(START, small) == escalation(START)
+    deep = (StackShape(68, (2, 2)),)
+    ladder = cheapest_first(LayerParallelConfig(micro_batches=2), deep, 8)
+    start = first_offer(ladder, deep)
+    assert ladder[start].forward_iterations == 0
+    assert all(settings.forward_iterations for settings in ladder[:start])
+    assert first_offer(ladder, small) == 0
+    assert [describe(s) for s in ladder if s.acceleration == "krylov"] == ["mgrit rediscretize exact/2 c=4 krylov"]
 
 
 def test_escalation_leaves_out_what_changes_nothing():
@@ -40,6 +60,7 @@ def test_escalation_leaves_out_what_changes_nothing():
     assert [describe(s) for s in escalation(rich)] == [
         "mgrit aggregate exact/1 c=2",
         "mgrit aggregate exact/2 c=2",
+        "mgrit aggregate exact/2 c=2 krylov",
         "pipeline",
     ]
 

@@ -68,6 +68,34 @@ def test_exact_after_as_many_iterations_as_intervals(operator, relaxation, coars
 
 
 @pytest.mark.parametrize("operator", NAMES)
+@pytest.mark.parametrize(("coarsening", "relaxation"), [(4, "F"), (4, "FCF"), ((2, 2), "F")])
+@pytest.mark.parametrize("owner", [contiguous_owner(13, 1), contiguous_owner(13, 3), dealt(13, 2)])
+def test_exact_layers_between_take_no_iterations(operator, coarsening, relaxation, owner):
+    """Layers 4 and 9 are their own coarse steps: as many iterations as other intervals are exact, bit for bit, with
+    any operator."""
+    settings = {"coarsening": coarsening, "relaxation": relaxation, "coarse_operator": operator}
+    run = Pass(owner, (0, 4, 9, 0))
+    model = Toy(Anatomy((run,), (owner[0], owner[-1]), ((), (0,))))
+    exact = solve(LayerParallelConfig(schedule="gpipe"), model, max(owner) + 1, 2)
+    gradients, enough = exact.gradients, 3 if coarsening == 4 else 6
+    for acceleration in ("none", "krylov"):
+        found = solve(mgrit(enough, acceleration=acceleration, **settings), model, max(owner) + 1, 2)
+        assert same(found, gradients)
+    if relaxation == "F":
+        inexact = solve(mgrit(enough - 1, **settings), model, max(owner) + 1, 2)
+        assert not any(torch.equal(inexact.ends[m], exact.ends[m]) for m in range(2))
+
+
+def test_an_exact_layer_costs_nothing_beside_itself():
+    """Its coarse step is the relaxation's own evaluation."""
+    anatomy = Anatomy.of_stack((0,) * 14, (0, 4, 0))
+    plan = build_step(mgrit(2, coarse_operator="identity"), anatomy, 1)
+    steps = [t for t in plan.tasks if t.kind == "step" and t.direction == "forward" and 4 in t.layers]
+    # at the nested guess, then at the corrected state, which is that of the last relaxation
+    assert [t.final for t in steps] == [False, True]
+
+
+@pytest.mark.parametrize("operator", NAMES)
 def test_each_iteration_makes_one_more_interval_exact(operator):
     layers = blocks(12, dim=DIM)
     for k in (1, 2, 3):  # layers that do nothing carry the state after interval k to the end
@@ -162,7 +190,8 @@ def test_enough_iterations_are_exact_on_any_anatomy():
         anatomy = dataclasses.replace(random_anatomy(rng, num_ranks), tail_pieces=1)
         model = Toy(anatomy)
         exact = solve(LayerParallelConfig(), model, num_ranks, micro_batches).gradients
-        config = mgrit(12, coarsening=rng.choice([2, 3]), coarse_operator=rng.choice(NAMES))
+        acceleration = rng.choice(["none", "krylov"])
+        config = mgrit(12, coarsening=rng.choice([2, 3]), coarse_operator=rng.choice(NAMES), acceleration=acceleration)
         assert same(solve(config, model, num_ranks, micro_batches), exact)
 
 

@@ -93,7 +93,7 @@ PLANS = {
     "two blocks": {"num_ranks": 2, "micro_batches": 3, "owner": [n // 3 % 2 for n in range(LAYERS)]},
     "mgrit": {"num_ranks": 3, "micro_batches": 2, "strategy": "mgrit", "coarsening": 2, "forward_iterations": 3},
     "interleaved": {"num_ranks": 3, "strategy": "mgrit", "coarsening": 3}
-    | {"owner": interleaved_owner(LAYERS, 3, range(0, LAYERS + 1, 3), (0, 0))},
+    | {"owner": interleaved_owner(LAYERS, 3, range(0, LAYERS + 1, 3))},
 }
 
 
@@ -155,6 +155,17 @@ def test_values_are_kept_until_their_last_use(name):
             assert not dead & mine
             dead |= set(part.dead_after[i])
         assert dead == {v for group in part.groups for task in group for v in (*task.inputs, *task.outputs)}
+
+
+def test_all_ranks_take_part_in_a_sum_that_some_have_no_term_of():
+    """An interval of two layers on three ranks, in a call's backward: the third rank has nothing to add."""
+    plan = plan_of(num_ranks=3, strategy="mgrit", coarsening=3, owner=interleaved_owner(8, 3, (0, 3, 6, 8)))
+    assert any(len(reduction.terms) == 2 for reduction in plan.reductions)
+    tasks = [t for t in plan.tasks if t.direction == "backward" and t.kind != "phase"]
+    parts = [RankPart.of(plan, rank, tasks) for rank in range(3)]
+    sums = [[post for posts in part.posts for post in posts if post.kind == "reduce"] for part in parts]
+    assert sums[0] == sums[1] == sums[2]
+    assert sums[0]
 
 
 def test_some_of_the_tasks_and_values_to_have_in_the_end():

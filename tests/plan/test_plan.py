@@ -59,10 +59,23 @@ def test_grid_levels(num_steps, factors, levels):
     assert [grid.span(1, s)[-1] for s in range(grid.num_steps(1))][-1] == num_steps - 1
 
 
+def test_exact_steps_are_intervals_of_their_own_on_every_level():
+    grid = Grid.coarsened(12, (2, 2), (5, 8))
+    assert grid.levels[1:] == ((0, 2, 4, 5, 6, 8, 9, 11, 12), (0, 4, 5, 6, 8, 9, 12))
+    for way in (grid, grid.reversed()):
+        for level in (1, 2):
+            spans = [way.span(level, s) for s in range(way.num_steps(level)) if way.is_exact(level, s)]
+            assert sorted(n for span in spans for n in span) == sorted(way.exact)
+    assert grid.reversed().exact == {3, 6}
+    assert grid.reversed().reversed() == grid
+    with pytest.raises(ConfigurationError, match=r"too deep for 5 steps, 2 of them exact: level 0 has no two steps"):
+        Grid.coarsened(5, (2,), (1, 3))
+
+
 def test_grid_too_deep():
     with pytest.raises(ConfigurationError, match=r"coarsening=\(3, 2, 2\) is too deep for 6 steps: .* use 2 factors"):
         Grid.coarsened(6, (3, 2, 2))
-    with pytest.raises(ConfigurationError, match=r"buffers=\(3, 3\) leave 0 of 6 layers to MGRIT"):
+    with pytest.raises(ConfigurationError, match=r"buffers=\(3, 3\) leave 0 of 6 layers between them"):
         step(mgrit(), 6, 1, buffers=(3, 3))
 
 
@@ -71,8 +84,8 @@ def test_ownership():
     assert contiguous_owner(10, 3, boundaries=(0, 4, 8, 10)) == (0,) * 4 + (1,) * 4 + (2,) * 2
     assert contiguous_owner(5, 5) == (0, 1, 2, 3, 4)
     assert contiguous_owner(4, 2, split=(1, 3)) == (0, 1, 1, 1)
-    assert interleaved_owner(8, 2, (1, 3, 5, 7), (1, 1)) == (0, 0, 1, 1, 0, 0, 1, 1)
-    assert interleaved_owner(7, 3, (0, 3, 6, 7), (0, 0)) == (0, 1, 2, 1, 2, 0, 2)
+    assert interleaved_owner(8, 2, (1, 3, 5, 7)) == (0, 0, 1, 1, 0, 0, 1, 1)
+    assert interleaved_owner(7, 3, (0, 3, 6, 7)) == (0, 1, 2, 1, 2, 0, 2)
     assert two_blocks_owner(8, 2, "interleaved") == (0, 0, 1, 1, 0, 0, 1, 1)
     assert two_blocks_owner(8, 2, "v") == (0, 0, 1, 1, 1, 1, 0, 0)
     assert two_blocks_owner(6, 3, "v") == (0, 1, 2, 2, 1, 0)
@@ -84,7 +97,7 @@ def test_ownership():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: interleaved_owner(3, 4, (0, 2, 3), (0, 0)), r"lp ranks \[2, 3\] of 4 without a layer: 3 layers in"),
+        (lambda: interleaved_owner(3, 4, (0, 2, 3)), r"lp ranks \[2, 3\] of 4 without a layer: 3 layers in"),
         (lambda: contiguous_owner(6, 7), "lp_size=7 is more than the 6 layers"),
         (lambda: contiguous_owner(6, 2, split=(4, 3)), r"split=\(4, 3\) doesn't share 6 layers over 2 lp ranks"),
         (lambda: contiguous_owner(6, 2, split=(6, 0)), r"split=\(6, 0\)"),
@@ -342,7 +355,7 @@ def test_predicted_time_is_the_critical_path(config, num_layers, num_ranks, micr
 def test_predicted_time_of_dealt_layers():
     """`aggregate` has all ranks evaluate an interval at once."""
     for num_layers, num_ranks, at_most in ((32, 2, 0.719), (64, 8, 0.25)):
-        owner = interleaved_owner(num_layers, num_ranks, range(0, num_layers + 1, num_ranks), (0, 0))
+        owner = interleaved_owner(num_layers, num_ranks, range(0, num_layers + 1, num_ranks))
         plan = build_step(mgrit(coarsening=num_ranks), Anatomy.of_stack(owner), num_ranks, costs=UNIT)
         assert makespan(plan) / (3 * num_layers) <= at_most + 5e-4
 
@@ -354,7 +367,7 @@ def test_an_interleaved_coarse_step_is_one_all_reduce(num_ranks, iterations):
     whose start is exact, and with the last relaxation's ends in the same sum."""
     layers = 4 * num_ranks
     points = range(0, layers + 1, num_ranks)
-    owner = interleaved_owner(layers, num_ranks, points, (0, 0))
+    owner = interleaved_owner(layers, num_ranks, points)
     config = mgrit(
         coarsening=num_ranks, coarse_operator="aggregate", forward_iterations=iterations, backward_iterations=0
     )

@@ -27,10 +27,12 @@ def random_plan(draw: random.Random) -> Plan:
             relaxation=draw.choice(["F", "FCF"]),
             forward_iterations=draw.randint(0, 3),
             backward_iterations=draw.randint(0, 3),
+            acceleration=draw.choice(["none", "krylov"]),
         )
+    buffers = draw.choice([(0, 0), (0, 0), (0, 4, 0)])
     passes = []
     for _ in range(draw.choice([1, 1, 2])):
-        points = interval_points(config, layers, (0, 0))
+        points = interval_points(config, layers, buffers)
         owner = draw.choice(
             [
                 contiguous_owner(layers, num_ranks, boundaries=points),
@@ -39,7 +41,7 @@ def random_plan(draw: random.Random) -> Plan:
                 tuple(draw.randrange(num_ranks) for _ in range(layers)),
             ]
         )
-        passes.append(Pass(owner, sides=draw.random() < 0.3))
+        passes.append(Pass(owner, buffers, sides=draw.random() < 0.3))
     ranks = tuple(draw.randrange(num_ranks) for _ in range(len(passes) + 1))
     needs = tuple(tuple(range(k)) for k in range(len(passes) + 1))
     pieces = draw.choice([1, 1, num_ranks])
@@ -71,7 +73,7 @@ def interleaved(iterations: int) -> Plan:
     config = LayerParallelConfig(
         strategy="mgrit", coarse_operator="aggregate", coarsening=3, forward_iterations=iterations
     )
-    owner = interleaved_owner(12, 3, range(0, 13, 3), (0, 0))
+    owner = interleaved_owner(12, 3, range(0, 13, 3))
     return build_step(config, Anatomy.of_stack(owner), 3)
 
 

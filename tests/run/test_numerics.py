@@ -1,5 +1,6 @@
 """Steps against exact solutions and the serial oracle, on one process in float64."""
 
+import dataclasses
 import itertools
 import math
 
@@ -8,12 +9,20 @@ import torch
 from torch import nn
 
 from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.plan.part import RankPart
+from hf_layerpar.run.increments import Increments
+from hf_layerpar.run.krylov import combinations, products, weights
+from hf_layerpar.run.layers import Common
+from hf_layerpar.run.step import Step
+from hf_layerpar.run.transport import LocalTransport
+from recipes.benchmarks.bare import BareStack
 from tests.problems import (
     F64,
     Linear,
     Solved,
     assert_same,
     blocks,
+    calls_of,
     gradients_of,
     loss_of,
     relative,
@@ -148,14 +157,173 @@ def test_adjoint_is_mgrit_on_the_reversed_transposed_stack(operator, relaxation,
     assert relative(adjoint, exact) > 1e-6  # inexact indeed
 
 
+# ---- exact layers between, and Krylov acceleration
+def far_apart(num_layers: int = 18) -> nn.ModuleList:
+    """Layers with large steps, of which one grows the state: MGRIT of few iterations is far off."""
+    layers = blocks(num_layers, h=1.0)
+    with torch.no_grad():
+        for p in layers[7].parameters():
+            p *= 4
+    return layers
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("relaxation", ["F", "FCF"])
+@pytest.mark.parametrize("acceleration", ["none", "krylov"])
+def test_exact_layers_between(operator, relaxation, acceleration):
+    """Intervals 1-3, 4-5, 7-9, 10-11, 13-15 between exact layers: exact after five iterations, bit for bit, and after
+    one if they do nothing."""
+    layers, x = far_apart(), state()
+    settings = {"coarsening": 3, "relaxation": relaxation, "coarse_operator": operator, "acceleration": acceleration}
+    buffers = (1, 6, 12, 16, 1)
+    assert_same(gradients_of(mgrit(5, **settings), layers, x, buffers=buffers).results, serial_results(layers, x))
+    fewer = gradients_of(mgrit(0, **settings | {"backward_iterations": 2}), layers, x, buffers=buffers)
+    assert relative(fewer.results["x"], serial_results(layers, x)["x"]) > 1e-6
+    idle = nn.ModuleList(
+        layer if n in (0, 6, 12, 16, 17) else Linear(matrix() * 0, 1.0) for n, layer in enumerate(layers)
+    )
+    once = gradients_of(mgrit(1, **settings), idle, x, buffers=buffers).results
+    assert_same(once, serial_results(idle, x), 1e-12)
+
+
+def richardson(layers, x, lam, c, operator, tries, row):
+    """Iterations of the adjoint of one row, written out on lists: for each try the C-points, and the residuals at them,
+    over the norms of the first try's. Linear in lam, so also what is left of it, F_j and G_j, as functions."""
+    states = [x.detach()[row]]
+    for layer in layers:
+        states.append(layer(states[-1]).detach())
+
+    def vjp(n, v):
+        return torch.func.vjp(layers[n], states[n])[1](v)[0].detach()
+
+    intervals = [range(max(0, b - c), b) for b in range(len(layers), 0, -c)]  # counted from the front, met from behind
+    assert len(layers) % c == 0
+
+    def fine(j, v):
+        for n in reversed(intervals[j]):
+            v = vjp(n, v)
+        return v
+
+    def coarse(j, v):
+        own = {"aggregate": intervals[j], "rediscretize": intervals[j][:1], "identity": ()}[operator]
+        weight = c if operator == "rediscretize" else 1
+        return v + sum((weight * (vjp(n, v) - v) for n in own), torch.zeros_like(v))
+
+    last = len(intervals) - 1
+    guess = [lam[row]]
+    for j in range(last):
+        guess.append(coarse(j, guess[-1]))
+    scale = torch.stack([v.norm() for v in guess[1:]])[:, None, None]
+
+    def residual(points):
+        return torch.stack([fine(j, points[j]) - points[j + 1] for j in range(last)])
+
+    def correction(r):
+        d = [torch.zeros_like(lam[row])]
+        for j in range(last):
+            d.append(coarse(j, d[-1]) + r[j])
+        return torch.stack(d)
+
+    points, found = torch.stack(guess), []
+    for _ in range(tries):
+        r = residual(points)
+        found.append((points, r / scale))
+        points = points + correction(r)
+    return found, residual, correction, scale, fine
+
+
+def by_gcr(found, residual, correction, scale):
+    """The generalised conjugate residual method with MGRIT as preconditioner, from the first of the tries."""
+    points, r = found[0]
+    directions = []
+    for _ in range(len(found) - 1):
+        p = correction(r * scale)
+        image = -residual(torch.cat([torch.zeros_like(p[:1]), p[1:]])) / scale
+        for q, other in directions:
+            along = (image * other).sum()
+            p, image = p - along * q, image - along * other
+        norm = image.norm()
+        p, image = p / norm, image / norm
+        directions.append((p, image))
+        along = (r * image).sum()
+        points, r = points + along * p, r - along * image
+    return points, r
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("iterations", [2, 3, 4])
+def test_krylov_acceleration_is_gcr(operator, iterations):
+    """The adjoint of each row is what GCR gives with MGRIT as preconditioner; its residual is never larger than that of
+    any of the iterations, and cutting the batch changes nothing."""
+    layers, x, lam = far_apart(), state(), state(seed=2)
+    config = mgrit(0, backward_iterations=iterations, coarsening=3, coarse_operator=operator, acceleration="krylov")
+    solved = gradients_of(config, layers, x, loss=seeded_with(lam))
+    squares = torch.zeros(())
+    for row in range(len(x)):
+        found, residual, correction, scale, fine = richardson(layers, x, lam.detach(), 3, operator, iterations, row)
+        points, r = by_gcr(found, residual, correction, scale)
+        assert all(r.norm() <= other.norm() * (1 + 1e-9) for _, other in found)
+        assert relative(fine(len(points) - 1, points[-1]), solved.results["x"][row]) < 1e-7
+        squares = squares + (r * scale).square().sum()
+    assert solved.residuals("backward")[-1] == pytest.approx(float(squares.sqrt()), rel=1e-6)
+    pieces = dataclasses.replace(config, micro_batches=3)
+    assert relative(gradients_of(pieces, layers, x, loss=seeded_with(lam)).results["x"], solved.results["x"]) < 1e-12
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
+def test_combined_tries_have_the_combined_residual(penalty):
+    """Also where a penalty makes the adjoint affine: the weights add up to 1."""
+    layers, x = far_apart(12), state()
+    config = mgrit(0, backward_iterations=3, coarsening=2, acceleration="krylov", increment_penalty=penalty)
+    stack = BareStack(calls_of(layers), x, lambda y, rows: loss_of(y, rows, len(x)))
+    plan = stack.plan(config, (0,) * 12, 1)
+    penalties = Increments(range(12), [len(x)], penalty, 1.0)
+    step = Step(RankPart.of(plan, 0), stack, LocalTransport(), Common(), device=x.device, penalty=lambda k: penalties)
+    step.work(step.part, keep=set(plan.values))
+    (multiplied,) = (t for t in plan.tasks if t.kind == "products")
+    gram = step.values[multiplied.output].sum(1)
+    by_row = weights(gram, F64)
+    assert torch.allclose(by_row.sum(1), torch.ones(len(x), dtype=F64))
+    given = [step.values[v] for v in multiplied.inputs]
+    residuals = [a - b for a, b in zip(given[::2], given[1::2], strict=True)]
+    combined = [
+        sum(w[:, None, None] * r for w, r in zip(by_row.T, residuals[3 * j : 3 * j + 3], strict=True)) for j in range(5)
+    ]
+    squares = sum(float(r.square().sum()) for r in combined)
+    found = step.outcome.residuals[0, "backward"][-1]
+    assert float(found) == pytest.approx(squares, rel=1e-9)
+    none = gradients_of(dataclasses.replace(config, acceleration="none"), layers, x)
+    assert float(found) ** 0.5 < none.residuals("backward")[-1]
+
+
+def test_products_of_what_is_nothing_or_no_number():
+    """A row whose adjoint is zero stays zero; one with an infinite try is NaN, as it would be without acceleration."""
+    generator = torch.Generator().manual_seed(0)
+    tries = [torch.randn(3, 2, 4, generator=generator) for _ in range(4)]
+    for t in tries:
+        t[0] = 0.0
+    tries[2][1, 0, 0] = torch.inf
+    gram = products(tries, [0], (1, 3, 3))
+    found = weights(gram.sum(1), torch.float32)
+    assert found[0].tolist() == [1.0, 0.0]
+    assert found[1].isnan().all()
+    (made,) = combinations(gram, tries[1::2])
+    assert made[0].eq(0).all()
+    assert made[1].isnan().all()
+    assert made[2].isfinite().all()
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_adjoint_dot_product_identity_with_the_tangent(operator):
     """<adjoint(lam), v> = <lam, J v>, with J v by forward-mode differentiation of the serial stack."""
     layers, x, lam, v = blocks(10), state(seed=1), state(seed=2), state(seed=3)
     _, tangent = torch.func.jvp(lambda t: serial(layers, t), (x.detach(),), (v.detach(),))
-    adjoint = gradients_of(mgrit(3, coarse_operator=operator), layers, x, loss=seeded_with(lam)).results["x"]
-    left, right = (adjoint * v).sum(), (lam * tangent).sum()
-    assert abs(left - right) <= 1e-12 * abs(right)
+    left, right = [], (lam * tangent).sum()
+    for settings, buffers in (({}, (0, 0)), ({"acceleration": "krylov"}, (1, 5, 0))):
+        config = mgrit(3, coarse_operator=operator, **settings)
+        adjoint = gradients_of(config, layers, x, loss=seeded_with(lam), buffers=buffers).results["x"]
+        left.append((adjoint * v).sum())
+    assert all(abs(found - right) <= 1e-12 * abs(right) for found in left)
 
 
 @pytest.mark.parametrize("strategy", ["pipeline", "mgrit"])

@@ -35,6 +35,15 @@ SETTINGS = [
             ("F", 2, 0, 2, 1),  # exact forward, inexact adjoint
         )
     ),
+    *(
+        {"strategy": "mgrit", "coarse_operator": o, "coarsening": c, "acceleration": "krylov", "relaxation": r}
+        | {"forward_iterations": f, "backward_iterations": 3, "micro_batches": m, "increment_penalty": p}
+        for o, c, r, f, m, p in (
+            ("rediscretize", 2, "F", 0, 2, 0.0),
+            ("aggregate", (2, 2), "FCF", 1, 1, 0.0),
+            ("identity", 2, "F", 0, 1, 0.5),
+        )
+    ),
     {"micro_batches": 2, "increment_penalty": 0.5},
     {"strategy": "mgrit", "coarse_operator": "identity", "coarsening": 3, "micro_batches": 2, "increment_penalty": 0.5},
 ]
@@ -45,7 +54,7 @@ RECOMPUTED = [
 ]
 
 
-def every_setting(split=None, owner=None, num_layers=LAYERS, batch=5, buffers=(1, 1)):
+def every_setting(split=None, owner=None, num_layers=LAYERS, batch=5, buffers=(1, 5, 1)):
     """Per setting what this rank has: gradients, end state, residuals squared and penalty (dropout on)."""
     layers = blocks(num_layers, dropout=0.2).train()
     x, side = state(batch=batch), state(batch=batch, seed=4)
@@ -89,7 +98,7 @@ def on_one_rank():
     return run_ranks(every_setting, 1)[0]
 
 
-DEALT = {world: interleaved_owner(LAYERS, world, (1, 4, 7, 10), (1, 1)) for world in (2, 3, 4)}
+DEALT = {world: interleaved_owner(LAYERS, world, (1, 4, 7, 10)) for world in (2, 3, 4)}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +121,35 @@ def test_a_layer_a_rank_and_a_batch_of_one():
     """No micro-batches to cut, no buffers, intervals of one layer at the end."""
     shape = (None, None, 4, 1, (0, 0))
     assert_like_one_rank(run_ranks(every_setting, 4, *shape), run_ranks(every_setting, 1, *shape)[0], (0, 1, 2, 3))
+
+
+def called_and_stepped():
+    """How far a call's gradients are from those of a step; this rank's gradients."""
+    model, inputs = zoo.build("gpt2", layers=8)
+    config = LayerParallelConfig(
+        strategy="mgrit", coarsening=2, forward_iterations=0, backward_iterations=2, acceleration="krylov"
+    )
+    split = "interleaved" if world().size == 2 else None
+    handle = parallelize(convert_to_ode(model.double().eval(), buffers=(0, 3, 0)), config, split=split)
+    handle.train_step(inputs)
+    stepped = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    called = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert called.keys() == stepped.keys()
+    return max(relative(called[n], g) for n, g in stepped.items()), {n: g.numpy() for n, g in stepped.items()}
+
+
+def test_exact_layers_between_and_krylov_in_a_model_on_any_ranks():
+    ((error, expected),) = run_ranks(called_and_stepped, 1)
+    assert error < 1e-12
+    for num_ranks in (2, 3):
+        results = run_ranks(called_and_stepped, num_ranks)
+        assert {n for _, found in results for n in found} == set(expected)
+        for error, found in results:
+            assert error < 1e-12
+            for name, grad in found.items():
+                assert relative(torch.from_numpy(grad), torch.from_numpy(expected[name])) < 1e-10, name
 
 
 def spread_tails():

@@ -70,6 +70,7 @@ def assert_fallback(found, message):
         (12, {"coarsening": (3, 2), "forward_iterations": 2, "backward_iterations": 2}, (0, 0)),
         (9, {"micro_batches": 2, "forward_iterations": 2}, (1, 1)),
         (8, {"forward_iterations": 3, "coarsening": 2}, (0, 0)),
+        (13, {"forward_iterations": 2, "backward_iterations": 3, "acceleration": "krylov"}, (0, 4, 1)),
     ],
 )
 def test_equal_to_one_at_a_time(operator, num_layers, settings, buffers):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -133,8 +134,16 @@ def test_compiled_layers(config, late):
 def test_recomputing_changes_nothing(config):
     layers, x = blocks(8, dropout=0.2).train(), state()
     side = state(seed=4)
-    kept, recomputed = (gradients_of(config, layers, x, side, recompute=r, seed=7).results for r in (False, True))
-    assert_same(recomputed, kept)
+    evaluated = Counter()
+    for n, layer in enumerate(layers):
+        layer.register_forward_hook(lambda module, args, output, n=n: evaluated.update([n]))
+    kept = gradients_of(config, layers, x, side, seed=7).results
+    once = dict(evaluated)
+    for again in (True, lambda layer: layer in layers[1::3]):  # all layers, or some of them
+        evaluated.clear()
+        assert_same(gradients_of(config, layers, x, side, recompute=again, seed=7).results, kept)
+        more = {n for n, count in evaluated.items() if count > once[n]}
+        assert more == (set(range(8)) if again is True else {1, 4, 7})
 
 
 @pytest.mark.parametrize(

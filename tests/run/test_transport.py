@@ -46,8 +46,8 @@ def serialised(owner):
         (3, None),
         (2, two_blocks_owner(LAYERS, 2, "v")),
         (3, two_blocks_owner(LAYERS, 3, "interleaved")),
-        (3, interleaved_owner(LAYERS, 3, range(0, LAYERS + 1, 3), (0, 0))),
-        (4, interleaved_owner(LAYERS, 4, range(0, LAYERS + 1, 3), (0, 0))),
+        (3, interleaved_owner(LAYERS, 3, range(0, LAYERS + 1, 3))),
+        (4, interleaved_owner(LAYERS, 4, range(0, LAYERS + 1, 3))),
     ],
 )
 def test_nothing_hangs_where_posts_are_worked_one_after_the_other(num_ranks, owner):

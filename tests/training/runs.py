@@ -105,13 +105,17 @@ def outcome(run: LayerParallelTrainer) -> dict[str, Any]:
     """What a run left: logs, the hash of the full weights (lp rank 0) and of what several lp ranks hold, and counts."""
     handle = run.layer_parallel
     full = handle.state_dict()
-    copies = {p.names[0]: p.value.detach() for p in handle.ends if p.value is not None and len(p.holders) > 1}
+    with handle.whole():
+        copies = {
+            p.names[0]: p.value.detach().clone() for p in handle.ends if p.value is not None and len(p.holders) > 1
+        }
+        copies = digest(copies) if copies else None
     logs = [entry for entry in run.state.log_history if "loss" in entry]
     return {
         "losses": [entry["loss"] for entry in logs],
         "norms": [entry["grad_norm"] for entry in logs],
         "weights": digest(full) if full else None,
-        "copies": digest(copies) if copies else None,
+        "copies": copies,
         "largest": {name: t.double().abs().max().item() for name, t in full.items()},
         "tokens": run.state.num_input_tokens_seen,
         "flops": run.state.total_flos,

@@ -15,9 +15,9 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch.utils.data import IterableDataset
 
+from hf_layerpar.checkpoint.trainer_state import StateWriting
 from hf_layerpar.errors import CheckpointError, ConfigurationError
 from hf_layerpar.ode.convert import convert_to_ode
-from hf_layerpar.training import checkpoints
 from hf_layerpar.training.trainer import LayerParallelTrainer
 from tests import zoo
 from tests.training.runs import Samples, arguments, build, digest, outcome, train, trainer, wait_for_all
@@ -188,43 +188,41 @@ class RaggedSamples(Samples):
 
 def train_and_die(output_dir: str, settings: dict[str, Any], step: int, point: str) -> None:
     """Kills world rank 0 while it writes the checkpoint of `step`: after the weights, or between the two renames."""
-    original = {"weights": checkpoints.save_optimizer, "renames": Path.rename}[point]
+    owner, name = {"weights": (LayerParallelTrainer, "_state_writing"), "renames": (Path, "rename")}[point]
+    original = getattr(owner, name)
 
-    def killed(*args: Any) -> Any:
+    def killed(*args: Any, **kwargs: Any) -> Any:
         if point == "renames":
             result = original(*args)
             if str(args[1]).endswith(".replaced"):
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
-        if f"checkpoint-{step}." in str(args[-1]) and os.environ["RANK"] == "0":
+        if f"checkpoint-{step}." in str(args[1]) and os.environ["RANK"] == "0":
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args)
+        return original(*args, **kwargs)
 
-    if point == "weights":
-        checkpoints.save_optimizer = killed
-    else:
-        Path.rename = killed  # type: ignore[method-assign]
+    setattr(owner, name, killed)
     train(output_dir, "llama", settings)
 
 
 def train_with_a_failing_rank(output_dir: str, settings: dict[str, Any]) -> str:
     """The last rank's disk is full from the second checkpoint on; returns the error."""
-    original = checkpoints.save_optimizer
+    original = StateWriting.write
     calls = []
 
-    def failing(*args: Any) -> None:
-        calls.append(args)
+    def failing(self: StateWriting) -> None:
+        calls.append(self)
         if len(calls) == 2 and os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1):
             raise OSError("No space left on device")
-        original(*args)
+        original(self)
 
-    checkpoints.save_optimizer = failing
+    StateWriting.write = failing  # type: ignore[method-assign]
     try:
         train(output_dir, "llama", settings)
     except CheckpointError as error:
         return str(error)
     finally:
-        checkpoints.save_optimizer = original
+        StateWriting.write = original  # type: ignore[method-assign]
     return "no error"
 
 

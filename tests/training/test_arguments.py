@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from accelerate import Accelerator, ParallelismConfig
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
@@ -108,10 +109,8 @@ def test_more_lp_ranks_than_layers(ranks3: RankPool) -> None:
         ({"optim": "galore_adamw", "optim_target_modules": ["o_proj"]}, "optim="),
         ({"optim": "apollo_adamw"}, "optim="),
         ({"optim": "lomo"}, "optim="),
-        ({"torch_compile": True}, "torch_compile"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size"),
         ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint"),
-        ({"fp16": True}, "fp16"),
     ],
 )
 def test_refused_arguments(settings: dict, name: str, tmp_path: Path) -> None:
@@ -123,18 +122,82 @@ def test_refused_surroundings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     args = runs.arguments(str(tmp_path))
     surroundings = {
         "deepspeed_plugin": object(),
-        "parallelism_config": object(),
         "_n_gpu": 2,
-        "mixed_precision": "fp16",
+        "mixed_precision": "fp8",
     }
     for name, value in surroundings.items():
         with monkeypatch.context() as patch:
             patch.setattr(args, name, value)
             with pytest.raises(ConfigurationError, match="is not supported"):
                 LayerParallelTrainer(runs.build("llama"), args)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigurationError, match="FSDP is not supported"):
-        LayerParallelTrainer(runs.build("llama"), args)
+
+
+def said_by_launcher(settings: dict, environment: dict[str, str]) -> tuple[bool, int] | str:
+    """(shards_data, tp_size) of arguments in an environment, or why there are none."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            args = runs.arguments("unused", **settings)
+        except ConfigurationError as error:
+            return str(error)
+    return args.shards_data, args.tp_size
+
+
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
+AXES = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}
+
+
+def test_what_launchers_say_of_the_axes(ranks4: RankPool) -> None:
+    understood: list[tuple[dict, dict, tuple[bool, int]]] = [
+        ({"lp_size": 2}, {}, (False, 1)),
+        ({"lp_size": 2, "fsdp": "full_shard"}, {}, (True, 1)),
+        ({"lp_size": 2}, FSDP, (True, 1)),
+        ({"lp_size": 2, "parallelism_config": ParallelismConfig(dp_shard_size=2)}, {}, (True, 1)),
+        ({"lp_size": 1, "parallelism_config": ParallelismConfig(dp_shard_size=2, tp_size=2)}, {}, (True, 2)),
+        ({"lp_size": 2}, AXES | {"PARALLELISM_CONFIG_TP_SIZE": "2"}, (False, 2)),
+        ({"lp_size": 2}, AXES | {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}, (False, 1)),
+    ]
+    refused: list[tuple[dict, dict, str]] = [
+        ({"lp_size": 4, "fsdp": True}, {}, "one dp rank has nobody to share parameters with"),
+        ({"lp_size": 2, "tp_size": 4}, {}, "lp_size=2 times tp_size=4; use lp_size in [1] or start 8"),
+        ({"lp_size": 2, "fsdp": True, "fsdp_config": {"cpu_offload": True}}, {}, "cpu_offload=True is not supported"),
+        ({"lp_size": 2}, FSDP | {"FSDP_VERSION": "1"}, "--fsdp_version 2"),
+        ({"lp_size": 2}, AXES | {"PARALLELISM_CONFIG_CP_SIZE": "2"}, "cp_size=2 is not supported"),
+        ({"lp_size": 2, "parallelism_config": ParallelismConfig(dp_shard_size=4)}, {}, "2 dp ranks remain"),
+        ({"tp_size": 4, "parallelism_config": ParallelismConfig(tp_size=2)}, {}, "tp_size=4, but tp_size=2 in the"),
+    ]
+    for settings, environment, expected in understood:
+        assert ranks4.run(said_by_launcher, settings, environment) == [expected] * 4
+    for settings, environment, message in refused:
+        for said in ranks4.run(said_by_launcher, settings, environment):
+            assert message in str(said)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_trainers_of_trl_are_refused_in_either_order(first: bool, tmp_path: Path) -> None:
+    sft = type("SFTTrainer", (hf.Trainer,), {"__module__": "trl.trainer.sft_trainer"})
+    kind = type("Mine", (sft, LayerParallelTrainer) if first else (LayerParallelTrainer, sft), {})
+    with pytest.raises(
+        ConfigurationError, match=r"Mine derives from TRL's SFTTrainer.*use LayerParallelTrainer by itself"
+    ):
+        kind(runs.build("llama"), runs.arguments(str(tmp_path)))
+
+
+def test_accelerate_does_not_wrap_the_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever the version of the Trainer asks for: the model comes through `prepare_model` for evaluation, unplaced."""
+    asked = []
+    stock = Accelerator.prepare_model
+
+    def noting(self, model, device_placement=None, evaluation_mode=False):
+        asked.append((device_placement, evaluation_mode))
+        return stock(self, model, device_placement=device_placement, evaluation_mode=evaluation_mode)
+
+    monkeypatch.setattr(Accelerator, "prepare_model", noting)
+    run = runs.trainer(str(tmp_path), "llama", {})
+    assert run.accelerator.prepare(run.model) is run.model
+    run.accelerator.prepare(torch.nn.Linear(2, 2))
+    assert asked == [(False, True), (True, False)]
 
 
 def test_refused_between_ranks(ranks2: RankPool) -> None:

@@ -91,13 +91,15 @@ def _averaged() -> tuple[list[Any], int]:
     calls = []
     original = dist.all_reduce
     dist.all_reduce = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
-    before, collectives.BUCKET_BYTES, collectives._UNDER_WAY = collectives.BUCKET_BYTES, 40, 2
+    before = collectives.BUCKET_BYTES, collectives._UNDER_WAY
+    collectives.BUCKET_BYTES, collectives._UNDER_WAY = 40, 2
     group = dist.group.WORLD
     assert group is not None
     try:
         collectives.average_gradients(params, group)
     finally:
-        dist.all_reduce, collectives.BUCKET_BYTES = original, before
+        dist.all_reduce = original
+        collectives.BUCKET_BYTES, collectives._UNDER_WAY = before
     return [None if p.grad is None else p.grad.flatten().tolist() for p in params], len(calls)
 
 
@@ -105,6 +107,42 @@ def test_average_gradients_in_buckets(ranks2: RankPool) -> None:
     for grads, calls in ranks2.run(_averaged):
         assert grads == [[0.5] * 6, [1.0] * 5, [2.5], [3.5] * 4, None]
         assert calls == 1 + 3  # which are used; 24 + 20 bytes, 4 bytes, and the double ones apart
+
+
+def _averaged_beside_a_backward() -> tuple[list[int], list[Any]]:
+    """The all-reduces that were started after each layer was done, and the gradients in the end."""
+    rank, group = dist.get_rank(), dist.group.WORLD
+    assert group is not None
+    layers = {layer: [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(6))] for layer in ((0, 1), (0, 0))}
+    shared = layers[0, 1][0]
+    last = nn.Parameter(torch.zeros(3))
+    before, collectives.BUCKET_BYTES = collectives.BUCKET_BYTES, 16
+    try:
+        average = collectives.GradientAverage([*layers.items(), ((0, 0), [shared]), (None, [last])], group)
+    finally:
+        collectives.BUCKET_BYTES = before
+    started, original = [], dist.all_reduce
+    calls: list[int] = []
+    dist.all_reduce = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]
+    try:
+        for layer in ((0, 1), (0, 0)) if rank == 0 else ((0, 0), (0, 1)):  # plans of dp ranks may differ
+            for parameter in layers[layer]:
+                parameter.grad = torch.full_like(parameter, float(rank + layer[1]))
+            average.done(layer)
+            started.append(len(calls))
+        last.grad = None if rank else torch.ones_like(last)
+        average.finish()
+    finally:
+        dist.all_reduce = original
+    found = [*layers[0, 1], *layers[0, 0], last]
+    return started, [None if p.grad is None else p.grad.tolist() for p in found]
+
+
+def test_averaging_beside_a_backward(ranks2: RankPool) -> None:
+    (first, grads), (second, others) = ranks2.run(_averaged_beside_a_backward)
+    assert grads == others == [[1.5] * 4, [1.5] * 6, [0.5] * 4, [0.5] * 6, [0.5] * 3]
+    # what both layers have part in is first, so nothing starts before they are done; then all but what comes last
+    assert first == second == [0, 4]
 
 
 def _gathered() -> Any:

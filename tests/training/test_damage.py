@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import transformers as hf
 
+from hf_layerpar.checkpoint.tensors import TensorFolder
 from hf_layerpar.errors import CheckpointError
 from hf_layerpar.ode.convert import convert_to_ode
 from hf_layerpar.training.trainer import LayerParallelTrainer
@@ -21,8 +23,9 @@ from tests.training.runs import Samples, arguments, build, digest, wait_for_all
 
 SETTINGS = {"lp_size": 2, "save_strategy": "steps", "save_steps": 2, "max_steps": 2}
 FILES = (
-    *("config.json", "model.safetensors", "exact_weights.safetensors", "trainer_state.json", "scheduler.pt"),
-    *("optimizer-00000-of-00002.pt", "optimizer-00001-of-00002.pt", "rng_state_0.pth"),
+    *("config.json", "model.safetensors", "exact_weights-00001-of-00002.safetensors", "trainer_state.json"),
+    *("scheduler.pt", "optimizer/__0_0.distcp", "optimizer/__1_0.distcp", "optimizer/.metadata", "optimizer/groups.pt"),
+    "rng_state_0.pth",
 )
 
 
@@ -111,12 +114,16 @@ def test_files_that_say_something_else(whole: Path, ranks2: RankPool, tmp_path: 
         return lambda path: path.write_text(text)
 
     def turn(path: Path) -> None:
-        """One byte in the middle of the states, which no reader looks at."""
+        """One byte in the middle of a state, which no reader looks at."""
+        name, folder = "lm_head.weight.exp_avg", TensorFolder(path.parent)
+        shape, dtype = folder.shapes[name]
+        state = {name: torch.empty(shape, dtype=dtype)}
+        folder.read(state)
         content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 255
+        content[content.index(state[name].numpy().tobytes()) + 100] ^= 255
         path.write_bytes(content)
 
-    optimizer = "optimizer-00001-of-00002.pt"
+    optimizer = "optimizer/__1_0.distcp"
     other = json.dumps(json.loads((whole / "config.json").read_text()) | {"hf_layerpar": {"step_size": "x"}})
     for number, (file, kinds) in enumerate(
         (
@@ -181,7 +188,19 @@ def weights_only(directory: str, checkpoint: str) -> int:
 def test_what_is_left_out_on_purpose(whole: Path, ranks2: RankPool, tmp_path: Path) -> None:
     """Without the training state, and the file that says it was there, a run goes on from the weights."""
     left = shutil.copytree(whole, tmp_path / "left")
-    for path in left.iterdir():
-        if path.name in ("contents.json", "scheduler.pt") or path.name.startswith(("optimizer", "rng_state")):
-            path.unlink()
+    shutil.rmtree(left / "optimizer")
+    for name in ("contents.json", "scheduler.pt", "rng_state_0.pth"):
+        (left / name).unlink()
     assert ranks2.run(weights_only, str(tmp_path), str(left)) == [3, 3]
+
+
+def test_the_earlier_format_is_refused(whole: Path, ranks2: RankPool, tmp_path: Path) -> None:
+    old = shutil.copytree(whole, tmp_path / "old")
+    shutil.rmtree(old / "optimizer")
+    (old / "contents.json").unlink()
+    (old / "optimizer-00000-of-00002.pt").write_bytes(b"")
+    first, second = ranks2.run(resume, str(tmp_path / "run"), [str(old)])
+    assert first == second
+    assert "remove contents.json and optimizer-*.pt to go on from the weights alone" in first[0][0]
+    (old / "optimizer-00000-of-00002.pt").unlink()
+    assert ranks2.run(weights_only, str(tmp_path), str(old)) == [3, 3]

@@ -9,6 +9,7 @@ import pytest
 
 from hf_layerpar.stepping import StepReport, SweepReport
 from hf_layerpar.training.callbacks import solver_log
+from tests import zoo
 from tests.multiproc import RankPool
 from tests.training import runs, scenarios
 
@@ -82,6 +83,7 @@ def test_frozen_parts(family: str, part: str, ranks1: RankPool, ranks2: RankPool
     assert len(set(one["losses"])) == 4
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("settings", [{}, {"label_smoothing_factor": 0.1}], ids=["plain", "label smoothing"])
 def test_as_the_stock_trainer(family: str, settings: dict, ranks1: RankPool, ranks2: RankPool, tmp_path) -> None:
@@ -92,7 +94,7 @@ def test_as_the_stock_trainer(family: str, settings: dict, ranks1: RankPool, ran
     assert ours["norms"] == pytest.approx(stock["norms"], rel=1e-5)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "t5"])
+@pytest.mark.parametrize("family", zoo.in_every_version([*FAMILIES, "t5"], "llama"))
 def test_accumulation_is_one_big_batch(
     family: str, ranks1: RankPool, ranks2: RankPool, ranks4: RankPool, tmp_path
 ) -> None:

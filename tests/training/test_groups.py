@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers as hf
 
+from hf_layerpar.checkpoint.trainer_state import _regrouped
 from hf_layerpar.errors import CheckpointError
-from hf_layerpar.training.checkpoints import _regrouped
 from hf_layerpar.training.trainer import LayerParallelTrainer
 from tests.multiproc import RankPool
 from tests.training.runs import Samples, arguments, build, outcome
