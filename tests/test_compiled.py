@@ -14,6 +14,7 @@ from hf_layerpar.diagnosis.layers import LayerReader
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from tests import zoo
 from tests.multiproc import run_ranks
+from tests.training import runs
 
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"schedule": "zb_h1"},
@@ -111,3 +112,12 @@ def test_what_is_refused() -> None:
     parallelize(convert_to_ode(other))
     with pytest.raises(UnsupportedModelError, match=r"layers\.1 .* has a forward of its own"):
         layer_parallel(other).compile_layers()
+
+
+def test_the_trainer_compiles_the_layers_and_not_the_model(tmp_path) -> None:
+    eager = runs.train(str(tmp_path), "llama", {"max_steps": 2})
+    counters.clear()
+    settings = {"max_steps": 2, "torch_compile": True, "torch_compile_backend": "aot_eager"}
+    compiled = runs.train(str(tmp_path), "llama", settings)
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert compiled["losses"] == pytest.approx(eager["losses"], abs=1e-5)

@@ -163,9 +163,8 @@ class SavedState:
         Raises CheckpointError when the parameter groups differ.
         """
         saved = self._groups
-        if (
-            len(self._parts) == mesh.lp_size
-        ):  # this rank's first: others may have other settings for the same parameters
+        # this rank's first: others may have other settings for the same parameters
+        if len(self._parts) == mesh.lp_size:
             saved = sorted(saved, key=lambda group: group.part is not self._parts[mesh.lp_rank])
         names = names_by_group(optimizer, model)
         packed = optimizer.state_dict()
