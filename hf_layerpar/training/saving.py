@@ -111,6 +111,8 @@ class ShardedSaving(Trainer):
         saver = self.layer_parallel.saver
         # as stock, a model that is whole on every rank can be saved by one of them alone
         alike = _internal_call or saver.is_spread
+        if alike:  # before any waits for what the others say of their writing
+            self.layer_parallel.agree({"about to": "save the model"})
         folder = Path(str(self.args.output_dir if output_dir is None else output_dir))
         with together(f"the model was not written to {folder}", self._world if alike else None):
             if saver.is_spread or self.args.should_save:

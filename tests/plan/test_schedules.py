@@ -186,11 +186,12 @@ def test_list_takes_apart_what_is_worth_it():
 
 
 # ---- any shape
-def test_thousand_steps_are_valid():
+@pytest.mark.parametrize("steps", [300, pytest.param(1000, marks=pytest.mark.slow)])
+def test_random_steps_are_valid(steps):
     """Every schedule and MGRIT, on any number of ranks, splits, passes, sides and pieces of the tail."""
     rng = random.Random(1)
     seen: Counter[str] = Counter()
-    for _ in range(1000):
+    for _ in range(steps):
         num_ranks = rng.randint(1, 5)
         config = random_config(rng, num_ranks)
         exact = config.strategy == "pipeline"
@@ -205,7 +206,7 @@ def test_thousand_steps_are_valid():
         assert kinds["cut"] == len(anatomy.needs[-1]) * micro_batches * (anatomy.tail_pieces > 1)
         assert trains or not any(plan.values[v].kind in ("graph", "pending") for t in plan.tasks for v in t.outputs)
         seen[config.schedule if exact else config.strategy] += 1
-    assert min(seen[name] for name in (*SCHEDULES, "mgrit")) >= 50
+    assert min(seen[name] for name in (*SCHEDULES, "mgrit")) >= steps // 20
 
 
 @pytest.mark.parametrize("schedule", [*SCHEDULES])

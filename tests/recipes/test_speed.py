@@ -30,6 +30,7 @@ def run(script: str, *arguments: str) -> dict:
         return json.load(file)
 
 
+@pytest.mark.slow
 def test_every_side_stands_beside_its_accuracy(tmp_path):
     arguments = ["--layers", "4", "--rounds", "1", "--cost_seconds", "0.2", "--only", *ONLY]
     arguments += ["--output", str(tmp_path / "speed.json")]

@@ -16,7 +16,7 @@ from tests.training import runs, scenarios
 FAMILIES = ("bert_classifier", "llama")
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
+@pytest.mark.parametrize("family", [pytest.param("bert_classifier", marks=pytest.mark.slow), "llama", "gpt2"])
 def test_fifty_steps_are_the_same_at_every_lp_size(
     family: str, ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, tmp_path
 ) -> None:

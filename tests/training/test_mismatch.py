@@ -251,7 +251,7 @@ def things_done_alone(output_dir: str) -> dict[str, str]:
 def test_things_done_alone(ranks2: RankPool, tmp_path) -> None:
     for told in ranks2.run(things_done_alone, str(tmp_path)):
         assert "'about to': ['go on after a step', 'Evaluation']" in told["evaluate"]
-        assert "'about to': ['go on after a step', 'collect the state dict']" in told["save"]
+        assert "'about to': ['go on after a step', 'save the model']" in told["save"]
         assert "'error': [None, 'OSError: no such sample']" in told["read"]
 
 
