@@ -179,7 +179,8 @@ def write_tensors(path: Path, tensors: Layout, values: Iterable[Tensor]) -> None
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, (shape, dtype)), value in zip(tensors.items(), values, strict=True):
             assert (tuple(value.shape), value.dtype) == (shape, dtype), f"{name}: {value.shape} {value.dtype}"
-            flat = value.detach().cpu().contiguous().reshape(-1)
+            # a copy: memory that NumPy has seen can't be freed again, as FSDP does with whole parameters
+            flat = value.detach().to("cpu", copy=True).contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
 
 

@@ -20,7 +20,11 @@ SAVING = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "dropout": 
     ("axes", "others"),
     [
         ({"lp_size": 2, "fsdp": True}, {"lp_size": 2}),
-        ({"lp_size": 1, "fsdp": True}, {"lp_size": 4, "per_device_train_batch_size": 16}),
+        pytest.param(
+            {"lp_size": 1, "fsdp": True},
+            {"lp_size": 4, "per_device_train_batch_size": 16},
+            marks=pytest.mark.slow,
+        ),
         ({"lp_size": 2, "tp_size": 2}, {"lp_size": 4}),
     ],
     ids=["fsdp", "fsdp alone", "tp"],
