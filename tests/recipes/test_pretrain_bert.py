@@ -98,6 +98,7 @@ def test_mgrit_measures_its_gradient(tmp_path):
     assert {entry["lp_backward_mode"] for entry in result["steps"]} == {"mgrit"}
 
 
+@pytest.mark.slow
 def test_pretrained_network_is_fine_tuned(one, tmp_path):
     """Its step sizes come from the checkpoint, on one process as on two; what comes out is ordinary again."""
     _, pretrained = one

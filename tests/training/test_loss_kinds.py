@@ -222,7 +222,11 @@ def train(output_dir: str, name: str, settings: dict[str, Any], dropout: float =
     return {"losses": found, "weights": digest(full) if full else None, "error": None}
 
 
-@pytest.mark.parametrize("name", KINDS)
+ALIKE = ("smoothed counted labels", "masked tokens")
+"""Others of the kinds are made of the same parts."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in KINDS])
 def test_micro_batches_on_any_mesh_train_as_stock(
     name: str, ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, ranks4: RankPool, tmp_path
 ) -> None:
