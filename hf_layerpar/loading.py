@@ -125,7 +125,7 @@ def from_pretrained(
         return (model, info) if kwargs.get("output_loading_info") else model
     if not isinstance(layer_parallel, LayerParallelConfig):
         raise ConfigurationError(f"layer_parallel={shown(layer_parallel)} must be a LayerParallelConfig, or None")
-    device = Attempt(lambda: device_of(kwargs))
+    device = Attempt(lambda: _device_asked_for(kwargs))
     transport = transport_of(group, device.value or torch.device("cpu"))
     found = Attempt(lambda: _opened(path, conversion, kwargs))
     told = Attempt(lambda: _facts(path, kwargs, *found.given()) if found.error is None else {})
@@ -221,7 +221,7 @@ def _opened(
     path: str | os.PathLike[str] | PreTrainedConfig, conversion: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A converted model with its layers on meta, whose view has what loads them; and what was found to be read."""
-    device = device_of(kwargs)
+    device = _device_asked_for(kwargs)
     if isinstance(path, PreTrainedConfig):
         stock_class, options, name = stock_class_of(path.to_dict(), f"the {type(path).__name__}"), dict(kwargs), None
         dtype = options.pop("torch_dtype", None) or options.pop("dtype", None) or path.dtype
@@ -285,7 +285,7 @@ def _facts(
     return facts | model_facts(model) | {"checksums outside the layers": checksums(outside)}
 
 
-def device_of(kwargs: Mapping[str, Any]) -> torch.device:
+def _device_asked_for(kwargs: Mapping[str, Any]) -> torch.device:
     """Where `from_pretrained` with these arguments puts the model.
 
     Raises ConfigurationError for a device_map of several devices, or of ones to be found out.

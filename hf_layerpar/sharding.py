@@ -381,9 +381,9 @@ class LayerParallel:
         first of them is evaluated. Collective over the lp ranks.
 
         Forwards with a KV cache run as they are, and in one process those with gradient checkpointing too where no
-        solver runs them. Code makes all gradients of a layer at once, so input-only vjps cost
-        as much as final ones, and weight gradients aren't taken apart. Sets `torch._functorch.config.donated_buffer`
-        to False, as graphs are gone through several times.
+        solver runs them. Code makes all gradients of a layer at once, so input-only vjps cost as much as final ones,
+        and weight gradients aren't taken apart. Sets `torch._functorch.config.donated_buffer` to False, as graphs are
+        gone through several times.
 
         Raises ConfigurationError for what torch.compile doesn't know and for modes with CUDA graphs, and
         UnsupportedModelError for layers with a forward of their own; on all ranks.

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -56,7 +57,7 @@ class Writing:
 
 
 @dataclasses.dataclass(eq=False)
-class _Saver:
+class _Saver(ABC):
     """The `save_pretrained` of a parallelized model. Plain data, so that deepcopy follows it to the copy."""
 
     model: Any
@@ -72,8 +73,9 @@ class _Saver:
     def _is_cut(self) -> bool:
         return any(isinstance(tensor, DTensor) for tensor in self.model.state_dict(keep_vars=True).values())
 
+    @abstractmethod
     def prepared(self, **options: Any) -> Writing:
-        raise NotImplementedError
+        """What is to be written, found out before. Collective over the lp ranks."""
 
     def part(self, writes: bool, **options: Any) -> Writing:
         """`prepared` where the lp ranks of this rank write, and nothing elsewhere. Collective over the lp ranks, and

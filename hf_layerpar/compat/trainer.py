@@ -78,7 +78,6 @@ Stock may add some that have defaults.
 CALLED: dict[str, str] = {
     "_get_output_dir": "trial",
     "_prepare_inputs": "inputs",
-    "_save": "output_dir state_dict",
     "_save_scaler": "output_dir",
     "compute_loss": "model inputs return_outputs num_items_in_batch",
     "compute_loss_context_manager": "",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class GradientAverage:
             for parameter in members:
                 layers_of.setdefault(parameter, set()).add(layer)
         self._parameters = list(layers_of)
-        self._coming = deque(_buckets(self._parameters, local))
+        self._coming = deque(_buckets(self._parameters))
         self._awaited = deque(set[Layer | None]().union(*(layers_of[p] for p in bucket)) for bucket in self._coming)
         self._done: set[Layer | None] = set()
         self._used: dict[nn.Parameter, bool] = {}
@@ -106,16 +106,12 @@ def _zeros(parameter: nn.Parameter) -> Tensor:
     return like.new_zeros(like.numel())
 
 
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _buckets(tensors: Iterable[Any], part: Callable[[Tensor], Tensor] = _itself) -> list[list[Any]]:
-    """Tensors of one dtype and device together, cut at about `BUCKET_BYTES`. part: what of a tensor is counted."""
+def _buckets(tensors: Iterable[Any]) -> list[list[Any]]:
+    """Tensors of one dtype and device together, cut at about `BUCKET_BYTES`, of what this rank has of them."""
     buckets: list[list[Tensor]] = []
     open_bucket: dict[Any, tuple[list[Tensor], int]] = {}
     for tensor in tensors:
-        kind, held = (tensor.dtype, tensor.device), part(tensor)
+        kind, held = (tensor.dtype, tensor.device), local(tensor)
         bucket, filled = open_bucket.get(kind, ([], 0))
         if not bucket:
             buckets.append(bucket)

@@ -24,6 +24,7 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,13 @@ def simulated(costs: Costs, batch: int, layers: int, devices: int, tensor_part: 
     return found
 
 
-def sizes(kind: str, given: Any) -> list[tuple[int, int, int]]:
-    """Width, rows and tokens of the layers."""
-    return SIZES[kind] if given is None else [(t["dim"], t["batch"], t["tokens"]) for t in given["tables"]]
-
-
-def given_costs(given: Any, *size: int) -> Costs:
-    return next(Costs(**t["costs"]) for t in given["tables"] if (t["dim"], t["batch"], t["tokens"]) == size)
+def costs_by_size(device: torch.device, given: Any) -> Iterator[tuple[int, int, int, Costs]]:
+    """Width, rows and tokens of the layers, and what one costs: measured here, or as a file has it."""
+    if given is not None:
+        yield from ((t["dim"], t["batch"], t["tokens"], Costs(**t["costs"])) for t in given["tables"])
+        return
+    for size in SIZES[device.type]:
+        yield (*size, measured(*size, device))
 
 
 def main() -> None:
@@ -135,8 +136,7 @@ def main() -> None:
     output = options.output or RESULTS / ("layer_costs.json" if options.costs is None else options.costs.name)
     given = None if options.costs is None else json.loads(options.costs.read_text(encoding="utf-8"))
     tables = []
-    for dim, batch, tokens in sizes(device.type, given):
-        costs = measured(dim, batch, tokens, device) if given is None else given_costs(given, dim, batch, tokens)
+    for dim, batch, tokens, costs in costs_by_size(device, given):
         table: dict[str, Any] = {"dim": dim, "batch": batch, "tokens": tokens, "costs": dataclasses.asdict(costs)}
         table["simulated"] = []
         for layers, devices in PLACES[device.type if given is None else "cuda"]:
