@@ -393,6 +393,10 @@ def test_gradient_norms_of_half_precision_are_not_rounded_to_it():
 
 
 _LOOP = """
+import os
+import sys
+from pathlib import Path
+
 import torch
 from hf_layerpar import LayerParallelConfig, convert_to_ode, parallelize
 from tests.zoo import build
@@ -408,7 +412,8 @@ for batch in loader:
     handle.clip_grad_norm_(1.0)
     optimizer.step()
     optimizer.zero_grad()
-print("lp size", handle.lp_size, "layers", sum(p.numel() for p in model.transformer.h.parameters()))
+layers = sum(p.numel() for p in model.transformer.h.parameters())
+Path(sys.argv[1], os.environ["RANK"]).write_text(f"lp size {handle.lp_size} layers {layers}")
 """
 
 
@@ -418,7 +423,7 @@ def test_a_loop_under_a_launcher_finds_all_processes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, "--master_port", str(free_port()), str(script)],
+        [*command, "--master_port", str(free_port()), str(script), str(tmp_path)],
         env=environment,
         capture_output=True,
         text=True,
@@ -427,7 +432,7 @@ def test_a_loop_under_a_launcher_finds_all_processes(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     layers = sum(p.numel() for p in build("gpt2")[0].transformer.h.parameters())
-    assert done.stdout.count(f"lp size 2 layers {layers // 2}") == 2
+    assert [(tmp_path / rank).read_text() for rank in "01"] == [f"lp size 2 layers {layers // 2}"] * 2
 
 
 def test_processes_that_can_not_find_each_other(monkeypatch):
