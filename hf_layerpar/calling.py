@@ -13,16 +13,26 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from hf_layerpar.compat.torch import after_backward, inside_ddp, tree_flatten, tree_leaves, tree_map, tree_unflatten
+from hf_layerpar.compat.torch import (
+    after_backward,
+    autocast_of,
+    inside_ddp,
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_unflatten,
+)
 from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
-from hf_layerpar.ode.phases import ModelPhases, Reached, autocast_of
+from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.ode.model_forward import ModelForward
+from hf_layerpar.ode.phases import ModelPhases, Reached
 from hf_layerpar.ode.rehearsal import (
     Player,
     Rehearsed,
@@ -34,15 +44,17 @@ from hf_layerpar.ode.rehearsal import (
     rehearse_parts,
     signature_of,
 )
-from hf_layerpar.ode.stack import ModelForward, NeedsSerialError, RecordedCall
+from hf_layerpar.ode.stack import NeedsSerialError, RecordedCall
 from hf_layerpar.plan.ladder import exact_settings
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, build_step
 from hf_layerpar.plan.tasks import Plan, Task
+from hf_layerpar.refusals import refused_wrapper
 from hf_layerpar.run.layers import Common, Entry, Layers, kept_streams
 from hf_layerpar.run.sharing import share
 from hf_layerpar.run.step import Step
 from hf_layerpar.run.transport import Attempt, GroupTransport
+from hf_layerpar.shared_gradients import sum_over_ranks
 from hf_layerpar.stepping import Stepper
 
 
@@ -160,15 +172,6 @@ class Calls:
             Step(part, phases, stepper.transport, Common(seed, keeps=False), device=stepper.device).run()
         joined = _joined([phases.outputs[m, 0] for m in range(len(parts))]) if phases.outputs else None
         return _handed_out(joined, stepper, anatomy.ranks[-1], None)
-
-
-def refused_wrapper(lp_size: int) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"DistributedDataParallel (of the stock Trainer, TRL or accelerator.prepare) around a model on {lp_size} lp "
-        "ranks: it would copy rank 0's parameters over the other ranks' layers, and average nothing. Use "
-        "LayerParallelTrainer; or leave the model out of accelerator.prepare, and average over dp ranks by "
-        "hf_layerpar.training.collectives.average_gradients"
-    )
 
 
 def _runs(forward: ModelForward) -> Callable[[Any], Any]:
@@ -295,7 +298,8 @@ class _Call:
         step.settle()
         step.layers.pop((k, 0), None)
         if k == 0:  # at the end of this backward, when the front is through too
-            after_backward(self.stepper.sum_over_ranks)
+            stepper = self.stepper
+            after_backward(partial(sum_over_ranks, stepper.ends, stepper.transport, stepper.device))
         if not found:
             return None, [None] * sides
         return found[0], list(found[1]) if sides else []

@@ -11,25 +11,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from hf_layerpar.cli_check import add_check
 from hf_layerpar.cli_convert import add_convert
 from hf_layerpar.cli_errors import Parser, refused
-from hf_layerpar.config import (
-    Acceleration,
-    Ends,
-    LayerParallelConfig,
-    OdeSettings,
-    Relaxation,
-    Strategy,
-    shown,
-    whole,
-)
+from hf_layerpar.cli_settings import add_setting, listed
+from hf_layerpar.config import LayerParallelConfig, OdeSettings, describe, shown, whole
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.memory import fullest, parts_text, size_of, size_text
-from hf_layerpar.plan.operators import OPERATORS
 from hf_layerpar.plan.ownership import balanced_split, contiguous_owner, interleaved_owner, two_blocks_owner
 from hf_layerpar.plan.planner import Accuracy, Choice, check_fits, check_shape, check_size, plan_step, predict_step
 from hf_layerpar.plan.schedules import SCHEDULES, Placement
@@ -62,56 +53,87 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_report(commands)
-    plan = commands.add_parser(
-        "plan",
-        help="time line, idle share, traffic and memory of one training step",
-        description="Predicts one training step (forward and backward) of a layer stack over the lp ranks. A layer "
-        "forward, an input-vjp and a weight-vjp of the whole batch take 1, and the model's ends nothing, unless --cost "
-        "says otherwise.",
-    )
-    plan.set_defaults(run=_plan)
-    plan.add_argument("--layers", type=_positive, required=True, help="layers of the stack, buffers included")
-    plan.add_argument("--ranks", type=_positive, required=True, help="lp ranks")
-    default = LayerParallelConfig()
-    plan.add_argument("--strategy", choices=get_args(Strategy), default=default.strategy)
-    plan.add_argument("--schedule", default=default.schedule, help=f"of a pipeline: {', '.join(SCHEDULES)}")
-    plan.add_argument("--ends", choices=get_args(Ends), default=default.ends, help="ranks that compute head and loss")
-    plan.add_argument("--coarsening", type=int, nargs="+", default=[default.coarsening], metavar="C")
-    plan.add_argument("--relaxation", choices=get_args(Relaxation), default=default.relaxation)
-    plan.add_argument("--forward-iterations", type=int, default=default.forward_iterations)
-    plan.add_argument("--backward-iterations", type=int, default=default.backward_iterations)
-    plan.add_argument("--acceleration", choices=get_args(Acceleration), default=default.acceleration)
-    plan.add_argument("--coarse-operator", default=default.coarse_operator, help=f"one of {', '.join(OPERATORS)}")
-    plan.add_argument("--micro-batches", type=int, default=default.micro_batches)
-    plan.add_argument(
-        "--buffers", type=int, nargs="+", default=(0, 0), metavar="N", help="open and close, or open, places, close"
-    )
-    owner = plan.add_mutually_exclusive_group()
-    owner.add_argument("--split", type=int, nargs="+", metavar="LAYERS", help="layers of each rank")
-    owner.add_argument(
-        "--interleaved",
-        action="store_true",
-        help="each MGRIT interval dealt out to all ranks, or two blocks of a pipeline on each",
-    )
-    names = ", ".join(f.name for f in dataclasses.fields(Costs))
-    plan.add_argument("--cost", action="append", default=[], metavar="NAME=VALUE", help=f"one of {names}")
-    plan.add_argument(
-        "--costs", type=Path, metavar="FILE", help="costs that `hf-layerpar check MODEL --json FILE` measured"
-    )
-    plan.add_argument("--memory", metavar="SIZE", help="of a rank, as in 24GiB: refuse what takes more, say what fits")
-    plan.add_argument("--checkpointing", action="store_true", help="evaluate layers again in the backward")
-    plan.add_argument("--tasks", action="store_true", help="print the tasks too")
-    plan.add_argument("--png", type=Path, metavar="FILE", help="draw the time line (needs matplotlib)")
-    plan.add_argument(
-        "--choose",
-        choices=get_args(Accuracy),
-        metavar="ACCURACY",
-        help=f"search for the fastest setting instead, of accuracy {', '.join(get_args(Accuracy))}; tries 1, 2, 4 ... "
-        "up to --micro-batches",
-    )
+    _add_plan(commands)
     add_check(commands, _positive)
     add_convert(commands, _positive)
     return parser
+
+
+COMMON = ("step", "vjp", "weights", "tail", "latency", "bandwidth", "state_bytes")
+"""Prices that people set; the others are mostly measured."""
+
+_EXAMPLE = """example, with the time line as a picture:
+  hf-layerpar plan --layers 128 --ranks 8 --strategy mgrit --micro-batches 4 --cost tail=3 --png step.png"""
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="Time line, idle share, traffic and memory of one training step.",
+        usage="%(prog)s --layers N --ranks N [OPTION ...]",
+        description="Predicts one training step (forward and backward) of a layer stack over the lp ranks.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.set_defaults(run=_plan)
+    step = plan.add_argument_group("the step")
+    step.add_argument(
+        "--layers", type=_positive, required=True, metavar="N", help="Layers of the stack, buffers included; required."
+    )
+    add_setting(step, OdeSettings, "buffers")
+    for f in dataclasses.fields(LayerParallelConfig):
+        add_setting(step, LayerParallelConfig, f.name)
+    step.add_argument(
+        "--checkpointing", action="store_true", help="Evaluate layers again in the backward. (default: off)"
+    )
+    step.add_argument(
+        "--choose",
+        choices=get_args(Accuracy),
+        help="Search for the fastest setting instead, with 1, 2, 4 ... up to --micro-batches. exact: pipelines; high: "
+        "aggregate with a correction of the forward or an exact one; good: without too; any: all operators. "
+        "(default: no search)",
+    )
+    machine = plan.add_argument_group(
+        "the machine",
+        "Prices are of the whole batch, in any unit. Those that are often set, and defaults:\n" + listed(Costs, COMMON),
+    )
+    machine.add_argument("--ranks", type=_positive, required=True, metavar="N", help="lp ranks; required.")
+    owner = machine.add_mutually_exclusive_group()
+    owner.add_argument(
+        "--split", type=int, nargs="+", metavar="N", help="Layers of each rank. (default: as `parallelize` shares them)"
+    )
+    owner.add_argument(
+        "--interleaved",
+        action="store_true",
+        help="Deal each MGRIT interval out to all ranks, or two blocks of a pipeline to each. (default: off)",
+    )
+    machine.add_argument(
+        "--cost",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="A price, of those above or of --list-costs; may be given again.",
+    )
+    names = [f.name for f in dataclasses.fields(Costs)]
+    machine.add_argument(
+        "--list-costs", action="version", version=listed(Costs, names), help="Say what all prices mean, and exit."
+    )
+    machine.add_argument(
+        "--costs",
+        type=Path,
+        metavar="FILE",
+        help="Prices that `hf-layerpar check MODEL --json FILE` measured, before those of --cost. (default: none)",
+    )
+    machine.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="Of a rank, as in 24GiB: refuse what takes more, and say what would fit. (default: no limit)",
+    )
+    output = plan.add_argument_group("output")
+    output.add_argument("--tasks", action="store_true", help="Print the tasks too. (default: off)")
+    output.add_argument(
+        "--png", type=Path, metavar="FILE", help="Draw the time line; needs matplotlib. (default: not drawn)"
+    )
 
 
 def _positive(text: str) -> int:
@@ -134,18 +156,7 @@ def _plan(options: argparse.Namespace) -> None:
         raise ConfigurationError("--choose finds the split; leave --split out")
     for name in ("layers", "ranks"):
         whole(1, MOST_LAYERS)(f"--{name}", getattr(options, name))
-    config = LayerParallelConfig(
-        strategy=options.strategy,
-        schedule=options.schedule,
-        ends=options.ends,
-        coarsening=tuple(options.coarsening),
-        relaxation=options.relaxation,
-        forward_iterations=options.forward_iterations,
-        backward_iterations=options.backward_iterations,
-        acceleration=options.acceleration,
-        coarse_operator=options.coarse_operator,
-        micro_batches=options.micro_batches,
-    )
+    config = LayerParallelConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(LayerParallelConfig)})
     check_config(config, options.ranks)
     if options.choose:
         config, owner = _choose(options, costs, memory)
@@ -162,7 +173,7 @@ def _plan(options: argparse.Namespace) -> None:
         check_fits(step, memory, config, costs, buffers=buffers)
     if options.png:
         unit = {"unit": "units of the costs"} if options.cost or options.costs else {}
-        draw({_title(config): step}, options.png, **unit)
+        draw({describe(config, pieces=True): step}, options.png, **unit)
         print(f"drawn to {options.png}")
 
 
@@ -212,7 +223,7 @@ def _choose(
     )
     print(f"{'share':>6}  setting and layers of each rank")
     for choice in choices[:10]:
-        print(f"{choice.share:6.3f}  {_title(choice.config)}, {_layout(choice)}")
+        print(f"{choice.share:6.3f}  {describe(choice.config, pieces=True)}, {_layout(choice)}")
     if not any((costs.fixed_share, costs.overhead, costs.send + costs.transfer())):
         print(_ASSUMED)
     return choices[0].config, choices[0].owner
@@ -272,20 +283,6 @@ def _layout(choice: Choice) -> str:
         return choice.split
     few, many = min(choice.split), max(choice.split)
     return f"blocks of {few}" + (f" to {many}" if many > few else "")
-
-
-def _title(config: LayerParallelConfig) -> str:
-    pieces = f"{config.micro_batches} micro-batch{'es' if config.micro_batches > 1 else ''}"
-    spread = ", spread ends" if config.ends == "spread" else ""
-    if config.strategy != "mgrit":
-        schedule = "" if config.schedule == LayerParallelConfig().schedule else f" {config.schedule}"
-        return f"{config.strategy}{schedule}, {pieces}{spread}"
-    factors = ",".join(map(str, config.factors))
-    return (
-        f"mgrit {config.coarse_operator} {config.forward_iterations}/{config.backward_iterations}, c={factors}"
-        f"{', FCF' if config.relaxation == 'FCF' else ''}"
-        f"{f', {config.acceleration}' if config.acceleration != 'none' else ''}, {pieces}{spread}"
-    )
 
 
 if __name__ == "__main__":

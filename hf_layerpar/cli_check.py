@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_layerpar.cli_errors import reading
-from hf_layerpar.config import whole
+from hf_layerpar.cli_settings import add_setting
+from hf_layerpar.config import OdeSettings, whole
 from hf_layerpar.errors import ConfigurationError
 
 
@@ -18,34 +19,43 @@ def add_check(commands: Any, positive: Callable[[str], int]) -> None:
     """Adds the command to the parsers of `hf-layerpar`. positive: the type of its counts."""
     check = commands.add_parser(
         "check",
-        help="measure whether a model can be trained layer-parallel, and with which settings",
+        help="Measure whether a model can be trained layer-parallel, and with which settings.",
         description="Reads a model's layers, compares the gradient of every solver setting with the exact one on a few "
         "batches, predicts the step on so many ranks, and says in one sentence what to use. Give the batch size and "
         "length of a training step.",
     )
     check.set_defaults(run=_check)
-    check.add_argument("model", metavar="MODEL", help="local folder or name on the hub")
+    check.add_argument("model", metavar="MODEL", help="Local folder, or name on the hub.")
     source = check.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--text", type=Path, metavar="FILE", help="text to make batches of; lines of label<TAB>text for classification"
+        "--text", type=Path, metavar="FILE", help="Text to make batches of; lines of label<TAB>text for classification."
     )
-    source.add_argument("--random", action="store_true", help="random tokens instead; says little about training")
+    source.add_argument("--random", action="store_true", help="Random tokens instead; says little about training.")
     check.add_argument(
         "--task",
         choices=("causal-lm", "masked-lm", "sequence-classification"),
-        help="default: by the model's architecture; with another task it gets a new head",
+        help="With another task than its own a model gets a new head. (default: by the model's architecture)",
     )
-    check.add_argument("--batches", type=positive, default=2, help="default 2")
-    check.add_argument("--batch-size", type=positive, default=4, help="rows, default 4")
-    check.add_argument("--tokens", type=positive, default=64, help="of a row, at least 2, default 64")
-    check.add_argument("--ranks", type=positive, default=8, help="lp ranks to predict for, default 8")
-    check.add_argument("--coarsening", type=positive, nargs="+", metavar="C", help="default: those that fit of 2, 4, 8")
+    for name, default, meaning in (
+        ("batches", 2, "Batches that are read."),
+        ("batch-size", 4, "Rows of a batch."),
+        ("tokens", 64, "Tokens of a row, at least 2."),
+        ("ranks", 8, "lp ranks to predict for."),
+    ):
+        check.add_argument(
+            f"--{name}", type=positive, default=default, metavar="N", help=f"{meaning} (default: {default})"
+        )
     check.add_argument(
-        "--buffers", type=int, nargs="+", metavar="N", help="open and close, or open, places, close; default: by trial"
+        "--coarsening",
+        type=positive,
+        nargs="+",
+        metavar="N",
+        help="Fine steps per coarse step, each number tried by itself. (default: those that fit of 2, 4, 8)",
     )
-    check.add_argument("--threads", type=positive, help="processor threads to use")
-    check.add_argument("--json", type=Path, metavar="FILE", help="write everything that was read")
-    check.add_argument("--png", type=Path, metavar="FILE", help="draw it (needs matplotlib)")
+    add_setting(check, OdeSettings, "buffers", unset="by trial")
+    check.add_argument("--threads", type=positive, metavar="N", help="Processor threads. (default: as torch chooses)")
+    check.add_argument("--json", type=Path, metavar="FILE", help="Write everything that was read.")
+    check.add_argument("--png", type=Path, metavar="FILE", help="Draw it; needs matplotlib.")
 
 
 def _check(options: argparse.Namespace) -> None:

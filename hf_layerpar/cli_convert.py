@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from hf_layerpar.cli_errors import reading
-from hf_layerpar.config import Form, Interpolation
+from hf_layerpar.cli_settings import add_setting
+from hf_layerpar.config import Form, OdeSettings
 from hf_layerpar.errors import ConfigurationError
 
 
@@ -16,26 +17,24 @@ def add_convert(commands: Any, positive: Callable[[str], int]) -> None:
     """Adds the command to the parsers of `hf-layerpar`. positive: the type of its counts."""
     convert = commands.add_parser(
         "convert",
-        help="write a checkpoint in its ODE form, or an ODE form as a plain checkpoint",
+        help="Write a checkpoint in its ODE form, or an ODE form as a plain checkpoint.",
         description="Reads every layer of a checkpoint as Euler steps of size h and writes the result as a new "
         "checkpoint, with tokenizer and processor. With --to-stock it takes the settings off again, where stock "
         "transformers computes the same without them.",
     )
     convert.set_defaults(run=_convert)
-    convert.add_argument("source", metavar="SOURCE", help="local folder or name on the hub")
-    convert.add_argument("target", metavar="TARGET", type=Path, help="new folder")
-    convert.add_argument("--step-size", type=float, metavar="H", help="h in (0, 1]; default 1, the model as it is")
-    convert.add_argument("--num-steps", type=positive, metavar="N", help="of every stack; default: layers / H")
-    convert.add_argument("--form", choices=("auto", *get_args(Form)), help="default auto: split where layers allow it")
-    convert.add_argument("--interpolation", choices=get_args(Interpolation), help="of new weights; default constant")
+    convert.add_argument("source", metavar="SOURCE", help="Local folder, or name on the hub.")
+    convert.add_argument("target", metavar="TARGET", type=Path, help="New folder.")
+    add_setting(convert, OdeSettings, "step_size", unset="1")
     convert.add_argument(
-        "--buffers",
-        type=int,
-        nargs="+",
-        metavar="N",
-        help="layers that keep step size 1: open and close, or open, places between, close",
+        "--num-steps", type=positive, metavar="N", help="Inner steps of every stack. (default: layers / step size)"
     )
-    convert.add_argument("--to-stock", action="store_true", help="a checkpoint of ours into a plain one")
+    add_setting(
+        convert, OdeSettings, "form", unset="auto, split where layers allow it", choices=("auto", *get_args(Form))
+    )
+    add_setting(convert, OdeSettings, "interpolation", unset="constant")
+    add_setting(convert, OdeSettings, "buffers", unset="0 0")
+    convert.add_argument("--to-stock", action="store_true", help="A checkpoint of ours into a plain one.")
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -7,8 +7,9 @@ import math
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from numbers import Integral, Real
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from hf_layerpar.errors import ConfigurationError
 
@@ -177,59 +178,64 @@ def coarsening_factors(name: str, value: Any) -> int | tuple[int, ...]:
     return factors[0] if len(factors) == 1 else factors
 
 
-def checked(settings: object, checks: Mapping[str, Check]) -> None:
-    """Puts every setting through its check."""
-    for name, check in checks.items():
+# ---- a setting: a field of a dataclass, its check beside its type
+Default = TypeVar("Default")
+
+
+def setting(default: Default, help: str) -> Default:
+    """A field with its one-line help, which commands and HfArgumentParser print."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def help_of(kind: type, name: str) -> str:
+    return kind.__dataclass_fields__[name].metadata["help"]
+
+
+@cache
+def checks_of(kind: type) -> dict[str, Check]:
+    """Of the fields of a dataclass that have one, as in `Annotated[int, whole(1)]`."""
+    hints = get_type_hints(kind, include_extras=True)
+    checks = {f.name: getattr(hints[f.name], "__metadata__", None) for f in dataclasses.fields(kind)}
+    return {name: found[0] for name, found in checks.items() if found}
+
+
+def checked(settings: object, kind: type | None = None) -> None:
+    """Puts every setting through its check. kind: whose fields, if not those of the object's own class."""
+    for name, check in checks_of(kind or type(settings)).items():
         object.__setattr__(settings, name, check(name, getattr(settings, name)))  # frozen ones too
 
 
-ODE_CHECKS: dict[str, Check] = {
-    "step_size": real(lambda h: 0 < h <= 1, "in (0, 1]; 1 is the model as it is"),
-    "form": one_of(Form),
-    "interpolation": one_of(Interpolation),
-    "buffers": buffer_layers,
-    "folded": flag,
-    "stacks": optional(names),
-}
-_ITERATIONS = whole(0, MOST_ITERATIONS, "; 0 makes the sweep exact")
-_SOLVER: dict[str, Check] = {
-    "strategy": one_of(Strategy),
-    "micro_batches": whole(1),
-    "schedule": text,
-    "ends": one_of(Ends),
-    "coarse_operator": text,
-    "coarsening": coarsening_factors,
-    "relaxation": one_of(Relaxation),
-    "forward_iterations": _ITERATIONS,
-    "backward_iterations": _ITERATIONS,
-    "acceleration": one_of(Acceleration),
-    "increment_penalty": real(lambda alpha: 0 <= alpha < math.inf, "finite and at least 0; 0 is no penalty"),
-    "stacked": flag,
-}
+Count = Annotated[int, whole(1)]
+Flag = Annotated[bool, flag]
+Name = Annotated[str, text]
+Iterations = Annotated[int, whole(0, MOST_ITERATIONS, "; 0 makes the sweep exact")]
+StepSize = Annotated[float, real(lambda h: 0 < h <= 1, "in (0, 1]; 1 is the model as it is")]
+Penalty = Annotated[float, real(lambda alpha: 0 <= alpha < math.inf, "finite and at least 0; 0 is no penalty")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OdeSettings:
-    """How a model's layer stacks are read as Euler steps; stored in config.json under `CONFIG_KEY`.
+    """How a model's layer stacks are read as Euler steps; stored in config.json under `CONFIG_KEY`."""
 
-    step_size: h of the inner steps (buffer layers always have h = 1).
-    form: "euler" x + h (layer(x) - x), or "split" (h scales every residual branch inside the layer).
-    interpolation: how the weights of a refined stack were made from the original layers.
-    buffers: layers of every stack that keep h = 1 and are always computed exactly: (open, close), the first and the
-        last ones, or (open, places of layers between, close), as in (2, 11, 2).
-    folded: the stored weights already contain h (split form only), so a stock load computes the same function.
-    stacks: names of the layer lists that are read so; None for all that are found.
-    """
-
-    step_size: float = 1.0
-    form: Form = "euler"
-    interpolation: Interpolation = "constant"
-    buffers: Buffers = (0, 0)
-    folded: bool = False
-    stacks: tuple[str, ...] | None = None
+    step_size: StepSize = setting(1.0, "h of the inner steps, in (0, 1]; 1 is the model as it is.")
+    form: Annotated[Form, one_of(Form)] = setting(
+        "euler", "euler: x + h (layer(x) - x); split: h scales every residual branch inside the layer."
+    )
+    interpolation: Annotated[Interpolation, one_of(Interpolation)] = setting(
+        "constant", "How weights of new layers are made: constant copies a layer, linear blends neighbours."
+    )
+    buffers: Annotated[Buffers, buffer_layers] = setting(
+        (0, 0),
+        "Layers of every stack that keep h = 1 and are always exact: the numbers of first and last ones, places of "
+        "others between them, as in 2 11 2.",
+    )
+    folded: Flag = setting(False, "The stored weights contain h (split form only): a stock load computes the same.")
+    stacks: Annotated[tuple[str, ...] | None, optional(names)] = setting(
+        None, "Names of the layer lists that are read so; default: all that are found."
+    )
 
     def __post_init__(self) -> None:
-        checked(self, ODE_CHECKS)
+        checked(self)
         if self.folded and self.form != "split":
             raise ConfigurationError(f"folded=True needs form='split', not {self.form!r}: only that form folds exactly")
 
@@ -242,46 +248,61 @@ class OdeSettings:
         return cls(**_known_fields(cls, values))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerParallelConfig:
-    """How the layers of a converted model are solved over the lp ranks.
+@dataclass(kw_only=True)
+class SolverSettings:
+    """The fields that `LayerParallelConfig` and the Trainer's arguments share."""
 
-    strategy: "pipeline" (exact: micro-batches flow through the ranks' blocks of layers) or "mgrit" (all intervals at
-        once; inexact for few iterations).
-    micro_batches: pieces the batch is cut into (fewer when the batch is smaller).
-    schedule: the order of an exact step, see `hf_layerpar.plan.schedules`; "list" searches for the shortest.
-    ends: which ranks compute embeddings, head and loss: "first_last" (those of the first and the last layers), or
-        "spread" (every rank has a copy of head and loss and computes them for its rows of each micro-batch).
-    coarse_operator: see `hf_layerpar.plan.operators`.
-    coarsening: fine steps per coarse step: one number, or one for each coarse level, finest first.
-    relaxation: "F" or "FCF".
-    forward_iterations, backward_iterations: MGRIT iterations of each sweep; 1 is the nested start and one relaxation,
-        each one more adds a coarse-grid correction. 0 makes that sweep exact.
-    acceleration: of the backward sweep, from two iterations on. "krylov": the combination of all iterates that has the
-        smallest residual, for each row of the batch by itself; it takes one relaxation and one small all-reduce more.
-        For hard networks, where the iterations diverge.
-    increment_penalty: alpha >= 0; adds alpha/2 sum_n mean |x_{n+1} - x_n|^2 / |x_n|^2, over the steps between buffers
-        and over tokens, to the loss whose gradient is computed, exactly or not (`hf_layerpar.run.increments`).
-    stacked: evaluate layers that don't depend on each other together, as one layer with stacked weights: for one GPU
-        that spends its time on launches. Of "mgrit" on one lp rank; layers that can't be stacked are evaluated one at
-        a time, with a warning that says why.
+    strategy: Annotated[Strategy, one_of(Strategy)] = setting(
+        "pipeline",
+        "pipeline: exact, micro-batches flow through the ranks' blocks of layers; mgrit: all intervals at once, "
+        "inexact for few iterations.",
+    )
+    micro_batches: Count = setting(1, "Pieces that a step cuts its batch into (fewer where the batch is smaller).")
+    schedule: Name = setting(
+        "list", "Order of an exact step: gpipe, 1f1b, interleaved_1f1b, zb_h1, zb_v, or list (the shortest found)."
+    )
+    ends: Annotated[Ends, one_of(Ends)] = setting(
+        "first_last", "Who computes head and loss: first_last (the last layers' rank), or spread (all, by rows)."
+    )
+    coarse_operator: Name = setting(
+        "aggregate", "MGRIT: what stands in for an interval of layers: aggregate, rediscretize or identity."
+    )
+    coarsening: Annotated[int | tuple[int, ...], coarsening_factors] = setting(
+        4, "MGRIT: fine steps per coarse step; one number, or one per coarse level, finest first."
+    )
+    relaxation: Annotated[Relaxation, one_of(Relaxation)] = setting(
+        "F", "MGRIT: F, or FCF (one more relaxation before every correction)."
+    )
+    forward_iterations: Iterations = setting(
+        1, "MGRIT, forward sweep: 1 is the nested start and a relaxation, each one more a correction; 0 is exact."
+    )
+    backward_iterations: Iterations = setting(1, "MGRIT: the same, of the backward sweep.")
+    acceleration: Annotated[Acceleration, one_of(Acceleration)] = setting(
+        "none", "MGRIT: krylov combines two or more backward iterations, row by row, to the smallest residual."
+    )
+    increment_penalty: Penalty = setting(
+        0.0, "Weight of a penalty on what layers between the buffers add to the state, relative to it."
+    )
+    stacked: Flag = setting(
+        False, "MGRIT on one device: evaluate layers that don't depend on each other as one, with stacked weights."
+    )
+
+
+@dataclass(kw_only=True, unsafe_hash=True)
+class LayerParallelConfig(SolverSettings):
+    """How the layers of a converted model are solved over the lp ranks; its fields are those of `SolverSettings`.
+
+    It can't be changed: `dataclasses.replace` makes another.
     """
 
-    strategy: Strategy = "pipeline"
-    micro_batches: int = 1
-    schedule: str = "list"
-    ends: Ends = "first_last"
-    coarse_operator: str = "aggregate"
-    coarsening: int | tuple[int, ...] = 4
-    relaxation: Relaxation = "F"
-    forward_iterations: int = 1
-    backward_iterations: int = 1
-    acceleration: Acceleration = "none"
-    increment_penalty: float = 0.0
-    stacked: bool = False
+    def __setattr__(self, name: str, value: Any) -> None:
+        # a frozen dataclass shares no fields with one that isn't, as the Trainer's arguments must not be
+        if name in vars(self):
+            raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
+        super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
-        checked(self, _SOLVER)
+        checked(self)
         if self.stacked and self.increment_penalty:
             raise ConfigurationError(
                 f"stacked=True with increment_penalty={self.increment_penalty}: the penalty looks at every layer by "
@@ -308,6 +329,27 @@ class LayerParallelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> LayerParallelConfig:
         return cls(**_known_fields(cls, values))
+
+
+def sweeps(forward: int, backward: int) -> str:
+    """Iterations of both ways, as in "2/1"; none make a sweep exact, as in "exact/1"."""
+    return f"{forward or 'exact'}/{backward or 'exact'}"
+
+
+def describe(config: LayerParallelConfig, *, pieces: bool = False) -> str:
+    """A short name, such as "mgrit aggregate exact/1 c=4 FCF krylov". pieces: schedule, micro-batches and ends too."""
+    words = [config.strategy]
+    if config.strategy == "mgrit":
+        words += [config.coarse_operator, sweeps(config.forward_iterations, config.backward_iterations)]
+        words += [f"c={','.join(map(str, config.factors))}", *(["FCF"] if config.relaxation == "FCF" else [])]
+        words += [config.acceleration] if config.acceleration != "none" else []
+    elif pieces and config.schedule != SolverSettings.schedule:
+        words.append(config.schedule)
+    name = " ".join(words)
+    if not pieces:
+        return name
+    name += f", {config.micro_batches} micro-batch{'es' if config.micro_batches > 1 else ''}"
+    return f"{name}, spread ends" if config.ends == "spread" else name
 
 
 def _known_fields(cls: type, values: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
+from hf_layerpar.comparing import model_facts
 from hf_layerpar.compat.torch import tensor_slots
 from hf_layerpar.compat.transformers import cached_file, find_adapter_config_file
 from hf_layerpar.config import (
@@ -43,9 +44,10 @@ from hf_layerpar.ode.files import reading
 from hf_layerpar.ode.reading import PartReader, checksums, fingerprint
 from hf_layerpar.ode.refine import Source, sources
 from hf_layerpar.ode.stack import LayerStack
+from hf_layerpar.run.joining import transport_of
 from hf_layerpar.run.layers import kept_streams
 from hf_layerpar.run.transport import Attempt, fact
-from hf_layerpar.sharding import model_facts, parallelize, transport_of
+from hf_layerpar.sharding import parallelize
 
 _AT_ONCE = 1 << 28
 """Bytes of layers that are read together: enough to make the opening of files cheap, and little beside a share."""

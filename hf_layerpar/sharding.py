@@ -3,50 +3,40 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
-from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from huggingface_hub import CommitInfo
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from hf_layerpar.calling import Calls, refused_wrapper
+from hf_layerpar.calling import Calls
+from hf_layerpar.checkpoint.collecting import collect, copy_own
 from hf_layerpar.checkpoint.saving import SaveAdapters, SaveSpread, push
-from hf_layerpar.compat.torch import DDP_READS_FIRST, norms_of, parameter_slots, scale_, tensor_slots
-from hf_layerpar.compat.transformers import CHECKPOINT_PATH
+from hf_layerpar.comparing import model_facts
+from hf_layerpar.compat.torch import norms_of, scale_
 from hf_layerpar.config import LayerParallelConfig, shown
-from hf_layerpar.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.generation import share_generation
 from hf_layerpar.ode.compiled import Compiler
 from hf_layerpar.ode.convert import OdeView, ode_view
 from hf_layerpar.ode.ends import Ends
-from hf_layerpar.ode.families import shared_modules
+from hf_layerpar.ode.model_forward import intercept_root
 from hf_layerpar.ode.rehearsal import plain
-from hf_layerpar.ode.stack import LayerStack, intercept_root
-from hf_layerpar.placing import device_of, place_ends, played, tail_in_layers
+from hf_layerpar.ode.stack import LayerStack
+from hf_layerpar.placing import check_grids, device_of, drop_ends, drop_layers, layer_owners, place_ends, played
 from hf_layerpar.plan.ladder import StackShape, exact_settings
-from hf_layerpar.plan.ownership import (
-    INTERLEAVED,
-    V,
-    balanced_split,
-    contiguous_owner,
-    interleaved_owner,
-    two_blocks_owner,
-)
-from hf_layerpar.plan.schedules import SCHEDULES
-from hf_layerpar.plan.step import check_config, inner_grid, interval_points
-from hf_layerpar.run.data_shards import DataShards, copy_full, full_tensor, group_along, local
-from hf_layerpar.run.mesh import store_of_restart
-from hf_layerpar.run.transport import Attempt, GroupTransport, LocalTransport, Transport, fact
+from hf_layerpar.plan.step import check_config
+from hf_layerpar.refusals import guard
+from hf_layerpar.run.data_shards import DataShards, group_along, local
+from hf_layerpar.run.joining import transport_of
+from hf_layerpar.run.step_report import StepReport
+from hf_layerpar.run.transport import Attempt, GroupTransport, Transport
 from hf_layerpar.splitting import split_layers
-from hf_layerpar.stepping import Stepper, StepReport
+from hf_layerpar.stepping import Stepper
 
 _ATTRIBUTE = "_hf_layerpar_parallel"
 
@@ -93,42 +83,8 @@ def parallelize(
     object.__setattr__(model, "push_to_hub", handle.push_to_hub)
     if hasattr(model, "save_pretrained"):
         object.__setattr__(model, "save_pretrained", handle.saver)
-    object.__setattr__(model, DDP_READS_FIRST, _Unwrapped(handle))
-    if handle.lp_size > 1:
-        _spread.add(model)
-        for module in model.modules():
-            for name in _CHANGES:
-                if hasattr(module, name):
-                    object.__setattr__(module, name, _Refused(name))
+    guard(model, handle)
     return handle
-
-
-def transport_of(group: dist.ProcessGroup | None, device: torch.device) -> Transport:
-    """How the lp ranks of a group speak, as `parallelize` takes it. device: of the model.
-
-    Raises ConfigurationError for what is no group.
-    """
-    if group is not None and not isinstance(group, dist.ProcessGroup):
-        raise ConfigurationError(
-            f"group={shown(group)} must be a process group of torch.distributed that this process is in, or None"
-        )
-    if group is None:
-        group = _all_processes(device)
-    return LocalTransport() if group is None else GroupTransport(group)
-
-
-def _all_processes(device: torch.device) -> dist.ProcessGroup | None:
-    """The default process group; None where this is the only process."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    if not dist.is_initialized() and world.isdigit() and int(world) > 1:
-        if lacks := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-            raise ConfigurationError(
-                f"WORLD_SIZE={world} says that this is one of {world} processes, but no process group is initialised, "
-                f"and without {', '.join(lacks)} none can be: call torch.distributed.init_process_group() before "
-                "parallelize, start with accelerate launch or torchrun, or unset WORLD_SIZE for one process"
-            )
-        dist.init_process_group("gloo" if device.type == "cpu" else None, **store_of_restart())
-    return dist.group.WORLD if dist.is_initialized() else None
 
 
 def _new_view(model: nn.Module) -> OdeView:
@@ -137,26 +93,6 @@ def _new_view(model: nn.Module) -> OdeView:
             "the model is parallelized already; set layer_parallel(model).config to change its solver"
         )
     return ode_view(model)
-
-
-def model_facts(model: nn.Module) -> dict[str, Any]:
-    """What ranks that are to share a model, or to have copies of it, compare."""
-    try:
-        conversion: Any = ode_view(model).settings
-    except UnsupportedModelError:
-        conversion = None
-    config: Any = getattr(model, "config", None)
-    config = fact(config.to_dict()) if hasattr(config, "to_dict") else {}
-    return {
-        "model": type(model).__name__,
-        "conversion": conversion,
-        "config": {k: v for k, v in config.items() if k not in (CHECKPOINT_PATH, "transformers_version")},
-        "tensors": {
-            name: f"{list(tensor.shape)} {tensor.dtype}{' trained' if tensor.requires_grad else ''}"
-            for name, tensor in model.state_dict(keep_vars=True).items()
-            if isinstance(tensor, Tensor)
-        },
-    }
 
 
 def layer_parallel(model: nn.Module) -> LayerParallel:
@@ -171,54 +107,6 @@ def layer_parallel(model: nn.Module) -> LayerParallel:
     raise UnsupportedModelError(
         f"{type(model).__name__} is not parallelized; call parallelize(model, config, group) first"
     )
-
-
-# ---- what would part the ranks
-@dataclass(slots=True, eq=False)
-class _Unwrapped:
-    """What DistributedDataParallel looks at first of a model, of one that it must not wrap."""
-
-    handle: LayerParallel
-
-    def __iter__(self) -> Iterator[str]:
-        if self.handle.lp_size > 1 or self.handle.config.strategy == "mgrit":
-            raise refused_wrapper(self.handle.lp_size)
-        return iter(())
-
-
-_CHANGES = ("resize_token_embeddings", "add_adapter", "load_adapter", "add_weighted_adapter")
-"""Methods of transformers' and PEFT's models that make parameters, which no rank would own."""
-
-
-@dataclass(slots=True, eq=False)
-class _Refused:
-    """What stands in place of such a method, on ranks of which each has a part of the model."""
-
-    name: str
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise UnsupportedModelError(
-            f"{self.name} of a model that is spread over several lp ranks: no rank would own the parameters that it "
-            f"makes. Call {self.name} before parallelize (of a model that LayerParallelTrainer spreads: before the "
-            "trainer is made)"
-        )
-
-
-_spread: WeakSet[nn.Module] = WeakSet()
-"""Models of which other ranks have parts."""
-
-
-def _refuse_whole_model_optimizers(optimizer: Any, args: Any, kwargs: Any) -> None:
-    if isinstance(optimizer, torch.optim.LBFGS):
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(p) in held for model in _spread for p in model.parameters()):
-            raise ConfigurationError(
-                "LBFGS of a model on several lp ranks: it measures all parameters together, of which each rank has "
-                "some; use an optimizer that treats every parameter by itself (AdamW, SGD), or lp_size=1"
-            )
-
-
-register_optimizer_step_pre_hook(_refuse_whole_model_optimizers)
 
 
 class LayerParallel:
@@ -248,14 +136,7 @@ class LayerParallel:
         check_config(config, transport.size)
         self.ends = Ends(model, stacks, transport.size)
         found = played(model, self.stacks, self.ends)
-        last = found.stacks[-1] if found is not None else len(self.stacks) - 1
-        tail = tail_in_layers(found, self.stacks)
-        owners = [
-            self._owner(config, stack, transport.size, split, tail if i == last and config.ends != "spread" else 0.0)
-            for i, stack in enumerate(stacks)
-        ]
-        for stack in stacks:
-            self._check_grid(config, stack)
+        owners = layer_owners(config, self.stacks, transport.size, split, found)
         state = {
             name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)
         }
@@ -271,12 +152,11 @@ class LayerParallel:
                     transport.broadcast(dense, 0)
                     tensor.data.copy_(dense)
         place_ends(found, self.stacks, owners, self.ends, spread=config.ends == "spread", num_ranks=transport.size)
-        self.owner_of: dict[str, int] = {}
-        self._place_layers(owners, aliases)
+        self.owner_of = drop_layers(self.stacks, owners, self.ends, aliases, transport)
         if load is not None:
             loaded = Attempt(load)
             transport.agree({"about to": "use the layers that were loaded"}, loaded.error)
-        self._drop_ends()
+        drop_ends(model, self.ends, self._tied, self.owner_of, transport.rank)
         self.stepper = Stepper(model, self.stacks, owners, self.ends, transport)
         calls = Calls(self.stepper, lambda: self.next_config)
         for stack in stacks:
@@ -351,8 +231,7 @@ class LayerParallel:
 
     def _check(self, config: LayerParallelConfig) -> None:
         check_config(config, self.lp_size)
-        for stack in self.stacks:
-            self._check_grid(config, stack)
+        check_grids(config, self.stacks)
 
     @property
     def next_config(self) -> LayerParallelConfig:
@@ -496,36 +375,7 @@ class LayerParallel:
 
         Tensors of lp rank 0 that already are on the CPU are the model's own, not copies.
         """
-        return self.collected(self._layout)
-
-    def collected(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """`state_dict` of the tensors of these names, the same on all lp ranks. Collective over the lp ranks."""
-        self._transport.agree({"about to": "collect the state dict"})
-        with self.whole():
-            return self._collected(names)
-
-    def _collected(self, names: Iterable[str]) -> dict[str, Tensor]:
-        here = {name: t for name, t in self._model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
-        on_host: dict[int, Tensor] = {}  # by identity, so that tied tensors stay tied
-        full: dict[str, Tensor] = {}
-        for name in names:  # one tensor at a time: no second copy of the model
-            shape, dtype = self._layout[name]
-            owner = self.owner_of.get(name, 0)
-            if owner == 0:
-                if self.lp_rank == 0:
-                    tensor = here[name]
-                    if id(tensor) not in on_host:
-                        on_host[id(tensor)] = full_tensor(tensor.detach()).cpu()
-                        if self.stepper.shards is not None:  # whole for a while only
-                            on_host[id(tensor)] = on_host[id(tensor)].clone()
-                    full[name] = on_host[id(tensor)]
-            elif self.lp_rank == owner:
-                self._transport.wait(self._transport.send(full_tensor(here[name].detach()).contiguous(), 0))
-            elif self.lp_rank == 0:
-                buffer = torch.empty(shape, dtype=dtype, device=self.device)
-                self._transport.wait(self._transport.receive(buffer, owner))
-                full[name] = buffer.cpu()
-        return full
+        return collect(self, self._layout)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> CommitInfo | None:
         """Pushes the whole model; `model.push_to_hub` is this too. Collective over the lp ranks (of one dp rank).
@@ -549,124 +399,7 @@ class LayerParallel:
 
         Raises CheckpointError when names are missing or unknown or shapes differ, before anything is copied.
         """
-        tied = self._tied
-        missing = [n for n in self._layout if n not in full and not any(alias in full for alias in tied.get(n, ()))]
-        unknown = [n for n in full if n not in self._layout]
-        wrong = [n for n, (shape, _) in self._layout.items() if n in full and tuple(full[n].shape) != shape]
-        if missing or unknown or wrong:
-            raise CheckpointError(
-                f"the state dict doesn't fit {type(self._model).__name__}: {len(missing)} missing {missing[:4]}, "
-                f"{len(unknown)} unknown {unknown[:4]}, {len(wrong)} of another shape {wrong[:4]}; load a "
-                f"checkpoint of this model (same architecture, depth and head)"
-            )
-        with torch.no_grad(), self.whole(writes=True):
-            for name, tensor in self._model.state_dict(keep_vars=True).items():
-                if isinstance(tensor, Tensor) and name in full:
-                    copy_full(tensor.data, full[name])
-
-    # ---- inside
-    @staticmethod
-    def _owner(
-        config: LayerParallelConfig,
-        stack: LayerStack,
-        num_ranks: int,
-        split: Sequence[int] | str | None,
-        tail: float,
-    ) -> tuple[int, ...]:
-        """The lp rank of every layer. tail: what head and loss cost, in layers."""
-        num_layers, buffers = len(stack.layers), stack.settings.buffers
-        with _naming(stack):
-            boundaries = interval_points(config, num_layers, buffers)
-            if split is None and config.strategy == "pipeline" and num_ranks > 1:
-                placement = getattr(SCHEDULES[config.schedule], "placement", "blocks")
-                split = None if placement == "blocks" else placement
-            if split is None and config.strategy == "pipeline" and num_ranks <= num_layers:
-                split = balanced_split(num_layers, num_ranks, 1.0, 0.0, tail)
-            if isinstance(split, str) and config.strategy == "pipeline" and split in (INTERLEAVED, V):
-                return two_blocks_owner(num_layers, num_ranks, split)  # pyright: ignore[reportArgumentType]
-            if isinstance(split, str):
-                if split != INTERLEAVED:
-                    raise ConfigurationError(
-                        f"split={shown(split)} with strategy={config.strategy!r}: the splits by name are "
-                        "'interleaved', and 'v' for a pipeline; or give the number of layers of each rank"
-                    )
-                return interleaved_owner(num_layers, num_ranks, boundaries)
-            return contiguous_owner(num_layers, num_ranks, boundaries=boundaries, split=split)
-
-    @staticmethod
-    def _check_grid(config: LayerParallelConfig, stack: LayerStack) -> None:
-        """Refuses a grid that doesn't fit the stack now, and not in the first solve."""
-        if config.strategy == "mgrit" and (config.forward_iterations or config.backward_iterations):
-            with _naming(stack):
-                inner_grid(config, len(stack.layers), stack.settings.buffers)
-
-    def _place_layers(self, owners: Sequence[tuple[int, ...]], names: Mapping[int, Sequence[str]]) -> None:
-        """Notes who owns what, and drops the layers of other ranks. names: of every tensor, by its id.
-
-        Tensors that layers share (or a layer and what is outside) stay on all ranks where they are frozen. Raises
-        UnsupportedModelError for one that is trained on several ranks.
-        """
-        ends = {id(p.value): p for p in self.ends}
-        made_for_all = {
-            id(layer.get_submodule(name))
-            for stack in self.stacks
-            for layer in stack.layers
-            for name in shared_modules(layer)
-        }
-        kept: set[int] = set()
-        rank_of: dict[int, int] = {}
-
-        def slots() -> Iterator[tuple[LayerStack, int, int, dict[str, Any], str, Tensor]]:
-            for stack, owner in zip(self.stacks, owners, strict=True):
-                for index, layer in enumerate(stack.layers):
-                    for module in layer.modules():
-                        for tensors in tensor_slots(module):
-                            for key, tensor in tensors.items():
-                                if tensor is not None and id(module) not in made_for_all:
-                                    yield stack, index, owner[index], tensors, key, tensor
-
-        for stack, index, rank, _, _, tensor in slots():
-            end, other = ends.get(id(tensor)), rank_of.setdefault(id(tensor), rank)
-            if (other if end is None else end.holders) in (rank, (rank,)):
-                continue
-            if tensor.requires_grad:
-                whom = f"a layer of lp rank {other}" if end is None else f"what lp ranks {end.holders} have outside"
-                raise UnsupportedModelError(
-                    f"layer {index} of {stack.path} (lp rank {rank}) shares the trained tensor "
-                    f"{next(iter(names.get(id(tensor), ())), '?')} with {whom}; freeze it, give each layer its own, or "
-                    "use lp_size=1"
-                )
-            kept.add(id(tensor))
-            if end is not None:
-                end.holders = tuple(range(self.lp_size))
-        for _, _, rank, tensors, key, tensor in list(slots()):
-            if id(tensor) not in ends:
-                self.owner_of |= dict.fromkeys(names.get(id(tensor), ()), rank_of[id(tensor)])
-            if rank != self.lp_rank and id(tensor) not in kept:
-                tensors[key] = None
-        for stack, owner in zip(self.stacks, owners, strict=True):
-            stack.foreign = frozenset(index for index, rank in enumerate(owner) if rank != self.lp_rank)
-
-    def _drop_ends(self) -> None:
-        """The end parameters that this rank doesn't hold."""
-        named = dict(self._model.named_buffers())
-        self.owner_of |= {name: 0 for name in self._layout if name in named and name not in self.owner_of}
-        for p in self.ends:
-            names = [name for own in p.names for name in (own, *self._tied.get(own, ())) if name in self._layout]
-            self.owner_of |= dict.fromkeys(names, p.holders[0])
-            if self.lp_rank not in p.holders:
-                for module, key in p.slots:
-                    parameter_slots(module)[key] = None
-                p.value = None
-
-
-@contextmanager
-def _naming(stack: LayerStack) -> Iterator[None]:
-    """A model may have several stacks: settings that don't fit say which."""
-    try:
-        yield
-    except ConfigurationError as error:
-        raise ConfigurationError(f"stack {stack.path}: {error}") from error
+        copy_own(self, full)
 
 
 def _loss_of(output: Any) -> Any:

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from hf_layerpar.compat.torch import parameter_slots
 from hf_layerpar.compat.transformers import has_adapters, tensor_plan, tensor_style
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.ode.stack import LayerStack, shadowed
+from hf_layerpar.ode.stack import LayerStack
+from hf_layerpar.ode.stand_ins import shadowed
 
 PARTIAL = "replicated_with_grad_allreduce"
 """The style of parameters that every tp rank has whole, and of whose gradient each computes a part."""

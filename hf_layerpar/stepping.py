@@ -1,4 +1,4 @@
-"""A training step of a parallelized model: rehearsed, planned, run, and its shared gradients summed.
+"""A training step of a parallelized model: rehearsed, agreed on, planned and run.
 
 Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`.
 """
@@ -7,22 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import zlib
 from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from types import CellType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_layerpar.compat.torch import keystr, tree_flatten_with_path
+from hf_layerpar.comparing import SAME_ROWS, batch_facts
 from hf_layerpar.config import LayerParallelConfig, buffer_places, real
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
-from hf_layerpar.ode.ends import EndParameter, Ends
+from hf_layerpar.ode.ends import Ends
 from hf_layerpar.ode.phases import ModelPhases
 from hf_layerpar.ode.rehearsal import (
     Closure,
@@ -40,47 +39,15 @@ from hf_layerpar.ode.stack import LayerStack, is_checkpointed
 from hf_layerpar.plan.costs import COMPILED, Costs
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, Pass, build_step
-from hf_layerpar.plan.tasks import Direction, Plan
+from hf_layerpar.plan.tasks import Plan
 from hf_layerpar.run.data_shards import DataShards
 from hf_layerpar.run.increments import Increments
 from hf_layerpar.run.layers import Common, Entry, Layers, kept_streams
 from hf_layerpar.run.stackable import OneDevice
 from hf_layerpar.run.step import Finished, LayersOf, Outcome, Penalty, Step
-from hf_layerpar.run.transport import ALIKE, Attempt, Roughly, Transport, fact
-
-
-@dataclass(frozen=True)
-class SweepReport:
-    """What one sweep measured.
-
-    residuals: C-point residual norm ||r|| after each iteration, over all lp ranks and micro-batches (empty for an exact
-        sweep).
-    convergence_factors: ||r^(k+1)|| / ||r^(k)|| (arXiv 2601.09026, section 4); above 1 the sweep diverges.
-    """
-
-    mode: Literal["exact", "mgrit"]
-    iterations: int = 0
-    residuals: tuple[float, ...] = ()
-
-    @property
-    def convergence_factors(self) -> tuple[float, ...]:
-        return tuple(b / a if a else 0.0 for a, b in pairwise(self.residuals))
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What the last training step measured.
-
-    sweeps: by stack path and direction. seconds, waited: wall time of the step on this rank, and the part of it spent
-    waiting for messages. penalty: the increment penalty that the step adds to the loss, alpha included; None where it
-    is off. stacked: independent layers were evaluated together.
-    """
-
-    sweeps: Mapping[str, Mapping[Direction, SweepReport]]
-    seconds: float
-    waited: float
-    penalty: float | None = None
-    stacked: bool = False
+from hf_layerpar.run.step_report import StepReport, report_of
+from hf_layerpar.run.transport import Attempt, Transport
+from hf_layerpar.shared_gradients import sum_parts
 
 
 @dataclass
@@ -338,21 +305,9 @@ class Stepper:
             return
         looks = self._batches < _LOOKED_AT_FIRST or self._batches % _LOOKED_AT_EVERY == 0
         self._batches += 1
-        leaves = {f"batch{keystr(path)}": leaf for path, leaf in tree_flatten_with_path(batch)[0]}
-        contents = {f"contents of {name}": _contents(leaf) for name, leaf in leaves.items() if looks}
-        facts = {} if rehearsed is None else rehearsed.facts
-        self.transport.agree(
-            {
-                **doing,
-                "settings": config,
-                "seed": seed,
-                **{name: _kind(leaf) for name, leaf in leaves.items()},
-                **contents,
-                **facts,
-            },
-            error,
-            _SAME_ROWS,
-        )
+        found = {} if rehearsed is None else rehearsed.facts
+        facts = {**doing, "settings": config, "seed": seed, **batch_facts(batch, looks), **found}
+        self.transport.agree(facts, error, SAME_ROWS)
 
     def _finish(self, ready: Prepared, outcome: Outcome, metrics: Mapping[tuple[int, int], Mapping[str, Any]]) -> Any:
         """The loss, after the gradients that several phases or ranks have a part in are summed."""
@@ -376,143 +331,23 @@ class Stepper:
         sums = sums.to(self.device)
         self.transport.all_reduce(sums)  # exact: each entry comes from one rank
         *numbers, present = sums.cpu().split([places] * (1 + len(names)) + [len(shared) * phases])
-        spread = pieces > 1
-        self._sum_shared(shared, parts, present.view(len(shared), phases) > 0, ready.anatomy.ranks, spread)
+        is_there = present.view(len(shared), phases) > 0
+        sum_parts(shared, parts, is_there, ready.anatomy.ranks, self.transport, self.device, spread=pieces > 1)
         totals = [sum(n.tolist()) for n in numbers]  # in the order of the parts
         dtype = loss_and_metrics(ready.rehearsed.output)[0].dtype
         loss = torch.tensor(totals[0], dtype=dtype, device=self.device)
         return (loss, dict(zip(names, totals[1:], strict=True))) if names else loss
 
-    def sum_over_ranks(self) -> None:
-        """After the backward of a call (`hf_layerpar.calling`): gradients that several ranks have a part in. What came
-        on one rank is in one sum already, whichever phases it came in. Collective."""
-        shared, rank, size = self.ends.shared, self.transport.rank, self.transport.size
-        parts: dict[tuple[int, int], Tensor] = {}
-        for i, p in enumerate(shared):
-            for place in list(p.aliases):
-                grad = self.ends.take_gradient(p, place)
-                if grad is not None:
-                    parts[i, rank] = grad
-        present = torch.zeros(len(shared), size, dtype=torch.float64)
-        for i, _ in parts:
-            present[i, rank] = 1.0
-        present = present.to(self.device)
-        self.transport.all_reduce(present)
-        self._sum_shared(shared, parts, present.cpu() > 0, range(size), False)
-
-    def _sum_shared(
-        self,
-        shared: Sequence[EndParameter],
-        parts: Mapping[tuple[int, int], Tensor],
-        present: Tensor,
-        homes: Sequence[int],
-        spread: bool,
-    ) -> None:
-        """Gradients that come in several parts (phases, or ranks): summed on the first holder, the last part first, as
-        in a serial backward, so that no sum depends on which ranks run the phases; then sent to the other holders.
-
-        parts: (parameter, part) -> gradient, of this rank. present: which parts there are. homes: the rank of each.
-        spread: the last part is on all ranks; these sum by an all-reduce.
-        """
-        rank, size = self.transport.rank, self.transport.size
-        by_all_reduce = [spread and len(p.holders) == size for p in shared]
-        incoming: list[tuple[int, int, Any, Tensor]] = []
-        outgoing: list[Any] = []
-        for i, p in enumerate(shared):
-            for k in range(len(homes))[::-1]:
-                home, first = homes[k], p.holders[0]
-                if not present[i, k] or home == first or by_all_reduce[i]:
-                    continue
-                if rank == home:
-                    grad = parts[i, k].contiguous()
-                    outgoing.append((self.transport.send(grad, first), grad))
-                elif rank == first:
-                    buffer = torch.empty(p.shape, dtype=p.dtype, device=self.device)
-                    incoming.append((i, k, self.transport.receive(buffer, home), buffer))
-        received = dict(parts)
-        for i, k, handle, buffer in incoming:
-            self.transport.wait(handle)
-            received[i, k] = buffer
-        for i, p in enumerate(shared):
-            if not present[i].any() or rank not in p.holders:
-                continue
-            assert p.value is not None
-            own = [received[i, k] for k in range(len(homes))[::-1] if (i, k) in received]
-            if by_all_reduce[i]:
-                total = torch.zeros(p.shape, dtype=p.dtype, device=self.device)
-                for grad in own:
-                    total += grad
-                self.transport.all_reduce(total)
-            elif rank == p.holders[0]:
-                total = own[0]
-                for grad in own[1:]:
-                    total = total + grad
-                sent = total.contiguous()
-                outgoing += [(self.transport.send(sent, other), sent) for other in p.holders[1:]]
-            else:
-                total = torch.empty(p.shape, dtype=p.dtype, device=self.device)
-                self.transport.wait(self.transport.receive(total, p.holders[0]))
-            p.value.grad = total if p.value.grad is None else p.value.grad + total
-        for handle, _ in outgoing:
-            self.transport.wait(handle)
-
-    # ---- reports
     def report(self) -> StepReport | None:
         """Collective when the last step was inexact or penalised increments."""
         if self.last is None:
             return None
         outcome, plan, stacks = self.last
-        sweeps: dict[str, dict[Direction, SweepReport]] = {}
-        for k, s in enumerate(stacks):
-            for direction in ("forward", "backward"):
-                iterations = plan.iterations.get((k, direction))
-                if iterations is None:
-                    sweeps.setdefault(self.stacks[s].path, {})[direction] = SweepReport("exact")
-                    continue
-                mine = outcome.residuals.get((k, direction))
-                total = torch.zeros(iterations, dtype=torch.float64) if mine is None else mine.double()
-                total = total.to(self.device).clone()
-                self.transport.all_reduce(total)
-                found = SweepReport("mgrit", iterations, tuple(total.sqrt().tolist()))
-                sweeps.setdefault(self.stacks[s].path, {})[direction] = found
-        penalty = None
-        if outcome.penalties:
-            total = torch.stack(list(outcome.penalties.values())).sum()
-            self.transport.all_reduce(total)
-            penalty = float(total)
-        return StepReport(
-            sweeps,
-            outcome.working.seconds,
-            outcome.waiting.seconds,
-            penalty,
-            any(task.wave >= 0 for task in plan.tasks),
-        )
+        return report_of(outcome, plan, [self.stacks[s].path for s in stacks], self.transport, self.device)
 
 
-_SAME_ROWS = (
-    f"{ALIKE}; a loader that deals rows out to processes (accelerator.prepare, DistributedSampler) must deal them out "
-    "to dp ranks, with all lp ranks of one given the same"
-)
 _LOOKED_AT_FIRST, _LOOKED_AT_EVERY = 8, 64
 """Which batches are compared by their contents too: the first ones, and one in so many."""
-
-
-def _kind(leaf: Any) -> Any:
-    return f"{list(leaf.shape)} {leaf.dtype}" if isinstance(leaf, Tensor) else fact(leaf)
-
-
-def _contents(leaf: Any) -> Any:
-    """A checksum. Floats may have been computed, with other last bits on every device: of these a random projection."""
-    if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided or not leaf.numel():
-        return None
-    leaf = leaf.detach().flatten()
-    if not leaf.is_floating_point():
-        return zlib.crc32(leaf.cpu().contiguous().view(torch.uint8).numpy())
-    values = leaf.float().nan_to_num().asinh()  # masks hold the largest numbers that there are
-    seeded = torch.Generator(leaf.device).manual_seed(0)
-    weights = torch.randn(len(values), generator=seeded, device=leaf.device)
-    return Roughly(values @ weights / values.norm().clamp(min=1e-30))
-
 
 _FINITE = real(math.isfinite, "a finite number")
 

@@ -7,6 +7,7 @@ transformers, so that many short runs pay for starting once.
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing as mp
 import os
 import socket
@@ -40,6 +41,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any, backend: str, device: st
         found = None if device is None else torch.device(device)
         timeout = timedelta(seconds=60)
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout, device_id=found)
+    gc.freeze()  # or every collection (accelerate asks for one in each training run) walks through all libraries
     while True:
         try:
             fn, args = pipe.recv()

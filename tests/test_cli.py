@@ -1,5 +1,8 @@
 """The command line: what it prints, what it draws, and how it refuses."""
 
+import dataclasses
+import re
+import shlex
 import subprocess
 import sys
 from unittest.mock import Mock
@@ -7,6 +10,10 @@ from unittest.mock import Mock
 import pytest
 
 from hf_layerpar.cli import main
+from hf_layerpar.config import LayerParallelConfig, help_of
+from hf_layerpar.plan.costs import Costs
+from hf_layerpar.plan.operators import OPERATORS
+from hf_layerpar.plan.schedules import SCHEDULES
 
 PIPELINE = ["plan", "--layers", "12", "--ranks", "3", "--micro-batches", "4"]
 MGRIT = ["plan", "--layers", "12", "--ranks", "3", "--strategy", "mgrit", "--coarsening", "3"]
@@ -46,6 +53,39 @@ def test_schedules_and_ends(capsys):
     assert [("E" in row, "T" in row) for row in rows] == [(True, False), (False, False), (False, True)]
     rows = [line.split("|")[1] for line in lines_of(capsys, *MGRIT, *head, "--ends", "spread")[:3]]
     assert all("T" in row for row in rows)
+
+
+def test_help_says_what_every_option_means(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "10000")
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", "--help"])
+    said = capsys.readouterr().out
+    for title in ("the step", "the machine", "output"):
+        assert f"\n{title}:\n" in said
+    for field in dataclasses.fields(LayerParallelConfig):
+        assert f"--{field.name.replace('_', '-')}" in said
+        assert help_of(LayerParallelConfig, field.name) in said
+    assert all(name in help_of(LayerParallelConfig, "schedule") for name in SCHEDULES)
+    assert all(name in help_of(LayerParallelConfig, "coarse_operator") for name in OPERATORS)
+    options = [line for line in re.sub(r"\n {9,}", " ", said).splitlines() if line.startswith("  --")]
+    told = ("(default: ", "required.", "may be given again.", "and exit.")
+    assert [line for line in options if not any(words in line for words in told)] == []
+    example = said.splitlines()[-1].split("hf-layerpar ")[1].replace("step.png", str(tmp_path / "step.png"))
+    assert any(line.startswith("time ") for line in lines_of(capsys, *shlex.split(example)))
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan", "--list-costs"])
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        field.name for field in dataclasses.fields(Costs)
+    ]
+
+
+def test_exact_sweeps_are_called_so(capsys, tmp_path):
+    exact = [*MGRIT, "--forward-iterations", "0", "--png", str(tmp_path / "step.svg")]
+    lines_of(capsys, *exact)
+    assert main([*exact, "--layers", "1000000", "--micro-batches", "5"]) == 2
+    assert "5 micro-batches and exact/1 iterations take" in capsys.readouterr().err
+    lines = lines_of(capsys, *PIPELINE, "--choose", "any")
+    assert not any("0/1" in line for line in lines)
 
 
 def test_costs_bytes_and_tasks(capsys):

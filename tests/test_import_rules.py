@@ -34,9 +34,13 @@ FORBIDDEN = {
     ),
     "config.py": ("torch", "transformers"),
     "errors.py": ("torch", "transformers"),
-    "sharding.py": ("accelerate", "hf_layerpar.training"),
-    "agreement.py": ("accelerate", "hf_layerpar.training"),
-    "diagnosis": ("accelerate", "hf_layerpar.training"),
+    **dict.fromkeys(
+        (
+            *("sharding.py", "placing.py", "refusals.py", "comparing.py", "stepping.py", "shared_gradients.py"),
+            *("calling.py", "agreement.py", "diagnosis", "checkpoint"),
+        ),
+        ("accelerate", "hf_layerpar.training"),
+    ),
     "diagnosis/readings.py": ("torch", "transformers"),
     "diagnosis/suggest.py": ("torch", "transformers"),
     "diagnosis/predict.py": ("torch", "transformers"),

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers as hf
-from peft import AdaLoraConfig, LoraConfig, VeraConfig, get_peft_model
+from accelerate import Accelerator
+from peft import AdaLoraConfig, LoraConfig, PromptTuningConfig, VeraConfig, get_peft_model, inject_adapter_in_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -360,6 +361,19 @@ def wrapped_and_such():
     torch.optim.LBFGS([torch.nn.Parameter(torch.zeros(1))]).step(lambda: 0.0)  # of something else
     attempt("new rows", lambda: model.resize_token_embeddings(200))
     attempt("an adapter", lambda: model.bert.add_adapter(LoraConfig(target_modules=["query"])))
+    lora = LoraConfig(target_modules=["query"])
+    prompt = PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=2)
+    attempt("get_peft_model", lambda: get_peft_model(model, lora))
+    attempt("an adapter of prompts", lambda: get_peft_model(model, prompt))
+    attempt("an injected adapter", lambda: inject_adapter_in_model(lora, model))
+    get_peft_model(build("bert")[0], lora)  # of something else
+    accelerator = Accelerator(cpu=True)
+    attempt("prepare", lambda: accelerator.prepare(model))
+    accelerator._models.clear()  # it keeps what it failed to wrap
+    attempt("save_model", lambda: accelerator.save_model(model, "unused"))
+    accelerator.prepare(torch.optim.AdamW(model.parameters()))
+    attempt("save_state", lambda: accelerator.save_state("unused"))
+    attempt("load_state", lambda: accelerator.load_state("unused"))
     attempt("a setting", lambda: handle.using(None).__enter__())  # type: ignore[arg-type]
     attempt("a scale", lambda: handle.train_step(inputs, scale=math.nan if handle.lp_rank else 1.0))
     assert math.isfinite(float(handle.train_step(inputs)))
@@ -375,6 +389,11 @@ def test_what_would_copy_or_part_the_layers_is_refused():
         assert "ConfigurationError: LBFGS of a model on several lp ranks" in told["lbfgs"]
         assert "Call resize_token_embeddings before parallelize" in told["new rows"]
         assert "Call add_adapter before parallelize" in told["an adapter"]
+        for name in ("get_peft_model", "an adapter of prompts", "an injected adapter"):
+            assert "Call get_peft_model before parallelize" in told[name], name
+        assert "UnsupportedModelError: DistributedDataParallel" in told["prepare"]
+        for name in ("save_model", "save_state", "load_state"):
+            assert f"{name} of accelerate with a model on several lp ranks" in told[name], name
         assert "config=None must be a LayerParallelConfig" in told["a setting"]
         assert "scale" in told["a scale"]
 

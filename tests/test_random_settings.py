@@ -198,6 +198,8 @@ PLAN: dict[str, list[str]] = {
     "--micro-batches": ["1", "2", "3"],
     "--buffers": ["0 0", "1 0", "1 1", "1 6 9 1"],
     "--acceleration": ["none", "krylov"],
+    "--increment-penalty": ["0", "0.5"],
+    "--stacked": [""],
     "--split": ["6 6", "4 4 4", "12"],
     "--interleaved": [""],
     "--cost": ["tail=3", "latency=1", "step=0", "bandwidth=2", "fixed_share=0.5", "state_bytes=8", "combine=1e-3"],

@@ -56,9 +56,6 @@ def deviations(name: str, settings: list[dict]) -> list[dict[str, Any]]:
     for values in settings:
         config = LayerParallelConfig(**values)
         model, batch = double(name)
-        parallelize(convert_to_ode(model), config).train_step(batch)
-        model.zero_grad()
-        model, batch = double(name)
         handle = parallelize(convert_to_ode(model), config)
         loss = handle.train_step(batch)
         mine = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from hf_layerpar.checkpoint.collecting import collect
 from hf_layerpar.checkpoint.pieces import Pieces, kept_names, write_tensors
 from hf_layerpar.compat.transformers import has_adapters
 from hf_layerpar.errors import CheckpointError, ConfigurationError
@@ -209,7 +210,7 @@ class SaveSpread(_Saver):
         """
         model, handle = self.model, self.handle
         if has_adapters(model):
-            given = handle.collected(adapter_names(model, handle))
+            given = collect(handle, adapter_names(model, handle))
             if staged:
                 given = {name: tensor.clone() for name, tensor in given.items()}
             return _of_first(handle, lambda d: SavePretrained(model).write(d, given, save_peft_format=save_peft_format))
@@ -314,7 +315,7 @@ class SaveAdapters(_Saver):
         elif not self.is_spread:
             type(model).save_pretrained(model, save_directory, *args, **kwargs)
         else:
-            given = handle.collected(adapter_names(model, handle, kwargs.get("save_embedding_layers", "auto")))
+            given = collect(handle, adapter_names(model, handle, kwargs.get("save_embedding_layers", "auto")))
             with together(f"{save_directory} was not written", handle.group):
                 if given:
                     self._write(save_directory, given, *args, **kwargs)
@@ -335,7 +336,7 @@ class SaveAdapters(_Saver):
 
     def prepared(self, *, staged: bool = False, **_: Any) -> Writing:
         """As `SaveSpread.prepared`."""
-        given = self.handle.collected(adapter_names(self.model, self.handle, "auto"))
+        given = collect(self.handle, adapter_names(self.model, self.handle, "auto"))
         if staged:
             given = {name: tensor.clone() for name, tensor in given.items()}
         return _of_first(self.handle, lambda directory: self._write(directory, given))

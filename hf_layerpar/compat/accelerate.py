@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
 from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import DynamoBackend
 
 from hf_layerpar.compat import looking_into, unsupported
@@ -44,6 +46,24 @@ def keep_unwrapped(accelerator: Any, is_parallel: Callable[[Any], bool]) -> None
         return stock(model, device_placement=device_placement, evaluation_mode=evaluation_mode)
 
     accelerator.prepare_model = prepare_model
+
+
+def before_state_files(check: Callable[[str, Sequence[Any]], None]) -> None:
+    """From now on every Accelerator calls check(method, models and optimizers) before it writes or reads their state
+    in files that have what one process holds."""
+    for name in ("save_state", "load_state", "save_model"):
+        setattr(Accelerator, name, _checked(getattr(Accelerator, name), check))
+
+
+def _checked(stock: Any, check: Callable[[str, Sequence[Any]], None]) -> Any:
+    @wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        named = [*args[:1], *(value for name, value in kwargs.items() if name == "model")]
+        held = named if stock.__name__ == "save_model" else [*self._models, *self._optimizers]
+        check(stock.__name__, held)
+        return stock(self, *args, **kwargs)
+
+    return method
 
 
 def compiler_asked_for(accelerator: Any) -> dict[str, str]:

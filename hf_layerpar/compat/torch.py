@@ -120,6 +120,12 @@ def scale_(tensors: list[Tensor], factor: float) -> None:
         _mul_(tensors, factor)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
+def autocast_of(x: Tensor) -> torch.dtype | None:
+    """The dtype of the autocast that is on for a tensor's device, or None."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 # ---- autograd
 def has_gradient_hooks(parameter: nn.Parameter) -> bool:
     """Whether somebody waits for its gradient."""

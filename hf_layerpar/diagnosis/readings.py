@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hf_layerpar.config import Buffers, LayerParallelConfig
+from hf_layerpar.config import Buffers, LayerParallelConfig, describe
 from hf_layerpar.plan.costs import Costs
 
 FORMAT = 1
@@ -70,7 +70,7 @@ class SettingReading:
 
     @property
     def name(self) -> str:
-        return setting_name(self.config)
+        return describe(self.config).removeprefix("mgrit ")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,16 +145,6 @@ class Diagnosis:
         for setting, prediction in zip(values["settings"], values.pop("predictions"), strict=True):
             setting["predicted"] = prediction
         return _as_json(values)
-
-
-def setting_name(config: LayerParallelConfig) -> str:
-    """As in "aggregate 2/1 c=4"; an exact forward reads "exact/1", and acceleration comes last."""
-    if config.strategy != "mgrit":
-        pieces = config.micro_batches
-        return f"{config.strategy}, {pieces} micro-batch{'es' if pieces > 1 else ''}"
-    factors = ",".join(map(str, config.factors))
-    name = f"{config.coarse_operator} {config.forward_iterations or 'exact'}/{config.backward_iterations} c={factors}"
-    return name + (f" {config.acceleration}" if config.acceleration != "none" else "")
 
 
 def _as_json(value: Any) -> Any:

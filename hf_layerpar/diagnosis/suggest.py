@@ -11,14 +11,13 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from hf_layerpar.config import Buffers, LayerParallelConfig, gathered
+from hf_layerpar.config import Buffers, LayerParallelConfig, describe, gathered
 from hf_layerpar.diagnosis.readings import (
     BufferTrial,
     LayerReading,
     Prediction,
     SettingReading,
     Suggestion,
-    setting_name,
 )
 
 LEAST_COSINE = 0.95
@@ -110,7 +109,7 @@ def suggest(
     friendly = [s for s in settings if is_friendly(s)]
     both = [s for s in friendly if s in worth]
     where = f"on {ranks} rank{'s' if ranks > 1 else ''}"
-    exact = f"the exact pipeline ({setting_name(pipeline.config).removeprefix('pipeline, ')}, predicted step "
+    exact = f"the exact pipeline ({describe(pipeline.config, pieces=True).removeprefix('pipeline, ')}, predicted step "
     exact += f"{pipeline.share:.2f} of serial {where})"
     if both:
         best = min(both, key=lambda s: predictions[s.config].seconds)

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from hf_layerpar.config import (
     CONFIG_KEY,
     MOST_STEPS,
-    ODE_CHECKS,
     Buffers,
     Form,
     Interpolation,
     OdeSettings,
     buffer_places,
+    checks_of,
     names,
     num_buffers,
     one_of,
@@ -29,7 +29,8 @@ from hf_layerpar.config import (
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode import fold
 from hf_layerpar.ode.families import check_supported, find_stacks
-from hf_layerpar.ode.stack import FORWARDS, LayerStack, intercept
+from hf_layerpar.ode.model_forward import FORWARDS, intercept
+from hf_layerpar.ode.stack import LayerStack
 
 _VIEW = "_hf_layerpar_view"
 
@@ -289,7 +290,7 @@ def _inner_steps(path: str, depth: int, settings: OdeSettings, num_steps: int | 
 def _check_agreement(settings: OdeSettings, asked: dict[str, object]) -> None:
     for name, value in asked.items():
         stored = getattr(settings, name)
-        if value is not None and ODE_CHECKS[name](name, value) != stored:
+        if value is not None and checks_of(OdeSettings)[name](name, value) != stored:
             raise ConfigurationError(
                 f"{name}={value!r} contradicts {name}={stored!r}, with which this checkpoint was made "
                 f"(config.{CONFIG_KEY}); leave {name} out, or convert the original model"

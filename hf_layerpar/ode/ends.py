@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from hf_layerpar.compat.torch import parameter_slots
 from hf_layerpar.ode.families import shared_modules
-from hf_layerpar.ode.stack import LayerStack, shadowed
+from hf_layerpar.ode.stack import LayerStack
+from hf_layerpar.ode.stand_ins import shadowed
 
 
 @dataclass(eq=False)

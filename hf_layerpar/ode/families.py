@@ -1,4 +1,4 @@
-"""What differs between layers: how they return their state, what the first one makes for all, what is refused.
+"""What differs between layers: where they have their state, what the first one makes for all, what is refused.
 
 Shapes: B batch, T tokens, D hidden, H heads; a state is `[B, T, D]`.
 """
@@ -6,126 +6,15 @@ Shapes: B batch, T tokens, D hidden, H heads; a state is `[B, T, D]`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_layerpar.compat.torch import DisableTorchFunctionSubclass, as_subclass, tree_leaves, tree_map
 from hf_layerpar.compat.transformers import GradientCheckpointingLayer
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.ode.cache import find_cache
-
-
-@dataclass(frozen=True)
-class Packing:
-    """How a layer returns its state. output: what it returned once, with marks for the tensors in it."""
-
-    output: Any
-
-    @classmethod
-    def of(cls, output: Any, parts: Sequence[Any], name: str, args: tuple, kwargs: dict[str, Any]) -> Packing:
-        """As in `output`, which layer `name` returned for these arguments (beside the state).
-
-        parts: the tensors in it that are the state.
-        """
-        marks: dict[int, Any] = {id(v): _Given(k) for k, v in (*enumerate(args), *kwargs.items()) if v is not None}
-        marks |= {id(part): _State(i) for i, part in enumerate(parts) if part is not None}
-
-        def found(place: Any, leaf: Any) -> Any:
-            if id(leaf) in marks:
-                return marks[id(leaf)]
-            what = f"the model uses item {place} of what {name} returns, {_TOO_EARLY}"
-            return _Made(what) if isinstance(leaf, Tensor) else leaf
-
-        if type(output) is dict:
-            return cls({key: tree_map(partial(found, key), value) for key, value in output.items()})
-        if isinstance(output, tuple | list):
-            return cls(tuple(tree_map(partial(found, place), value) for place, value in enumerate(output)))
-        return cls(_State(0))
-
-    @classmethod
-    def with_shared(cls, shared: tuple) -> Packing:
-        """The state, and behind it what the first layer made for all."""
-        return cls((_State(0), *shared))
-
-    def pack(self, parts: Sequence[Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
-        """What a layer that was called with these arguments returns with this state."""
-
-        def found(leaf: Any) -> Any:
-            if isinstance(leaf, _State):
-                return parts[leaf.part]
-            if isinstance(leaf, _Given):
-                return args[leaf.key] if isinstance(leaf.key, int) else kwargs[leaf.key]
-            return later(torch.empty(()), leaf.what) if isinstance(leaf, _Made) else leaf
-
-        return tree_map(found, self.output)
-
-
-@dataclass(frozen=True)
-class _State:
-    """The state, or a part of it."""
-
-    part: int
-
-
-@dataclass(frozen=True)
-class _Given:
-    """An argument that a layer returns again, such as a KV cache. key: its place or name."""
-
-    key: int | str
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A tensor that a layer makes. what: says who may not use it."""
-
-    what: str
-
-
-class Later(Tensor):
-    """What the model's loop holds in place of a value that a solver will only make when all layers were called.
-
-    A state may be asked for shape, dtype and device. Any other use raises UnsupportedModelError with the text `what`.
-    """
-
-    what: str
-    is_state: bool
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        first = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Later))
-        if first.is_state and (func in _FACTS or func in _PERHAPS_ITSELF):
-            with DisableTorchFunctionSubclass():
-                found = func(*args, **(kwargs or {}))
-            if func in _FACTS or found is first:
-                return found
-        raise UnsupportedModelError(first.what)
-
-
-_FACTS = {
-    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point, Tensor.stride, Tensor.is_contiguous),
-    *(torch.is_floating_point, torch.numel, Tensor.get_device),
-    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout")),
-    *(getattr(Tensor, name).__get__ for name in ("is_cuda", "is_cpu", "is_meta", "is_quantized", "is_sparse")),
-}
-_PERHAPS_ITSELF = {
-    *(Tensor.to, Tensor.contiguous, Tensor.type_as, Tensor.cuda, Tensor.cpu),
-    *(Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16),
-}
-_TOO_EARLY = (
-    "a tensor that is only made when a solver has evaluated all layers. Leave out what uses it, leave this stack out "
-    "of the conversion (stacks=[...]), or run the model without parallelize"
-)
-
-
-def later(like: Tensor, what: str, *, is_state: bool = False) -> Later:
-    found = as_subclass(Later, like.detach())
-    found.what, found.is_state = what, is_state
-    return found
 
 
 class Family:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_layerpar.compat.torch import autocast_of
 from hf_layerpar.errors import UnsupportedModelError
 from hf_layerpar.ode.ends import Ends
 from hf_layerpar.ode.losses import Term, Whole
@@ -98,8 +99,3 @@ class ModelPhases:
             f"a forward {how}, unlike its rehearsal, which came by stacks {self.rehearsed.stacks}: which stacks a "
             "batch passes must not depend on the values in it"
         )
-
-
-def autocast_of(x: Tensor) -> torch.dtype | None:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -5,19 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
-from hf_layerpar.config import checked, real
+from hf_layerpar.config import checked, real, setting
 from hf_layerpar.plan.tasks import Plan, Task, Value
 
 MOST_COST = 1e15
 """Sums of what is larger lose what is smaller, or run over."""
 
-_PRICE = real(lambda price: 0 <= price <= MOST_COST, f"at least 0 and at most {MOST_COST:g}; use a larger unit")
-_LIMITS = {
-    "bandwidth": real(lambda b: b >= 1 / MOST_COST, f"positive and at least {1 / MOST_COST:g}; inf costs nothing"),
-    "fixed_share": real(lambda share: 0 <= share <= 1, "in [0, 1]"),
-    "trained_share": real(lambda share: 0 <= share <= 1, "in [0, 1]"),
-}
+Price = Annotated[
+    float, real(lambda price: 0 <= price <= MOST_COST, f"at least 0 and at most {MOST_COST:g}; use a larger unit")
+]
+Speed = Annotated[
+    float, real(lambda b: b >= 1 / MOST_COST, f"positive and at least {1 / MOST_COST:g}; inf costs nothing")
+]
+Share = Annotated[float, real(lambda share: 0 <= share <= 1, "in [0, 1]")]
+
 _OF_THE_BATCH = (
     *("state_bytes", "graph_bytes", "pending_bytes", "work_bytes", "vjp_bytes"),
     *("front_graph_bytes", "tail_graph_bytes"),
@@ -28,65 +31,49 @@ _OF_THE_BATCH = (
 class Costs:
     """Prices of the whole batch (see `cut`). The defaults are the units of the cost model: one layer forward is 1.
 
-    step: a layer forward without graph. graph_step: a final one, which keeps its graph.
-    vjp: an input-only vjp. weights: weight gradients alone. final_vjp: both in one backward.
-    front, front_backward: the model's ends before the layers (embeddings); a middle of several stacks costs as much.
-    tail: the ends behind the layers (head and loss), forward and backward.
-    arguments: what a rank takes that has no ends to make the layers' arguments (masks, rotary tables).
-    combine: a linear combination, for each of its terms. residual: one residual norm, or product of two residuals.
-    overhead: what every task takes beside its work.
-    fixed_share: the part of a price that doesn't shrink when the batch is cut into micro-batches.
-    latency, bandwidth: a message of b bytes arrives latency + b / bandwidth after its send. A rank's messages go out
-        one behind the other.
-    send: working time that a message takes from its sender.
-    state_bytes: one state. graph_bytes: one kept graph (the activations of a layer; with recomputation, one state).
-    pending_bytes: what waits for a layer's weight gradients where these are taken apart.
-    work_bytes: what a layer's forward or final backward takes beside its graph and its gradients at most. vjp_bytes: an
-        input-only vjp, which frees nothing of the graph on its way.
-    added_bytes, tail_added_bytes: the largest gradient of a parameter in a layer, or in the tail: it is made before it
-        is added to what is there.
-    front_graph_bytes: what the front keeps for its backward. tail_graph_bytes: what the tail takes while it runs.
-    layer_bytes, front_bytes, tail_bytes: parameters of a layer, of the embeddings, of head and loss.
-    shared_bytes: those of both ends, whose gradients are kept apart until the end of a step.
-    trained_share: the part of these that is trained. optimizer_share: what the optimizer keeps for each byte of it (2
-        is AdamW in the parameters' precision).
     Raises ConfigurationError for a price that is negative, endless or no number.
     """
 
-    step: float = 1.0
-    graph_step: float = 1.0
-    vjp: float = 1.0
-    weights: float = 1.0
-    final_vjp: float = 2.0
-    front: float = 0.0
-    front_backward: float = 0.0
-    tail: float = 0.0
-    arguments: float = 0.0
-    combine: float = 0.0
-    residual: float = 0.0
-    overhead: float = 0.0
-    fixed_share: float = 0.0
-    latency: float = 0.0
-    bandwidth: float = math.inf
-    send: float = 0.0
-    state_bytes: float = 0.0
-    graph_bytes: float = 0.0
-    pending_bytes: float = 0.0
-    work_bytes: float = 0.0
-    vjp_bytes: float = 0.0
-    added_bytes: float = 0.0
-    tail_added_bytes: float = 0.0
-    front_graph_bytes: float = 0.0
-    tail_graph_bytes: float = 0.0
-    layer_bytes: float = 0.0
-    front_bytes: float = 0.0
-    tail_bytes: float = 0.0
-    shared_bytes: float = 0.0
-    trained_share: float = 1.0
-    optimizer_share: float = 2.0
+    step: Price = setting(1.0, "A layer forward without graph (MGRIT's sweeps).")
+    graph_step: Price = setting(1.0, "A final layer forward, which keeps its graph (a pipeline has no others).")
+    vjp: Price = setting(1.0, "An input-only vjp of a layer.")
+    weights: Price = setting(1.0, "A layer's weight gradients alone.")
+    final_vjp: Price = setting(2.0, "A layer's vjp and weight gradients in one backward.")
+    front: Price = setting(0.0, "Embeddings, forward; a middle of several stacks costs as much.")
+    front_backward: Price = setting(0.0, "Embeddings, backward; a middle of several stacks costs as much.")
+    tail: Price = setting(0.0, "Head and loss, forward and backward.")
+    arguments: Price = setting(0.0, "Making the layers' arguments (masks, rotary tables) on a rank that has no ends.")
+    combine: Price = setting(0.0, "A linear combination, for each of its terms.")
+    residual: Price = setting(0.0, "A residual norm, or a product of two residuals.")
+    overhead: Price = setting(0.0, "What every task takes beside its work.")
+    fixed_share: Share = setting(0.0, "Part of a price that doesn't shrink when the batch is cut into micro-batches.")
+    latency: Price = setting(0.0, "From a message's send to its arrival, beside its bytes.")
+    bandwidth: Speed = setting(math.inf, "Bytes a unit of time; of a rank's messages one at a time.")
+    send: Price = setting(0.0, "Working time that a message takes from its sender.")
+    state_bytes: Price = setting(0.0, "One state, which is what a message carries.")
+    graph_bytes: Price = setting(0.0, "One kept graph: a layer's activations (with recomputation, one state).")
+    pending_bytes: Price = setting(0.0, "What waits for a layer's weight gradients where these are taken apart.")
+    work_bytes: Price = setting(
+        0.0, "What a layer's forward or final backward takes beside graph and gradients at most."
+    )
+    vjp_bytes: Price = setting(0.0, "What an input-only vjp takes, which frees nothing of the graph on its way.")
+    added_bytes: Price = setting(0.0, "The largest gradient of a parameter in a layer, made before it is added.")
+    tail_added_bytes: Price = setting(0.0, "The largest gradient of a parameter in the tail.")
+    front_graph_bytes: Price = setting(0.0, "What the front keeps for its backward.")
+    tail_graph_bytes: Price = setting(0.0, "What the tail takes while it runs.")
+    layer_bytes: Price = setting(0.0, "Parameters of a layer.")
+    front_bytes: Price = setting(0.0, "Parameters of the embeddings.")
+    tail_bytes: Price = setting(0.0, "Parameters of head and loss.")
+    shared_bytes: Price = setting(
+        0.0, "Parameters of both ends; their gradients are kept apart until the end of a step."
+    )
+    trained_share: Share = setting(1.0, "Part of the parameters that is trained.")
+    optimizer_share: Price = setting(
+        2.0, "Optimizer bytes for each trained one (AdamW in the parameters' precision: 2)."
+    )
 
     def __post_init__(self) -> None:
-        checked(self, {f.name: _LIMITS.get(f.name, _PRICE) for f in dataclasses.fields(self)})
+        checked(self)
 
     def of(self, task: Task, plan: Plan) -> float:
         """The working time of a task of `plan`."""

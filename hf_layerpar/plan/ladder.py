@@ -125,15 +125,3 @@ def first_offer(ladder: Sequence[LayerParallelConfig], stacks: Sequence[StackSha
 
 def _are_large(stacks: Sequence[StackShape]) -> bool:
     return any(stack.step_size == 1 for stack in stacks)
-
-
-def describe(config: LayerParallelConfig) -> str:
-    """A short name, such as "mgrit aggregate 1/1 c=4"; iterations that make a sweep exact are written so."""
-    if config.strategy != "mgrit":
-        return config.strategy
-    name = (
-        f"mgrit {config.coarse_operator} {config.forward_iterations or 'exact'}/{config.backward_iterations or 'exact'}"
-        f" c={','.join(map(str, config.factors))}"
-    )
-    name += " FCF" if config.relaxation == "FCF" else ""
-    return name + (f" {config.acceleration}" if config.acceleration != "none" else "")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal, get_args
 
-from hf_layerpar.config import Buffers, LayerParallelConfig, buffer_places, num_buffers, shown
+from hf_layerpar.config import Buffers, LayerParallelConfig, buffer_places, num_buffers, shown, sweeps
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.memory import check_memory, fullest
@@ -174,7 +174,7 @@ def planning_seconds(config: LayerParallelConfig, num_layers: int, num_ranks: in
 def check_size(config: LayerParallelConfig, num_layers: int, num_ranks: int) -> None:
     """Raises ConfigurationError for a plan that takes minutes to make."""
     seconds = planning_seconds(config, num_layers, num_ranks)
-    iterations = f"{config.forward_iterations}/{config.backward_iterations} iterations"
+    iterations = f"{sweeps(config.forward_iterations, config.backward_iterations)} iterations"
     if seconds > MOST_SECONDS:
         raise ConfigurationError(
             f"{num_layers} layers on {num_ranks} ranks with {config.micro_batches} micro-batches"

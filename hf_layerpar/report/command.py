@@ -15,17 +15,17 @@ def add_report(commands: Any) -> None:
     """Adds the command to the parsers of `hf-layerpar`."""
     report = commands.add_parser(
         "report",
-        help="losses, settings and switches of a training run, as text and picture",
+        help="Losses, settings and switches of a training run, as text and picture.",
         description="Reads trainer_state.json of a Trainer's output_dir (or of its newest checkpoint) and says which "
         "settings trained which share of the steps, when and why they changed, and how the losses compare.",
     )
     report.set_defaults(run=_report)
-    report.add_argument("folder", type=Path, metavar="RUN", help="output_dir of the run")
+    report.add_argument("folder", type=Path, metavar="RUN", help="output_dir of the run.")
     report.add_argument(
-        "--against", type=Path, nargs="+", default=[], metavar="RUN", help="runs to compare its losses with"
+        "--against", type=Path, nargs="+", default=[], metavar="RUN", help="Runs to compare its losses with."
     )
-    report.add_argument("--png", type=Path, metavar="FILE", help="draw the run (needs matplotlib)")
-    report.add_argument("--json", type=Path, metavar="FILE", help="write the summary")
+    report.add_argument("--png", type=Path, metavar="FILE", help="Draw the run; needs matplotlib.")
+    report.add_argument("--json", type=Path, metavar="FILE", help="Write the summary.")
 
 
 def _report(options: argparse.Namespace) -> None:

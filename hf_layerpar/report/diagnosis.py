@@ -11,8 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hf_layerpar.config import buffer_places
-from hf_layerpar.diagnosis.readings import Diagnosis, LayerReading, SettingReading, setting_name
+from hf_layerpar.config import buffer_places, describe, sweeps
+from hf_layerpar.diagnosis.readings import Diagnosis, LayerReading, SettingReading
 from hf_layerpar.diagnosis.suggest import LEAST_COSINE, PROBE, is_friendly, standing_out
 from hf_layerpar.plan.memory import size_text
 from hf_layerpar.report.drawing import check_picture, matplotlib_classes
@@ -39,10 +39,10 @@ def print_diagnosis(diagnosis: Diagnosis, file: TextIO | None = None) -> None:
     console.print(_layer_table(d))
     if d.trials:
         tried = ", ".join(f"{trial.buffers} {trial.cosine:.4f}" for trial in d.trials)
-        console.print(f"buffers tried, and the cosine that they give {setting_name(PROBE)}: {tried}")
+        console.print(f"buffers tried, and the cosine that they give {describe(PROBE)}: {tried}")
     console.print(_setting_table(d))
     console.print(
-        f"predicted for {d.ranks} ranks; exact pipeline: {setting_name(d.pipeline.config)}, "
+        f"predicted for {d.ranks} ranks; exact pipeline: {describe(d.pipeline.config, pieces=True)}, "
         f"{d.pipeline.share:.3f} of serial. Messages cost nothing in these predictions."
     )
     if d.pipeline.bytes:
@@ -172,7 +172,7 @@ def draw_diagnosis(diagnosis: Diagnosis, path: Path | str) -> None:
             [], [], marker="o", color=OPERATOR_COLOURS.get(operator, _OTHER_COLOUR), linestyle="none", label=operator
         )
     for (forward, backward), mark in ITERATION_MARKS.items():
-        lower.plot([], [], marker=mark, color="#718096", linestyle="none", label=f"{forward or 'exact'}/{backward}")
+        lower.plot([], [], marker=mark, color="#718096", linestyle="none", label=sweeps(forward, backward))
     lower.legend(frameon=False, fontsize=8, ncols=2, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(textwrap.fill(d.verdict, 130), fontsize=9, x=0.01, ha="left")
     for axes in (upper, lower):

@@ -14,11 +14,12 @@ FORMATS = (".png", ".pdf", ".svg")
 
 def check_picture(path: Path | str) -> None:
     """Before a picture is made: raises ConfigurationError for a name of another format, FileNotFoundError where its
-    folder is missing."""
+    folder is missing, and LayerParallelError without matplotlib."""
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise ConfigurationError(f"{path} is no name of a picture; give one that ends in {', '.join(FORMATS)}")
     check_folder(path)
+    matplotlib_classes()
 
 
 def check_folder(path: Path) -> None:

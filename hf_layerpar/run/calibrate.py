@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from hf_layerpar.compat.torch import autocast_of
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.run.clock import seconds_of
 from hf_layerpar.run.held import Held
-from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, autocast_of, kept_streams, sides_of
+from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, kept_streams, sides_of
 from hf_layerpar.run.step import combine
 from hf_layerpar.run.transport import LocalTransport, Transport
 

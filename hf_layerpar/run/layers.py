@@ -71,12 +71,6 @@ def sides_of(calls: Sequence[LayerCall]) -> SidePlaces:
     return tuple(map(tuple, places.values()))
 
 
-def autocast_of(x: Tensor) -> torch.dtype | None:
-    """The dtype of the autocast that is on, or None."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
 @dataclass(slots=True)
 class Run:
     """The graph of final steps of some layers: from the leaf `x`, with a leaf for every side of every layer, to `y`. Of

@@ -6,14 +6,10 @@ which talk most are neighbours.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.device_mesh import DeviceMesh
 
 from hf_layerpar.errors import ConfigurationError
@@ -54,20 +50,6 @@ class Mesh:
     def batch_size(self) -> int:
         """The number of processes that see the same batch."""
         return self.lp_size * self.tp_size
-
-
-def store_of_restart(timeout: timedelta = dist.default_pg_timeout) -> dict[str, Any]:
-    """Arguments for `init_process_group` of a process that torchrun has restarted; empty for others.
-
-    All attempts find one another through the agent's store. Under the same keys a process would find addresses of ones
-    that died in the attempt before.
-    """
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if restarts == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {}
-    rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-    store = TCPStore(os.environ["MASTER_ADDR"], port, size, is_master=False, timeout=timeout)
-    return {"store": PrefixStore(f"restart {restarts}", store), "rank": rank, "world_size": size}
 
 
 def check_lp_size(world_size: int, lp_size: int, tp_size: int = 1) -> None:

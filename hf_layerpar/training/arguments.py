@@ -6,6 +6,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Annotated
 
 import torch
 import torch.distributed as dist
@@ -13,41 +14,31 @@ from accelerate import PartialState
 from transformers import Seq2SeqTrainingArguments
 
 from hf_layerpar.config import (
-    Acceleration,
-    Check,
-    Ends,
+    Count,
+    Flag,
     LayerParallelConfig,
-    Relaxation,
-    Strategy,
+    SolverSettings,
     checked,
-    flag,
+    help_of,
     one_of,
     optional,
     real,
+    setting,
     shown,
     whole,
 )
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.step import check_config
-from hf_layerpar.run.mesh import check_lp_size, store_of_restart
+from hf_layerpar.run.joining import store_of_restart
+from hf_layerpar.run.mesh import check_lp_size
 from hf_layerpar.training.controller import Policy
 from hf_layerpar.training.launched import axis_sizes, check_axes, check_fsdp, fsdp_of_launcher
 
-_CHECKS: dict[str, Check] = {
-    "lp_size": whole(1),
-    "tp_size": whole(1),
-    "controller": one_of(Policy),
-    "check_every": whole(1),
-    "async_save": flag,
-    "check_gradient": flag,
-    "check_layers": flag,
-    "controller_bound": real(lambda bound: 0 < bound < math.inf, "positive and finite; controller='off' has no bound"),
-    "controller_ranks": optional(whole(1, remedy=", or None for lp_size")),
-}
+Bound = Annotated[float, real(lambda bound: 0 < bound < math.inf, "positive and finite; controller='off' has no bound")]
 
 
 @dataclass
-class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
+class LayerParallelTrainingArguments(Seq2SeqTrainingArguments, SolverSettings):
     """`transformers.TrainingArguments` plus `lp_size` and the fields of `LayerParallelConfig`, by the same names; and
     `predict_with_generate`, `generation_max_length`, `generation_num_beams`, `generation_config` as in
     `Seq2SeqTrainingArguments`.
@@ -63,81 +54,28 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
     range or says something else than what can be done here.
     """
 
-    lp_size: int = field(default=1, metadata={"help": "Processes that share one model's layers; divides the world."})
-    tp_size: int = field(
-        default=1, metadata={"help": "Processes that share each layer's matrices (transformers' tp_plan)."}
+    coarsening: list[int] = field(  # HfArgumentParser reads lists, not one number or several
+        default_factory=lambda: [SolverSettings.coarsening],  # type: ignore[list-item]
+        metadata={"help": help_of(SolverSettings, "coarsening")},
     )
-    strategy: Strategy = field(
-        default=LayerParallelConfig.strategy,
-        metadata={"help": "How the layers are solved: pipeline (exact) or mgrit."},
+    lp_size: Count = setting(1, "Processes that share one model's layers; divides the world.")
+    tp_size: Count = setting(1, "Processes that share each layer's matrices (transformers' tp_plan).")
+    controller: Annotated[Policy, one_of(Policy)] = setting(
+        "off", "Watches MGRIT during training and moves to other settings: off, paper, raise or adaptive."
     )
-    micro_batches: int = field(
-        default=LayerParallelConfig.micro_batches, metadata={"help": "Pieces that a step cuts its batch into."}
+    check_every: Count = setting(500, "Controller: optimizer steps between checks.")
+    check_gradient: Flag = setting(
+        False, "Controller: checks compare with the exact gradient too (adaptive always does)."
     )
-    schedule: str = field(
-        default=LayerParallelConfig.schedule,
-        metadata={"help": "Order of an exact step: gpipe, 1f1b, interleaved_1f1b, zb_h1, zb_v, or list (a search)."},
+    check_layers: Flag = setting(False, "Controller: checks estimate each layer's Lipschitz constant too.")
+    controller_bound: Bound = setting(0.3, "Controller: largest bias of the gradient, as a share of a step's gradient.")
+    controller_ranks: Annotated[int | None, optional(whole(1, remedy=", or None for lp_size"))] = setting(
+        None, "Controller: lp ranks to predict step times for; default: lp_size."
     )
-    ends: Ends = field(
-        default=LayerParallelConfig.ends,
-        metadata={"help": "Who computes head and loss: first_last (the last rank), or spread (all, by rows)."},
-    )
-    coarsening: list[int] = field(
-        default_factory=lambda: [LayerParallelConfig.coarsening],  # type: ignore[list-item]
-        metadata={"help": "MGRIT: fine steps per coarse step; one number, or one per coarse level, finest first."},
-    )
-    relaxation: Relaxation = field(default=LayerParallelConfig.relaxation, metadata={"help": "MGRIT: F or FCF."})
-    forward_iterations: int = field(
-        default=LayerParallelConfig.forward_iterations, metadata={"help": "MGRIT: iterations forward; 0 is exact."}
-    )
-    backward_iterations: int = field(
-        default=LayerParallelConfig.backward_iterations, metadata={"help": "MGRIT: iterations backward; 0 is exact."}
-    )
-    acceleration: Acceleration = field(
-        default=LayerParallelConfig.acceleration,
-        metadata={"help": "MGRIT: krylov combines two or more backward iterations into the best of their residuals."},
-    )
-    coarse_operator: str = field(
-        default=LayerParallelConfig.coarse_operator,
-        metadata={"help": "MGRIT: an interval's coarse stand-in, see hf_layerpar.plan.operators."},
-    )
-    increment_penalty: float = field(
-        default=LayerParallelConfig.increment_penalty,
-        metadata={
-            "help": "Weight of the penalty on what layers between the buffers add to the state, relative to it; 0: off."
-        },
-    )
-    stacked: bool = field(
-        default=LayerParallelConfig.stacked,
-        metadata={"help": "MGRIT on one device: evaluate independent layers together, with stacked weights."},
-    )
-
-    controller: Policy = field(
-        default="off",
-        metadata={"help": "Watches MGRIT during training and moves to other settings: off, paper, raise or adaptive."},
-    )
-    check_every: int = field(default=500, metadata={"help": "Controller: optimizer steps between checks."})
-    check_gradient: bool = field(
-        default=False,
-        metadata={"help": "Controller: checks compare with the exact gradient too (adaptive always does)."},
-    )
-    check_layers: bool = field(
-        default=False, metadata={"help": "Controller: checks estimate each layer's Lipschitz constant too."}
-    )
-    controller_bound: float = field(
-        default=0.3, metadata={"help": "Controller: largest bias of the gradient, as a share of a step's gradient."}
-    )
-    controller_ranks: int | None = field(
-        default=None, metadata={"help": "Controller: lp ranks to predict step times for; default: lp_size."}
-    )
-
-    async_save: bool = field(
-        default=False,
-        metadata={"help": "Writes checkpoints from copies on the host while training goes on."},
-    )
+    async_save: Flag = setting(False, "Writes checkpoints from copies on the host while training goes on.")
 
     def __post_init__(self) -> None:
-        checked(self, _CHECKS)
+        checked(self, LayerParallelTrainingArguments)
         # YAML and Python callers give one number
         self.coarsening = list(self.coarsening) if isinstance(self.coarsening, list | tuple) else [self.coarsening]
         check_config(self.layer_parallel_config, self.lp_size)  # before the process group is started
@@ -191,6 +129,4 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments):
     @property
     def layer_parallel_config(self) -> LayerParallelConfig:
         """The settings as `parallelize` takes them."""
-        names = [f.name for f in dataclasses.fields(LayerParallelConfig)]
-        values = {name: getattr(self, name) for name in names}
-        return LayerParallelConfig(**values)
+        return LayerParallelConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(LayerParallelConfig)})

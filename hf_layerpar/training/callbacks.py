@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from hf_layerpar.stepping import StepReport, SweepReport
+from hf_layerpar.run.step_report import StepReport, SweepReport
 
 
 def solver_log(report: StepReport | None) -> tuple[dict[str, float], dict[str, str]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from hf_layerpar.run.data_shards import local
 from hf_layerpar.run.transport import peer_loss
+from hf_layerpar.sharding import LayerParallel
 
 BUCKET_BYTES = 8 << 20
 """Gradients travel in flat buckets of about this size: large enough to fill a link, small enough to overlap."""
@@ -96,6 +98,34 @@ class GradientAverage:
                 local(parameter.grad).copy_(piece)
 
 
+@contextmanager
+def averaged_gradients(model: nn.Module, handle: LayerParallel, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Around the last backward of a step: behind it gradients are means over the group. None: over nobody."""
+    if group is None or dist.get_world_size(group) == 1:
+        yield
+        return
+    shards = handle.stepper.shards
+    left = [p for p in model.parameters() if p.requires_grad]
+    members: list[tuple[Layer, list[nn.Parameter]]] = []
+    if shards is None:
+        outside = {end.value for end in handle.ends}
+        for s, stack in [*enumerate(handle.stacks)][::-1]:  # as a backward comes by them
+            for i, layer in [*enumerate(stack.layers)][::-1]:
+                members.append(((s, i), [p for p in layer.parameters() if p.requires_grad and p not in outside]))
+    else:
+        left = shards.uncut
+    known = {p for _, layer in members for p in layer}
+    average = GradientAverage([*members, (None, [p for p in left if p not in known])], group)
+    handle.stepper.finished = average.done
+    try:
+        yield
+    finally:
+        handle.stepper.finished = None
+    if shards is not None:
+        shards.reduce()
+    average.finish()
+
+
 def average_gradients(parameters: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
     """`GradientAverage` of gradients that are all there. Collective."""
     GradientAverage([(None, parameters)], group).finish()
@@ -154,3 +184,23 @@ def gather_rows(data: Any, group: dist.ProcessGroup) -> Any:
         return torch.cat(parts)
 
     return recursively_apply(gather, data, error_on_other_type=True)
+
+
+def gather_samples(data: Any, group: dist.ProcessGroup, kept: int | None, *, as_objects: bool = False) -> Any:
+    """The first `kept` samples (None: all) of the group's ranks, in their order. Collective.
+
+    data: nested tensors, as of `gather_rows`; what isn't, or `as_objects`, counts as a list with an item a sample.
+    """
+    if as_objects or not _all_tensors(data):
+        parts: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(parts, data, group=group)
+        return [item for part in parts for item in part][:kept]
+    return recursively_apply(lambda rows: rows[:kept], gather_rows(data, group))
+
+
+def _all_tensors(data: Any) -> bool:
+    try:
+        recursively_apply(lambda tensor: tensor, data, error_on_other_type=True)
+    except TypeError:
+        return False
+    return True

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.plan.ladder import describe
+from hf_layerpar.config import LayerParallelConfig, describe
 
 Policy = Literal["off", "paper", "raise", "adaptive"]
 """off: nothing is checked. paper: exact for good once a convergence factor passes 1. raise: then one step up from the

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,8 +24,15 @@ from hf_layerpar.training.streams import kept_streams
 def depends_on_item_count(model: nn.Module, loss: Callable[[Tensor], Tensor], device: torch.device) -> bool | None:
     """Whether `loss(count)` changes with the count, in evaluation mode; None where the batch can't tell (no labels).
 
-    Collective where the model's forward is.
+    All processes decide alike: a batch that shows the dependence on any of them settles it. Collective.
     """
+    verdict = torch.tensor([None, False, True].index(_depends(model, loss, device)), device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
+    return [None, False, True][int(verdict)]
+
+
+def _depends(model: nn.Module, loss: Callable[[Tensor], Tensor], device: torch.device) -> bool | None:
     was_training = model.training
     model.eval()
     try:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import recursively_apply
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Seq2SeqTrainer, Trainer
-from transformers.trainer_utils import set_seed
 
 from hf_layerpar.compat.accelerate import (
     BatchSharing,
@@ -27,38 +22,28 @@ from hf_layerpar.compat.accelerate import (
     compiler_asked_for,
     keep_unwrapped,
 )
-from hf_layerpar.compat.torch import set_timeout
 from hf_layerpar.compat.trainer import check_attributes, find_batch_size, loss_is_scaled, unwrap_peft_model
-from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
-from hf_layerpar.loading import from_pretrained
-from hf_layerpar.ode.convert import convert_to_ode, ode_view
-from hf_layerpar.ode.reading import checksums
+from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.ode.rehearsal import loss_and_metrics
 from hf_layerpar.run.mesh import build_mesh
 from hf_layerpar.run.sharing import share
-from hf_layerpar.run.transport import Attempt, GroupTransport, LocalTransport, Transport, fact
-from hf_layerpar.sharding import layer_parallel, model_facts, parallelize
+from hf_layerpar.run.transport import Attempt, GroupTransport, LocalTransport, fact
+from hf_layerpar.sharding import layer_parallel
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.callbacks import solver_log
-from hf_layerpar.training.collectives import GradientAverage, broadcast_model, gather_rows
+from hf_layerpar.training.collectives import averaged_gradients, gather_samples
 from hf_layerpar.training.half import check_parameters, loss_scale, use_fp16
 from hf_layerpar.training.launched import unseen_by_accelerate
 from hf_layerpar.training.loading import CountedStream, innermost_sampler, real_rows
 from hf_layerpar.training.losses import SmoothedCrossEntropy, depends_on_item_count
+from hf_layerpar.training.processes import Processes
 from hf_layerpar.training.pushing import HubPushing
+from hf_layerpar.training.spreading import is_parallel, spread
 from hf_layerpar.training.streams import SeededCollator, kept_streams, main_streams, set_main_streams
 from hf_layerpar.training.support import refuse_trainer, refuse_unsupported
 from hf_layerpar.training.watching import STATE, Watch
 
-_SEEN_BY_ONE_PROCESS = (
-    *("disable_tqdm", "log_level", "log_level_replica", "log_on_each_node", "report_to", "run_name", "project"),
-    *("hub_token", "skip_memory_metrics", "debug", "logging_nan_inf_filter", "local_rank", "dataloader_num_workers"),
-    *("dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_in_order"),
-    "dataloader_multiprocessing_context",
-)
-"""Training arguments that may differ between processes."""
 _CONTROLS = ("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate", "should_log")
-_REMEDY = "give all processes the same arguments, data and model, and let no code between depend on the rank"
 
 
 class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
@@ -103,8 +88,8 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
                 "take the same arguments and lp_size"
             )
         refuse_trainer(type(self))
-        self._everyone = _all_processes(args)
-        self._everyone.agree(_settings(args), remedy=_REMEDY)
+        self._everyone = Processes(args)
+        self._everyone.agree_on_settings(args)
         refuse_unsupported(args, None if isinstance(model, str | os.PathLike) else model)
         self.mesh = build_mesh(args.lp_size, args.tp_size, args.device.type)
         group = self.mesh.batch_group
@@ -112,10 +97,10 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         self._batch_ranks = LocalTransport() if group is None else GroupTransport(group, names)
         self._collator: SeededCollator | None = None
         self._order: torch.Generator | None = None
-        self._sharding_args = args  # call_model_init runs inside super().__init__
+        self._spreading_args = args  # call_model_init runs inside super().__init__
         self._compiling: dict[str, str] = {}
         if model is not None:
-            model = self._shard(model)
+            model = spread(model, args, self.mesh, self._everyone)
         Trainer.__init__(self, model, args, *positional, **kwargs)  # type: ignore[arg-type]
         check_attributes(self)
         if args.generation_config is not None:  # Seq2SeqTrainer's own __init__ lacks optimizer_cls_and_kwargs
@@ -138,77 +123,14 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
 
     # ---- the model on the mesh
     def call_model_init(self, trial: Any = None) -> nn.Module:
-        model = self._shard(super().call_model_init(trial))
+        given = super().call_model_init(trial)
+        model = spread(given, self._spreading_args, self.mesh, self._everyone)
         self._compile(model)
         return model
 
     def _compile(self, model: nn.Module) -> None:
         if self._compiling:
             layer_parallel(model).compile_layers(**self._compiling)
-
-    def _shard(self, given: nn.Module | str | os.PathLike[str]) -> nn.Module:
-        if isinstance(given, str | os.PathLike):
-            return self._read(given)
-        model, args, mesh = given, self._sharding_args, self.mesh
-        try:
-            handle = layer_parallel(model)  # a second trainer for the same model
-        except UnsupportedModelError:
-            handle = None
-        if handle is not None:
-            if handle.lp_size != mesh.lp_size:
-                raise ConfigurationError(
-                    f"the model is spread over {handle.lp_size} lp ranks already, but lp_size={mesh.lp_size}; give a "
-                    "model that isn't parallelized"
-                )
-            if (handle.tp_size, handle.is_sharded_over_dp) != (mesh.tp_size, args.shards_data):
-                raise ConfigurationError(
-                    f"the model was cut before by tp_size={handle.tp_size} and fsdp={handle.is_sharded_over_dp}, but "
-                    f"now tp_size={mesh.tp_size} and fsdp={args.shards_data}; give a model that isn't parallelized"
-                )
-            handle.config = args.layer_parallel_config
-            return model
-        found = Attempt(lambda: _converted(model))
-        self._everyone.agree(model_facts(found.value or model), found.error, remedy=_REMEDY)
-        model = found.given()
-        if args.place_model_on_device is not False:
-            model.to(args.device)
-        parallelize(model, args.layer_parallel_config, mesh.lp_group)
-        for group in (mesh.dp_group, mesh.tp_group):
-            if group is not None:
-                broadcast_model(model, group)
-        self._cut(model)
-        return model
-
-    def _read(self, path: str | os.PathLike[str]) -> nn.Module:
-        """A model of which each process has read its own layers."""
-        args, mesh = self._sharding_args, self.mesh
-        set_seed(args.seed)  # new heads are drawn, as stock's with model_init
-        place = None if args.place_model_on_device is False else args.device
-        settings = args.layer_parallel_config
-        found = Attempt(lambda: from_pretrained(path, layer_parallel=settings, group=mesh.lp_group, device_map=place))
-        self._everyone.agree({"about to": "train a model that was read in parts"}, found.error, _REMEDY)
-        model = found.given()
-        for group, names in ((mesh.dp_group, "dp ranks"), (mesh.tp_group, "tp ranks")):
-            if group is not None:
-                held = checksums(dict(model.named_parameters()) | dict(model.named_buffers()))
-                GroupTransport(group, names).agree({"checksums": held}, remedy=_REMEDY)
-        self._cut(model)
-        return model
-
-    def _cut(self, model: nn.Module) -> None:
-        """Leaves tp ranks parts of the layers' matrices, and then dp ranks pieces of all that they have."""
-        handle, devices = layer_parallel(model), self.mesh.devices
-        splits, shards = self.mesh.tp_size > 1, self._sharding_args.shards_data
-        if devices is None or not (splits or shards):
-            return
-
-        def cut() -> None:
-            if splits:
-                handle.split_over_tp(devices)
-            if shards:
-                handle.shard_over_dp(devices)
-
-        self._everyone.agree({"about to": "cut parameters"}, Attempt(cut).error, _REMEDY)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         made = super()._build_accelerator_args(**kwargs)
@@ -219,7 +141,7 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         with unseen_by_accelerate():
             super().create_accelerator_and_postprocess()
         check_accelerator(self.accelerator)
-        keep_unwrapped(self.accelerator, _is_parallel)  # gradients are averaged here
+        keep_unwrapped(self.accelerator, is_parallel)  # gradients are averaged here
         if self.mesh.world_size > 1:
             self.accelerator.gather_for_metrics = self._gather_for_metrics
         if self.accelerator.mixed_precision == "fp16":
@@ -257,18 +179,13 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
         facts = {"max_steps": max_steps, "batches": _length(train_dataloader), "optimizer": type(optimizer).__name__}
         facts["optimizer's defaults"] = fact(getattr(optimizer, "defaults", {}))
-        self._everyone.agree(facts | {"about to": "start to train"}, made.error, _REMEDY)
+        self._everyone.agree(facts | {"about to": "start to train"}, made.error)
         vars(self)["create_optimizer"] = lambda *_: self.optimizer  # stock would call it again
         try:
             prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         finally:
             del vars(self)["create_optimizer"]
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        members: dict[str, Any] = {"scheduler": type(self.lr_scheduler).__name__}
-        for group in optimizer.param_groups:
-            options = fact({k: v for k, v in group.items() if k not in ("params", "param_names")})
-            members |= {f"optimizer group of {names.get(id(p), '?')}": options for p in group["params"]}
-        self._everyone.agree_in_common(members, _REMEDY)  # lp ranks may have groups of their own layers
+        self._everyone.agree_on_optimizer(self.model, optimizer, self.lr_scheduler)
         return prepared
 
     def _make_optimizer(self) -> Any:
@@ -277,7 +194,7 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         return self.create_optimizer()
 
     def _agree(self, doing: str, **facts: Any) -> None:
-        self._everyone.agree({**_settings(self.args), "about to": doing, **facts}, remedy=_REMEDY)
+        self._everyone.agree_on_settings(self.args, **{"about to": doing}, **facts)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._join_controls()
@@ -372,14 +289,8 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
                 return loss_and_metrics(self.compute_loss(self.model, dict(inputs), num_items_in_batch=count))[0]
 
         depends = depends_on_item_count(self.model, loss, self.args.device)
-        # all ranks decide alike: a batch that shows the dependence on any of them settles it
-        verdict = torch.tensor({None: 0, False: 1, True: 2}[depends], device=self.args.device)
-        if self.mesh.world_size > 1:
-            dist.all_reduce(verdict, op=dist.ReduceOp.MAX)
-        if int(verdict) == 0:
-            return
-        self._item_count_unknown = False
-        if int(verdict) == 1:
+        self._item_count_unknown = depends is None
+        if depends is False:
             self.model_accepts_loss_kwargs = False
             if self.label_smoother is None:  # the smoother, not the head, may be what depends on it
                 unwrap_peft_model(self.model).accepts_loss_kwargs = False  # type: ignore[assignment]
@@ -402,7 +313,8 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         accumulated = self.current_gradient_accumulation_steps
         steps, share = 1 if scaled else accumulated, 1 / self.accelerator.gradient_accumulation_steps
         share *= loss_scale(self.accelerator)
-        with self._averaged(model):
+        group = self.mesh.dp_group if self.accelerator.sync_gradients else None
+        with averaged_gradients(model, self.layer_parallel, group):
             value = self.layer_parallel.train_step(inputs, loss, scale=share / steps, penalty_scale=share / accumulated)
         if self.accelerator.sync_gradients:
             self.accelerator.unscale_gradients(self.optimizer)
@@ -412,35 +324,6 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         self._summed_metrics.update({name: float(number) for name, number in metrics.items()})
         self._metric_batches += 1
         return value / steps
-
-    @contextmanager
-    def _averaged(self, model: nn.Module) -> Iterator[None]:
-        """Around the backward of a batch: behind the last one of a step gradients are means over the dp ranks."""
-        if not self.accelerator.sync_gradients or self.mesh.dp_size == 1:
-            yield
-            return
-        assert self.mesh.dp_group is not None
-        stepper = self.layer_parallel.stepper
-        shards = stepper.shards
-        left = [p for p in model.parameters() if p.requires_grad]
-        members: list[tuple[Any, list[nn.Parameter]]] = []
-        if shards is None:
-            outside = {end.value for end in self.layer_parallel.ends}
-            for s, stack in [*enumerate(self.layer_parallel.stacks)][::-1]:  # as a backward comes by them
-                for i, layer in [*enumerate(stack.layers)][::-1]:
-                    members.append(((s, i), [p for p in layer.parameters() if p.requires_grad and p not in outside]))
-        else:
-            left = shards.uncut
-        known = {p for _, layer in members for p in layer}
-        average = GradientAverage([*members, (None, [p for p in left if p not in known])], self.mesh.dp_group)
-        stepper.finished = average.done
-        try:
-            yield
-        finally:
-            stepper.finished = None
-        if shards is not None:
-            shards.reduce()
-        average.finish()
 
     def _mean_metrics(self) -> dict[str, float]:
         """What `compute_loss` returned beside the loss since the last log, a mean over batches. Collective."""
@@ -514,14 +397,9 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
 
     def _gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """As accelerate's, over the dp ranks; the lp ranks of each have the same predictions."""
-        group = self.mesh.dp_group
-        assert group is not None
+        assert self.mesh.dp_group is not None
         kept = real_rows(self.accelerator.gradient_state, self.args.eval_batch_size * self.mesh.dp_size)
-        if use_gather_object or not _all_tensors(input_data):
-            parts: list[Any] = [None] * self.mesh.dp_size
-            dist.all_gather_object(parts, input_data, group=group)
-            return [item for part in parts for item in part][:kept]
-        return recursively_apply(lambda rows: rows[:kept], gather_rows(input_data, group))
+        return gather_samples(input_data, self.mesh.dp_group, kept, as_objects=use_gather_object)
 
     # ---- counting and logging
     def _track_num_input_tokens(self, inputs: Any) -> None:
@@ -543,49 +421,8 @@ class LayerParallelTrainer(HubPushing, Seq2SeqTrainer):
         self.state.log_history[-1] |= modes
 
 
-def _all_processes(args: LayerParallelTrainingArguments) -> Transport:
-    """With the timeout of the arguments, also where the process group was started before them."""
-    group = dist.group.WORLD if dist.is_initialized() else None
-    if group is None or dist.get_world_size() == 1:
-        return LocalTransport()
-    default = next(f.default for f in dataclasses.fields(args) if f.name == "ddp_timeout")
-    if args.ddp_timeout != default:
-        set_timeout(group, timedelta(seconds=args.ddp_timeout))
-    return GroupTransport(group, "processes")
-
-
-def _settings(args: LayerParallelTrainingArguments) -> dict[str, Any]:
-    """What all processes must have been told alike."""
-    names = [f.name for f in dataclasses.fields(LayerParallelTrainingArguments) if f.init]
-    return {name: fact(getattr(args, name)) for name in names if name not in _SEEN_BY_ONE_PROCESS}
-
-
-def _converted(model: nn.Module) -> nn.Module:
-    try:
-        ode_view(model)
-    except UnsupportedModelError:
-        return convert_to_ode(model)
-    return model
-
-
-def _is_parallel(model: Any) -> bool:
-    try:
-        layer_parallel(model)
-    except UnsupportedModelError:
-        return False
-    return True
-
-
 def _length(data: Any) -> int | None:
     try:
         return len(data)
     except TypeError:  # None, or an iterable that doesn't know
         return None
-
-
-def _all_tensors(data: Any) -> bool:
-    try:
-        recursively_apply(lambda tensor: tensor, data, error_on_other_type=True)
-    except TypeError:
-        return False
-    return True

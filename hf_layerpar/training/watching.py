@@ -15,21 +15,20 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_layerpar.agreement import GradientProbe, batch_rows
-from hf_layerpar.config import MOST_ITERATIONS, LayerParallelConfig
+from hf_layerpar.config import MOST_ITERATIONS, LayerParallelConfig, describe
 from hf_layerpar.diagnosis.sharded import lipschitz_of_layers
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.ladder import (
     cheapest_first,
-    describe,
     escalation,
     exact_settings,
     first_offer,
     predicted_share,
 )
 from hf_layerpar.run.mesh import Mesh
+from hf_layerpar.run.step_report import SweepReport
 from hf_layerpar.run.transport import peer_loss
 from hf_layerpar.sharding import LayerParallel
-from hf_layerpar.stepping import SweepReport
 from hf_layerpar.training.arguments import LayerParallelTrainingArguments
 from hf_layerpar.training.controller import Controller, Policy, Reading
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from hf_layerpar.compat.torch import autocast_of
 from hf_layerpar.config import Buffers, LayerParallelConfig, buffer_places
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, build_step
 from hf_layerpar.plan.tasks import Pieces, Plan
 from hf_layerpar.run.increments import Increments
-from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, autocast_of, sides_of
+from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, sides_of
 from hf_layerpar.run.step import LayersOf, Outcome, Step
 from hf_layerpar.run.transport import Transport
 

@@ -25,8 +25,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout runs without being installed
 
-from hf_layerpar.config import LayerParallelConfig
-from hf_layerpar.plan.ladder import StackShape, cheapest_first, describe, escalation, predicted_share
+from hf_layerpar.config import LayerParallelConfig, describe
+from hf_layerpar.plan.ladder import StackShape, cheapest_first, escalation, predicted_share
 from recipes.benchmarks.controller_picture import draw
 from recipes.benchmarks.launch import RESULTS
 from recipes.benchmarks.pool import run_missing

@@ -35,8 +35,9 @@ from transformers import (
 )
 
 from hf_layerpar import LayerParallelConfig, convert_to_ode, diagnose, ode_view, parallelize
+from hf_layerpar.config import describe
 from hf_layerpar.diagnosis.batches import token_blocks
-from hf_layerpar.diagnosis.readings import Diagnosis, setting_name
+from hf_layerpar.diagnosis.readings import Diagnosis
 from hf_layerpar.report.diagnosis import draw_diagnosis, print_diagnosis
 from recipes.benchmarks.launch import RESULTS
 from recipes.gguf_models import gemma3, smollm2
@@ -119,7 +120,7 @@ def settings_to_check(diagnosis: Diagnosis) -> dict[str, LayerParallelConfig]:
     best = diagnosis.suggestion.best
     for config in (None if best is None else best.config, PAPER):
         if config is not None and any(config == reading.config for reading in diagnosis.settings):
-            found[setting_name(config)] = config
+            found[describe(config).removeprefix("mgrit ")] = config
     return found
 
 

@@ -6,12 +6,11 @@ import dataclasses
 
 import pytest
 
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.config import LayerParallelConfig, describe
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.ladder import (
     StackShape,
     cheapest_first,
-    describe,
     escalation,
     exact_settings,
     first_offer,

@@ -9,12 +9,11 @@ from itertools import chain
 
 import pytest
 
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.config import LayerParallelConfig, describe
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.builder import PlanBuilder
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.grid import Grid
-from hf_layerpar.plan.ladder import describe
 from hf_layerpar.plan.ownership import balanced_split, contiguous_owner, interleaved_owner, two_blocks_owner
 from hf_layerpar.plan.part import RankPart, check_rendezvous
 from hf_layerpar.plan.simulate import simulate

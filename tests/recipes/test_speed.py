@@ -1,44 +1,32 @@
-"""The speed harness run the way a user runs it, at its smallest; nothing here depends on how long anything takes."""
+"""The speed harness at its smallest; nothing here depends on how long anything takes."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from recipes.benchmarks.alternate import accuracy, measure
-from recipes.benchmarks.launch import ROOT
 from recipes.benchmarks.sides import Entry, Side
 from recipes.benchmarks.torch_pipelines import PIPELINES
+from tests.recipes.launched import benchmark
 
-FOLDER = ROOT / "recipes" / "benchmarks"
 ONLY = ["2 threads", "ddp", "tensor", "M=2", "ours M", "rediscretize 2 levels 2/1", "3 levels", "spread", "c=2"]
 INTERLEAVED = "mgrit aggregate 2 levels 1/1 M=1 c=2 interleaved"
 TORCH = {f"{schedule} M=2" for schedule in PIPELINES}
 OURS = {f"ours M={m}" for m in (1, 2, 4, 8)}
 
 
-def run(script: str, *arguments: str) -> dict:
-    output = arguments[arguments.index("--output") + 1]
-    command = [sys.executable, str(FOLDER / script), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stderr[-4000:]
-    with open(output, encoding="utf-8") as file:
-        return json.load(file)
-
-
 @pytest.mark.slow
 def test_every_side_stands_beside_its_accuracy(tmp_path):
     arguments = ["--layers", "4", "--rounds", "1", "--cost_seconds", "0.2", "--only", *ONLY]
-    arguments += ["--output", str(tmp_path / "speed.json")]
     other = {"table": "stack", "layers": 999, "ranks": 1}
     (tmp_path / "speed.json").write_text(json.dumps({"tables": [other]}))
-    result = run("speed.py", *arguments)
+    result = benchmark("speed", tmp_path / "speed.json", *arguments)
     assert result["tables"].pop(0) == other
-    assert all(t["command"] == ["speed.py", *arguments] for t in result["tables"])
+    command = ["speed.py", *arguments, "--output", str(tmp_path / "speed.json")]
+    assert all(t["command"] == command for t in result["tables"])
     assert all(t["machine"]["cores"] >= 1 for t in result["tables"])
     assert result["versions"]["torch"] == torch.__version__
     tables = {(t["table"], t["ranks"]): t["sides"] for t in result["tables"]}
@@ -78,7 +66,7 @@ def test_every_side_stands_beside_its_accuracy(tmp_path):
 
 
 def test_overhead_is_a_share_of_the_step(tmp_path):
-    result = run("overhead.py", "--layers", "4", "--steps", "1", "--output", str(tmp_path / "overhead.json"))
+    result = benchmark("overhead", tmp_path / "overhead.json", "--layers", "4", "--steps", "1")
     assert {n: len(ranks) for n, ranks in result["ranks"].items()} == {"1": 1, "2": 2}
     for ranks in result["ranks"].values():
         for found in (share for by_name in ranks for share in by_name.values()):
@@ -94,7 +82,7 @@ def test_one_device(tmp_path):
     """Stacked sides are what they say: falling back would be their error."""
     only = ["identity 1/1", "aggregate 2/1", "exact"]
     arguments = ["--device", "cpu", "--layers", "6", "--rounds", "1", "--only", *only]
-    result = run("one_device.py", *arguments, "--output", str(tmp_path / "one_device.json"))
+    result = benchmark("one_device", tmp_path / "one_device.json", *arguments)
     assert result["device"].startswith("CPU")
     ((layers, sides),) = ((t["layers"], t["sides"]) for t in result["tables"])
     assert layers == 6
@@ -112,8 +100,8 @@ def test_one_device(tmp_path):
 
 def test_heavy_head(tmp_path):
     """Where the ends are changes who computes what, and no gradient."""
-    arguments = ["--layers", "8", "--vocabulary", "500", "--rounds", "1", "--output", str(tmp_path / "found.json")]
-    result = run("heavy_head.py", *arguments)
+    arguments = ["--layers", "8", "--vocabulary", "500", "--rounds", "1"]
+    result = benchmark("heavy_head", tmp_path / "found.json", *arguments)
     assert result["head_in_layers"] > 0
     sides = result["sides"]
     for name, distance in result["gradient_distance_of_spread_ends"].items():
@@ -128,7 +116,7 @@ def test_heavy_head(tmp_path):
 def test_a_big_vocabulary_is_on_the_ranks_of_the_ends(tmp_path):
     words, width = 4000, 32
     sizes = ["--vocabulary", str(words), "--width", str(width), "--layers", "4"]
-    ranks = run("big_vocabulary.py", *sizes, "--output", str(tmp_path / "found.json"))["ranks"]
+    ranks = benchmark("big_vocabulary", tmp_path / "found.json", *sizes)["ranks"]
     assert [rank["layers"] for rank in ranks] == [[0], [1], [2], [3]]
     assert [rank["embedding_rows"] for rank in ranks] == [words, 0, 0, words]
     for rank in ranks:

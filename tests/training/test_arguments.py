@@ -28,7 +28,11 @@ def parse(*words: str) -> LayerParallelTrainingArguments:
 def test_every_setting_is_an_argument_with_the_same_default() -> None:
     fields = {f.name for f in dataclasses.fields(LayerParallelTrainingArguments)}
     assert {f.name for f in dataclasses.fields(LayerParallelConfig)} <= fields
-    assert parse("--use_cpu").layer_parallel_config == LayerParallelConfig()
+    args = parse("--use_cpu")
+    assert args.layer_parallel_config == LayerParallelConfig()
+    args.micro_batches = 2  # unlike those of a LayerParallelConfig
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        args.layer_parallel_config.micro_batches = 3
 
 
 def test_command_line() -> None:

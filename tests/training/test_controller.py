@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hf_layerpar.config import LayerParallelConfig
+from hf_layerpar.config import LayerParallelConfig, describe
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.plan.ladder import describe, escalation, exact_settings
+from hf_layerpar.plan.ladder import escalation, exact_settings
 from hf_layerpar.training import watching
 from hf_layerpar.training.controller import Controller, Reading
 from tests.multiproc import RankPool

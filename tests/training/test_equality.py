@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import pytest
 
-from hf_layerpar.stepping import StepReport, SweepReport
+from hf_layerpar.run.step_report import StepReport, SweepReport
 from hf_layerpar.training.callbacks import solver_log
 from tests import zoo
 from tests.multiproc import RankPool
 from tests.training import runs, scenarios
 
 FAMILIES = ("bert_classifier", "llama")
+LENGTHS = (12, pytest.param(50, marks=pytest.mark.slow))
 
 
 @pytest.mark.parametrize("family", [pytest.param("bert_classifier", marks=pytest.mark.slow), "llama", "gpt2"])
-def test_fifty_steps_are_the_same_at_every_lp_size(
-    family: str, ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, tmp_path
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_steps_are_the_same_at_every_lp_size(
+    family: str, steps: int, ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, tmp_path
 ) -> None:
-    settings = {"max_steps": 50, "max_grad_norm": 0.5, "include_num_input_tokens_seen": "all"}
+    settings = {"max_steps": steps, "max_grad_norm": 0.5, "include_num_input_tokens_seen": "all"}
     one = ranks1.run(runs.train, str(tmp_path), family, settings)[0]
     for pool in (ranks2, ranks3):
         many = pool.run(runs.train, str(tmp_path), family, settings | {"lp_size": pool.world})
@@ -28,15 +30,18 @@ def test_fifty_steps_are_the_same_at_every_lp_size(
         assert many[0]["norms"] == one["norms"]
         assert many[0]["weights"] == one["weights"]
         assert len({r["copies"] for r in many} - {None}) == (family == "gpt2")  # tied embeddings
-        assert many[0]["tokens"] == one["tokens"] == 50 * 4 * 12
+        assert many[0]["tokens"] == one["tokens"] == steps * 4 * 12
         assert many[0]["flops"] == one["flops"]
         assert max(r["parameters"] for r in many) < one["parameters"]
-    assert len(set(one["losses"])) > 40, "the run doesn't train"
+    assert len(set(one["losses"])) > 0.8 * steps, "the run doesn't train"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_data_parallel_times_layer_parallel(family: str, ranks2: RankPool, ranks4: RankPool, tmp_path) -> None:
-    settings = {"max_steps": 50, "gradient_accumulation_steps": 2, "max_grad_norm": 0.3}
+@pytest.mark.parametrize("steps", LENGTHS)
+def test_data_parallel_times_layer_parallel(
+    family: str, steps: int, ranks2: RankPool, ranks4: RankPool, tmp_path
+) -> None:
+    settings = {"max_steps": steps, "gradient_accumulation_steps": 2, "max_grad_norm": 0.3}
     flat = ranks2.run(runs.train, str(tmp_path), family, settings)[0]
     grid = ranks4.run(runs.train, str(tmp_path), family, settings | {"lp_size": 2})[0]
     assert grid["losses"] == pytest.approx(flat["losses"], abs=1e-6)

@@ -187,7 +187,7 @@ def losses(run: hf.Trainer) -> list[float]:
     return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
 
 
-BASE = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 1.0, "max_steps": 50}
+BASE = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 1.0}
 
 
 def train_stock(output_dir: str, name: str, settings: dict[str, Any]) -> list[float]:
@@ -227,12 +227,13 @@ ALIKE = ("smoothed counted labels", "masked tokens")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in ALIKE else n for n in KINDS])
+@pytest.mark.parametrize("steps", [12, pytest.param(50, marks=pytest.mark.slow)])
 def test_micro_batches_on_any_mesh_train_as_stock(
-    name: str, ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, ranks4: RankPool, tmp_path
+    name: str, steps: int, ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, ranks4: RankPool, tmp_path
 ) -> None:
-    four, two = {"per_device_train_batch_size": 4}, {"per_device_train_batch_size": 2}
+    four, two = ({"per_device_train_batch_size": rows, "max_steps": steps} for rows in (4, 2))
     stock = ranks1.run(train_stock, str(tmp_path), name, four)[0]
-    assert len(set(stock)) == 50
+    assert len(set(stock)) == steps
     for pool in (ranks2, ranks3):
         ours = pool.run(train, str(tmp_path), name, four | CUT | {"lp_size": pool.world})
         assert ours[0]["losses"] == pytest.approx(stock, abs=1e-5), pool.world

@@ -1,0 +1,207 @@
+"""Which settings train a deep network, and which lose it: 2 + 32 + 2 layers at three step sizes, 3,000 steps.
+
+    python recipes/benchmarks/at_size.py [--only TEXT ...] [--device cuda]
+
+`recipes/pretrain_gpt2.py`'s network on the bytes of text. Beside serial training (two seeds) train pure `aggregate`
+with one iteration each way (1/1), with an exact forward (exact/1) and with two iterations (2/2), and the adaptive
+controller; then serial runs with `increment_penalty`. The serial runs of the first seed compare gradients with the
+exact one as they go; with a penalty, those of the loss with it and those of the loss alone.
+
+On a GPU the network is 512 wide with rows of 256 tokens, in bfloat16, and four runs share the device; on CPUs it is 64
+wide with rows of 64, a run being one process of one thread. Every run is one process: which settings train doesn't
+depend on the number of ranks. The share of serial time that steps would take on 8 H200 is the simulator's, from
+`h200_layer.json` (D=1024, one row, NVLink).
+
+Written to recipes/benchmarks/results/at_size.json and .png after every run; a command that is started again goes on
+with the runs that are missing there. `--fresh` forgets them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout runs without being installed
+
+from hf_layerpar.config import LayerParallelConfig, describe
+from hf_layerpar.plan.costs import Costs
+from hf_layerpar.plan.ladder import StackShape, cheapest_first, escalation
+from hf_layerpar.plan.ownership import contiguous_owner
+from hf_layerpar.plan.planner import predict_step
+from hf_layerpar.plan.step import interval_points
+from recipes.benchmarks.at_size_picture import draw
+from recipes.benchmarks.launch import RESULTS
+from recipes.benchmarks.layer_costs import LINKS
+from recipes.benchmarks.pool import run_missing
+from recipes.benchmarks.systems import EXACT, mgrit, words
+from recipes.results import print_table
+
+NETWORK = words("--inner_layers 32 --buffers 2 2 --max_eval_blocks 128 --micro_batches 1 --agreement_batches 0")
+SIZES = {
+    "cpu": words("--width 64 --heads 4 --block_size 64 --per_device_train_batch_size 8"),
+    "cuda": words(
+        "--width 512 --heads 8 --block_size 256 --per_device_train_batch_size 24 --bf16 --learning_rate 6e-4"
+    ),
+}
+STEP_SIZES = {"h=1/16": 1 / 16, "h=1/4": 1 / 4, "h=1": 1.0}
+SHAPE = StackShape(36, (2, 2))
+SIDES: dict[str, tuple[str, ...]] = {
+    "serial": EXACT,
+    "aggregate 1/1": mgrit("aggregate"),
+    "aggregate exact/1": mgrit("aggregate", forward=0),
+    "aggregate 2/2": mgrit("aggregate", forward=2, backward=2),
+    "adaptive": (
+        *mgrit("aggregate"),
+        *words("--controller adaptive --check_every 150 --controller_ranks 8"),
+    ),
+}
+DEVICES = 8
+COSTS = Path(__file__).with_name("h200_layer.json")
+PENALTIES = (0.1, 1.0, 10.0)
+SEEDS = (0, 1)
+PROBED = [("rediscretize", 4, 1, 1), ("identity", 4, 1, 1), ("aggregate", 4, 1, 1), ("aggregate", 8, 1, 1)]
+PROBED += [("aggregate", 4, 0, 1), ("aggregate", 4, 2, 2)]
+PROBES = 6
+"""Comparisons of gradients in a run."""
+
+
+def jobs(steps: int, only: Sequence[str]) -> list[dict[str, Any]]:
+    """What to run, the most telling first."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def add(h: str, side: str, seed: int, penalty: float = 0.0) -> None:
+        name = f"{side}, penalty {penalty:g}" if penalty else side
+        run = f"{h} {name}, seed {seed}, {steps} steps"
+        if not only or any(text in run for text in only):
+            job = {"run": run, "h": h, "side": name, "seed": seed, "steps": steps, "penalty": penalty}
+            found.setdefault(run, job | {"options": [*SIDES[side], "--increment_penalty", str(penalty)]})
+
+    for h, side in (("h=1/16", "aggregate 1/1"), ("h=1", "aggregate exact/1")):
+        for name in ("serial", side, "adaptive"):
+            add(h, name, 0)
+        add(h, "serial", 1)
+    for seed in SEEDS:
+        for h in ("h=1/16", "h=1"):
+            for penalty in PENALTIES:
+                add(h, "serial", seed, penalty)
+    for seed in SEEDS:
+        for h in STEP_SIZES:
+            for side in SIDES:
+                add(h, side, seed)
+    return list(found.values())
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    """One training run, in this process."""
+    import torch
+
+    torch.set_num_threads(1)
+    from recipes import pretrain_gpt2
+    from recipes.benchmarks.probing import GradientTable, setting
+
+    began = time.perf_counter()
+    probes = []
+    if job["side"].startswith("serial") and (job["seed"] == 0 or job["penalty"]):
+        probes.append(GradientTable(job["steps"] // PROBES, [setting(*values) for values in PROBED]))
+    with tempfile.TemporaryDirectory() as folder:
+        argv = [*NETWORK, *SIZES[job["device"]], *job["options"], "--seed", str(job["seed"])]
+        argv += ["--step_size", str(STEP_SIZES[job["h"]]), "--max_steps", str(job["steps"])]
+        argv += ["--eval_steps", str(job["steps"] // 15), "--output_dir", folder]
+        result = pretrain_gpt2.main(argv, callbacks=probes)
+    kept = {k: result[k] for k in ("settings", "checks")}
+    kept["evaluation"] = [(entry["step"], entry["loss"]) for entry in result["evaluation"]]
+    kept["training_seconds"] = result["seconds"]["training"]
+    return job | kept | {"gradients": probes[0].rows if probes else [], "seconds": time.perf_counter() - began}
+
+
+def shares_of_steps(run: dict[str, Any]) -> dict[str, float]:
+    """In how many of a controlled run's steps which settings were in force."""
+    edges = [(entry["step"], entry["lp_check_name"]) for entry in run["checks"]]
+    ends = [*(step for step, _ in edges[1:]), run["steps"]]
+    shares: dict[str, float] = {}
+    for (start, name), end in zip(edges, ends, strict=True):
+        shares[name] = shares.get(name, 0.0) + (end - start) / run["steps"]
+    return shares
+
+
+def predicted_shares(runs: list[dict[str, Any]]) -> dict[str, float]:
+    """Simulated time of a step over serial's on `DEVICES` H200, by the names of all settings that trained."""
+    table = json.loads(COSTS.read_text(encoding="utf-8"))["tables"][0]
+    costs = dataclasses.replace(Costs(**table["costs"]), **LINKS["NVLink"])
+    start = LayerParallelConfig(strategy="mgrit", forward_iterations=0)
+    settings = [LayerParallelConfig(), *escalation(start, [SHAPE]), *cheapest_first(start, [SHAPE], DEVICES)]
+    settings += [LayerParallelConfig.from_dict(run["settings"]["layer_parallel"]) for run in runs]
+    found: dict[str, float] = {}
+    for config in settings:
+        points = interval_points(config, SHAPE.num_layers, SHAPE.buffers)
+        owner = contiguous_owner(SHAPE.num_layers, DEVICES, boundaries=points)
+        step = predict_step(config, owner, costs, num_ranks=DEVICES, buffers=SHAPE.buffers)
+        found[describe(config)] = step.makespan / step.serial
+    return found
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Per step size and side: final losses, their distance from serial, shares of steps, predicted times."""
+    predicted = predicted_shares(runs)
+    table: dict[str, Any] = {}
+    for h in STEP_SIZES:
+        here = [run for run in runs if run["h"] == h]
+        serial = {run["seed"]: run["evaluation"][-1][1] for run in here if run["side"] == "serial"}
+        sides: dict[str, Any] = {}
+        for side in dict.fromkeys(run["side"] for run in here):
+            of_side = [run for run in here if run["side"] == side]
+            finals = {run["seed"]: run["evaluation"][-1][1] for run in of_side}
+            sides[side] = {
+                "final_losses": finals,
+                "minus_serial": {seed: loss - serial[seed] for seed, loss in finals.items() if seed in serial},
+            }
+            if of_side[0]["checks"]:
+                shares = [shares_of_steps(run) for run in of_side]
+                sides[side]["shares_of_steps"] = shares
+                means = [sum(share * predicted[name] for name, share in of_run.items()) for of_run in shares]
+                sides[side]["predicted_share"] = sum(means) / len(means)
+            else:
+                config = LayerParallelConfig.from_dict(of_side[0]["settings"]["layer_parallel"])
+                sides[side]["predicted_share"] = predicted[describe(config)]
+        if sides:
+            spread = max(serial.values()) - min(serial.values()) if len(serial) > 1 else None
+            table[h] = {"serial_spread": spread, "sides": sides}
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--device", choices=list(SIZES), default="cpu")
+    parser.add_argument("--processes", type=int, help="runs at the same time; default: 2 on CPUs, 4 on a GPU")
+    parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="runs whose name contains one of these")
+    parser.add_argument("--output", type=Path, default=RESULTS / "at_size.json")
+    parser.add_argument("--fresh", action="store_true", help="run again what the output has")
+    options = parser.parse_args()
+
+    content = run_missing(
+        [job | {"device": options.device} for job in jobs(options.steps, options.only)],
+        run_job,
+        lambda runs: {"summary": summarise(runs), "size": SIZES[options.device]},
+        options.output,
+        processes=options.processes or {"cpu": 2, "cuda": 4}[options.device],
+        fresh=options.fresh,
+    )
+    draw(content, options.output.with_suffix(".png"))
+    rows = [
+        (f"{h} {side}", ", ".join(f"{loss:.4f}" for loss in row["final_losses"].values()))
+        for h, found in content["summary"].items()
+        for side, row in found["sides"].items()
+    ]
+    print_table([("final validation loss", "by seed"), *rows])
+
+
+if __name__ == "__main__":
+    main()
