@@ -57,6 +57,7 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments, SolverSettings):
     coarsening: list[int] = field(  # HfArgumentParser reads lists, not one number or several
         default_factory=lambda: [SolverSettings.coarsening],  # type: ignore[list-item]
         metadata={"help": help_of(SolverSettings, "coarsening")},
+        kw_only=True,  # as the settings are: the first argument is stock's, the output folder
     )
     lp_size: Count = setting(1, "Processes that share one model's layers; divides the world.")
     tp_size: Count = setting(1, "Processes that share each layer's matrices (transformers' tp_plan).")

@@ -50,5 +50,5 @@ def test_it_goes_on(there: Axes, here: Axes, uninterrupted: Any, tmp_path: Path)
     assert again["norms"] == pytest.approx(whole["norms"], rel=1e-5)
     assert again["largest"] == pytest.approx(whole["largest"], abs=1e-5)
     if there[0] == here[0] and there[2] == here[2] == 1:  # other rows, or parts of matrices, have other sums
-        assert again["losses"] == whole["losses"]
         assert again["weights"] == whole["weights"]
+        assert again["norms"] == whole["norms"]  # logged losses are means over processes, of any number

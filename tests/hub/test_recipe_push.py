@@ -17,18 +17,20 @@ SMALL = ["--max_train_samples", "64", "--max_eval_samples", "20", "--max_length"
 PIPELINE = """
 import json, sys
 from transformers import pipeline
-classify = pipeline("text-classification", model=sys.argv[1], device="cpu")
+for model in sys.argv[2:]:
+    classify = pipeline("text-classification", model=model, device="cpu")
+    print("FOUND" + json.dumps(classify(json.loads(sys.argv[1]))))
 assert "hf_layerpar" not in sys.modules
-print("FOUND" + json.dumps(classify(json.loads(sys.argv[2]))))
 """
 SENTENCES = ["a film as good as they get", "two hours of my life are gone"]
 
 
-def classified(model: str) -> list[dict]:
-    command = [sys.executable, "-c", PIPELINE, model, json.dumps(SENTENCES)]
+def classified(*models: str) -> list[list[dict]]:
+    """What stock's pipeline says of the sentences, by model."""
+    command = [sys.executable, "-c", PIPELINE, json.dumps(SENTENCES), *models]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.split("FOUND")[1])
+    return [json.loads(found) for found in done.stdout.split("FOUND")[1:]]
 
 
 def test_a_recipe_pushes_what_stock_pipelines_load(
@@ -44,8 +46,8 @@ def test_a_recipe_pushes_what_stock_pipelines_load(
     assert not [name for name in files if "/" in name], "more than the model was pushed"
     assert (tmp_path / "result.json").exists()
     assert (tmp_path / "trainer_state.json").exists()
-    found = classified(REPOSITORY)
-    assert found == classified(str(tmp_path / "model"))
+    found, local = classified(REPOSITORY, str(tmp_path / "model"))
+    assert found == local
     assert {label["label"] for label in found} <= {"negative", "positive"}
     card = (tmp_path / "model" / "README.md").read_text()
     accuracy = json.loads((tmp_path / "result.json").read_text())["metrics"]["test"]["accuracy"]

@@ -1,4 +1,4 @@
-"""A recipe's `main` on several processes that are kept for the next; `tests/recipes/test_glue_bert.py` starts them as a
+"""A recipe's `main` on several processes that are kept for the next; `tests/hub/test_recipe_push.py` starts them as a
 user does."""
 
 from __future__ import annotations
@@ -28,9 +28,14 @@ def run_main(recipe: str, argv: Sequence[str]) -> str:
     return said.getvalue()
 
 
+def run_recipe(recipe: str, folder: Path, processes: int, *options: str) -> str:
+    """Runs recipes/<recipe>.py into `folder`; what its main process prints."""
+    return run_ranks(run_main, processes, recipe, [*options, "--output_dir", str(folder)], timeout=300)[0]
+
+
 def result_of(recipe: str, folder: Path, processes: int, *options: str) -> dict[str, Any]:
     """What result.json of recipes/<recipe>.py in `folder` holds after a run on so many processes."""
-    run_ranks(run_main, processes, recipe, [*options, "--output_dir", str(folder)], timeout=300)
+    run_recipe(recipe, folder, processes, *options)
     return json.loads((folder / "result.json").read_text())
 
 

@@ -26,7 +26,7 @@ if dist.is_initialized():
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 4])
 def test_cpu_config_starts_its_processes(processes, tmp_path):
     script, out = tmp_path / "who.py", tmp_path / "out"
     script.write_text(SCRIPT)

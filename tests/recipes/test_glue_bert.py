@@ -1,4 +1,4 @@
-"""The GLUE recipe run the way a user runs it, a few steps on a few sentences.
+"""The GLUE recipe, a few steps on a few sentences (`tests/hub/test_recipe_push.py` starts it as a user does).
 
 Two exact processes must train like the stock Trainer in one; the refined network must train with MGRIT; what is saved
 must load with stock transformers.
@@ -18,12 +18,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 
 from hf_layerpar.errors import ConfigurationError
 from recipes import glue_bert
-from recipes.benchmarks.launch import ROOT, launch
+from recipes.benchmarks.launch import ROOT
 from recipes.glue_tasks import get_task
 from recipes.offline import minilm
-from tests.recipes.launched import result_of
+from tests.recipes.launched import run_recipe
 
-SCRIPT = ROOT / "recipes" / "glue_bert.py"
 REFINED = ROOT / "recipes" / "glue_bert_refined.yaml"
 SMALL = ["--max_train_samples", "96", "--max_eval_samples", "30", "--max_length", "24", "--max_steps", "6"]
 SMALL += ["--per_device_train_batch_size", "10", "--per_device_eval_batch_size", "16"]  # neither divides its rows
@@ -31,8 +30,6 @@ SMALL += ["--per_device_train_batch_size", "10", "--per_device_eval_batch_size",
 
 @dataclass
 class Run:
-    """output: what a run printed that was launched."""
-
     result: dict[str, Any]
     folder: Path
     output: str
@@ -42,25 +39,25 @@ class Run:
         return [step["loss"] for step in self.result["steps"]]
 
 
+def run(folder: Path, processes: int, *options: str) -> Run:
+    output = run_recipe("glue_bert", folder, processes, *options)
+    return Run(json.loads((folder / "result.json").read_text()), folder, output)
+
+
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory) -> Run:
-    folder = tmp_path_factory.mktemp("stock")
-    return Run(result_of("glue_bert", folder, 1, "--stock", "--dropout", "0.0", *SMALL), folder, "")
+    return run(tmp_path_factory.mktemp("stock"), 1, "--stock", "--dropout", "0.0", *SMALL)
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory) -> Run:
-    folder = tmp_path_factory.mktemp("pipeline")
-    options = ["--dropout", "0.0", "--micro_batches", "3", *SMALL, "--output_dir", str(folder)]
-    output = launch(2, SCRIPT, options, timeout=300)  # as a user does
-    return Run(json.loads((folder / "result.json").read_text()), folder, output)
+    return run(tmp_path_factory.mktemp("pipeline"), 2, "--dropout", "0.0", "--micro_batches", "3", *SMALL)
 
 
 @pytest.fixture(scope="module")
 def refined(tmp_path_factory) -> Run:
     options = [str(REFINED), *SMALL, "--max_steps", "3", "--max_eval_samples", "10"]
-    folder = tmp_path_factory.mktemp("refined")
-    return Run(result_of("glue_bert", folder, 2, *options), folder, "")
+    return run(tmp_path_factory.mktemp("refined"), 2, *options)
 
 
 def test_two_processes_train_like_stock_in_one(stock, pipeline):

@@ -35,6 +35,14 @@ def test_every_setting_is_an_argument_with_the_same_default() -> None:
         args.layer_parallel_config.micro_batches = 3
 
 
+def test_the_order_of_stocks_arguments_is_kept() -> None:
+    def positional(kind: type) -> list[str]:
+        return [f.name for f in dataclasses.fields(kind) if f.init and not f.kw_only]
+
+    ours, stock = positional(LayerParallelTrainingArguments), positional(hf.Seq2SeqTrainingArguments)
+    assert ours[: len(stock)] == stock
+
+
 def test_command_line() -> None:
     words = (
         "--use_cpu --strategy mgrit --coarsening 4 2 --relaxation FCF --forward_iterations 2 --backward_iterations 0 "
