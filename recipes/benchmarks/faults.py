@@ -6,7 +6,7 @@
 processes with `ddp_timeout=20`: the error's kind and first words by rank, and the seconds from the start of the last
 rank's script to the end of the last rank (all but one that hangs on purpose). A rank that is killed on purpose says
 nothing; any other that ends without an error of this package, or is still there after three minutes, is marked as
-silent. Written to recipes/benchmarks/results/faults.json.
+silent. Written to recipes/benchmarks/results/faults.json; with `--only` the others stay there as they were.
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ def damaged(pattern: str, damage: Callable[[Path], None]) -> Callable[[str, int]
         train(folder, max_steps=3)
         torch.distributed.barrier()
         if rank == 0:
-            for path in Path(folder, "checkpoint-3").glob(pattern):
+            paths = list(Path(folder, "checkpoint-3").glob(pattern))
+            assert paths, f"the checkpoint has no {pattern}"
+            for path in paths:
                 damage(path)
         torch.distributed.barrier()
         trainer(folder).train(resume_from_checkpoint=True)
@@ -197,7 +199,7 @@ FAULTS: dict[str, Callable[[str, int], None]] = {
     "disk full at the optimizer": disk_full("torch", "save", 1),
     "weights cut off": damaged("*.safetensors", cut),
     "trainer state cut off": damaged("trainer_state.json", cut),
-    "optimizer missing": damaged("*optimizer*", lambda path: path.unlink() if path.is_file() else None),
+    "optimizer missing": damaged("optimizer/.metadata", Path.unlink),
 }
 
 
@@ -273,14 +275,17 @@ def main() -> None:
         run_rank(options.fault, options.folder, options.rank_output)
         return
     names = [n for n in FAULTS if not options.only or any(text in n for text in options.only)]
-    table = []
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    if options.only and options.output.exists():
+        known = json.loads(options.output.read_text(encoding="utf-8"))["faults"]
+        rows = {(row["fault"], row["ranks"]): row for row in known}
     for name in names:
         for ranks in options.ranks:
-            row = outcome(name, ranks)
-            table.append(row)
+            row = rows[name, ranks] = outcome(name, ranks)
             told = [said["error"] or ("killed" if said["killed"] else "nothing") for said in row["by_rank"]]
             mark = "  SILENT" if any(said["silent"] for said in row["by_rank"]) else ""
             print_table([(f"{name}, {ranks} ranks", f"{row['seconds']:5.1f} s  {', '.join(told)}{mark}")])
+    table = list(rows.values())
     how = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "ddp_timeout": TIMEOUT}
     how |= {"longest": max(row["seconds"] for row in table)}
     how |= {"silent": [(r["fault"], r["ranks"]) for r in table if any(said["silent"] for said in r["by_rank"])]}

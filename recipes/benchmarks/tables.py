@@ -275,12 +275,37 @@ def h200() -> str:
     return markdown(["D, B, T", "layers", "GPUs", *(f"best {way}" for way in ways), *times], rows)
 
 
+def axes() -> str:
+    """Steps of one global batch on four processes."""
+    rows = [
+        [name, f"{1e3 * row['seconds']:.0f}", f"{row['over_better_of_dp_and_lp']:.2f}"]
+        for name, row in load("axes.json")["rows"].items()
+    ]
+    return markdown(["4 processes as", "ms a step", "over the better of dp and lp"], rows)
+
+
+def compiled() -> str:
+    """Steps with compiled layers beside eager ones."""
+    rows = [
+        [
+            name,
+            *(f"{1e3 * row[f'{side}_seconds']:.0f}" for side in ("eager", "compiled")),
+            *(f"{row['share']:.2f}", f"{row['compiled_first_seconds']:.0f}", f"{row['gradient_error']:.0e}"),
+        ]
+        for name, row in load("compiled.json")["rows"].items()
+    ]
+    head = ["setting", "eager, ms", "compiled, ms", "share", "first step with compiling, s"]
+    return markdown([*head, "relative error of the gradient"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "architectures": architectures,
     "parity": parity,
     "parity_runs": parity_runs,
     "memory": memory,
     "big_model": big_model,
+    "axes": axes,
+    "compiled": compiled,
     "speed": speed,
     "ends": ends,
     "weak": weak,
