@@ -20,7 +20,7 @@ class CoarseOperator:
 
     def terms(self, span: range) -> tuple[tuple[int, float], ...]:
         """(layer, weight) pairs for the layers in `span` (ascending, whatever the direction of the sweep)."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs `terms`, or tasks of its own by `emit`")
 
     def emit(
         self,

@@ -37,11 +37,11 @@ from hf_layerpar.plan.ownership import contiguous_owner
 from hf_layerpar.plan.planner import predict_step
 from hf_layerpar.plan.step import interval_points
 from recipes.benchmarks.at_size_picture import draw
+from recipes.benchmarks.controller import print_summary, shares_of_steps
 from recipes.benchmarks.launch import RESULTS
 from recipes.benchmarks.layer_costs import LINKS
 from recipes.benchmarks.pool import run_missing
 from recipes.benchmarks.systems import EXACT, mgrit, words
-from recipes.results import print_table
 
 NETWORK = words("--inner_layers 32 --buffers 2 2 --max_eval_blocks 128 --micro_batches 1 --agreement_batches 0")
 SIZES = {
@@ -121,16 +121,6 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     return job | kept | {"gradients": probes[0].rows if probes else [], "seconds": time.perf_counter() - began}
 
 
-def shares_of_steps(run: dict[str, Any]) -> dict[str, float]:
-    """In how many of a controlled run's steps which settings were in force."""
-    edges = [(entry["step"], entry["lp_check_name"]) for entry in run["checks"]]
-    ends = [*(step for step, _ in edges[1:]), run["steps"]]
-    shares: dict[str, float] = {}
-    for (start, name), end in zip(edges, ends, strict=True):
-        shares[name] = shares.get(name, 0.0) + (end - start) / run["steps"]
-    return shares
-
-
 def predicted_shares(runs: list[dict[str, Any]]) -> dict[str, float]:
     """Simulated time of a step over serial's on `DEVICES` H200, by the names of all settings that trained."""
     table = json.loads(COSTS.read_text(encoding="utf-8"))["tables"][0]
@@ -195,12 +185,7 @@ def main() -> None:
         fresh=options.fresh,
     )
     draw(content, options.output.with_suffix(".png"))
-    rows = [
-        (f"{h} {side}", ", ".join(f"{loss:.4f}" for loss in row["final_losses"].values()))
-        for h, found in content["summary"].items()
-        for side, row in found["sides"].items()
-    ]
-    print_table([("final validation loss", "by seed"), *rows])
+    print_summary(content["summary"])
 
 
 if __name__ == "__main__":

@@ -11,9 +11,7 @@ recipes/benchmarks/results/big_vocabulary.json.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.ode.convert import convert_to_ode
 from hf_layerpar.sharding import parallelize
-from recipes.benchmarks.launch import RESULTS, launch
+from recipes.benchmarks.launch import RESULTS, found_by_rank
 from recipes.benchmarks.resident import bytes_of, resident_growth, restart_peak
 from recipes.benchmarks.sides import init_ranks
 from recipes.results import print_table, versions, write_json
@@ -93,9 +91,7 @@ def main() -> None:
         dist.destroy_process_group()
         return
 
-    with tempfile.TemporaryDirectory() as folder:
-        launch(RANKS, Path(__file__), [*(f"--{k}={v}" for k, v in sizes.items()), "--rank_folder", folder])
-        ranks = [json.loads((Path(folder) / f"{r}.json").read_text(encoding="utf-8")) for r in range(RANKS)]
+    ranks = found_by_rank(RANKS, Path(__file__), [f"--{k}={v}" for k, v in sizes.items()])
     settings = sizes | {"rows": ROWS, "tokens": TOKENS, "tied": True, "layer_parallel": CONFIG.to_dict()}
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     write_json(options.output, {"command": command, "settings": settings, "ranks": ranks, "versions": versions()})

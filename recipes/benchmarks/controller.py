@@ -124,18 +124,24 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     return job | kept | {"gradients": probes[0].rows if probes else [], "seconds": time.perf_counter() - began}
 
 
-def modes(run: dict[str, Any], shares: dict[str, list[float]]) -> dict[str, Any]:
-    """In how many of a controlled run's steps which settings were in force, and the time a step takes on average."""
+def shares_of_steps(run: dict[str, Any]) -> dict[str, float]:
+    """In what share of a controlled run's steps which settings were in force."""
     edges = [(entry["step"], entry["lp_check_name"]) for entry in run["checks"]]
     ends = [*(step for step, _ in edges[1:]), run["steps"]]
     steps: dict[str, int] = {}
     for (start, name), end in zip(edges, ends, strict=True):
         steps[name] = steps.get(name, 0) + end - start
+    return {name: count / run["steps"] for name, count in steps.items()}
+
+
+def modes(run: dict[str, Any], shares: dict[str, list[float]]) -> dict[str, Any]:
+    """What was in force in a controlled run, and the time a step takes on average."""
+    settings = shares_of_steps(run)
     return {
-        "layer_parallel": 1 - steps.get("pipeline", 0) / run["steps"],
-        "settings": {name: count / run["steps"] for name, count in steps.items()},
+        "layer_parallel": 1 - settings.get("pipeline", 0.0),
+        "settings": settings,
         "predicted_share": [
-            sum(count / run["steps"] * shares[name][i] for name, count in steps.items()) for i in range(len(RANKS))
+            sum(share * shares[name][i] for name, share in settings.items()) for i in range(len(RANKS))
         ],
         "check_seconds": sum(entry["lp_check_seconds"] for entry in run["checks"]),
     }
@@ -162,7 +168,9 @@ def known_settings(runs: list[dict[str, Any]]) -> dict[str, LayerParallelConfig]
     named: dict[str, LayerParallelConfig] = {}
     for operator in ("rediscretize", "aggregate"):
         start = LayerParallelConfig(strategy="mgrit", coarse_operator=operator)
-        named |= {describe(s): s for s in (*escalation(start), *cheapest_first(start, [SHAPE], LADDER_RANKS))}
+        rungs = [*escalation(start), *cheapest_first(start, [SHAPE], LADDER_RANKS)]
+        rungs += [dataclasses.replace(s, acceleration="none") for s in rungs]  # of runs before there was any
+        named |= {describe(s): s for s in rungs}
     for run in runs:
         config = settings_of(run)
         named[describe(config)] = config

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "recipes" / "configs"
@@ -30,3 +33,10 @@ def launch(processes: int, script: Path, arguments: Sequence[str], timeout: floa
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-6000:]}")
     return done.stdout
+
+
+def found_by_rank(processes: int, script: Path, arguments: Sequence[str], timeout: float = 1800.0) -> list[Any]:
+    """What each rank of a launched script writes to "<rank>.json" in the folder that `--rank_folder` gives it."""
+    with tempfile.TemporaryDirectory() as folder:
+        launch(processes, script, [*arguments, "--rank_folder", folder], timeout)
+        return [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(processes)]

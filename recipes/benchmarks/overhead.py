@@ -10,10 +10,8 @@ schedule. On one rank nothing waits, so there the share is exact. Written to rec
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +30,7 @@ from hf_layerpar.plan.part import RankPart
 from hf_layerpar.run.layers import Layers
 from hf_layerpar.run.transport import Transport
 from recipes.benchmarks.bare import BareStack
-from recipes.benchmarks.launch import RESULTS, launch
+from recipes.benchmarks.launch import RESULTS, found_by_rank
 from recipes.benchmarks.sides import (
     Call,
     Place,
@@ -186,12 +184,8 @@ def main() -> None:
         run_rank(options)
         return
 
-    ranks: dict[str, list[dict[str, Any]]] = {}
-    for processes in (1, 2):
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = ["--layers", str(options.layers), "--steps", str(options.steps), "--rank_folder", folder]
-            launch(processes, Path(__file__), arguments)
-            ranks[str(processes)] = [json.loads((Path(folder) / f"{r}.json").read_text()) for r in range(processes)]
+    arguments = ["--layers", str(options.layers), "--steps", str(options.steps)]
+    ranks = {str(processes): found_by_rank(processes, Path(__file__), arguments) for processes in (1, 2)}
     settings = {"layers": options.layers, "steps": options.steps, "sizes": SIZES}
     result = {"settings": settings, "target_share": TARGET, "ranks": ranks, "versions": versions()}
     write_json(options.output, result)

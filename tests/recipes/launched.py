@@ -51,11 +51,12 @@ def run_script(name: str, argv: Sequence[str]) -> None:
 def benchmark(name: str, output: Path, *argv: str) -> dict[str, Any]:
     """What recipes/benchmarks/<name>.py writes, its ranks being processes that are kept for the next."""
 
-    def launch(processes: int, script: Path, arguments: Sequence[str]) -> None:
-        run_ranks(run_script, processes, script.stem, arguments, timeout=400)
+    def launch(processes: int, script: Path, arguments: Sequence[str], timeout: float = 400.0) -> None:
+        run_ranks(run_script, processes, script.stem, arguments, timeout=timeout)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module(f"recipes.benchmarks.{name}"), "launch", launch, raising=False)
+        for place in ("launch", name):
+            patch.setattr(importlib.import_module(f"recipes.benchmarks.{place}"), "launch", launch, raising=False)
         patch.setattr(sys, "argv", [f"{name}.py", *argv, "--output", str(output)])
         importlib.import_module(f"recipes.benchmarks.{name}").main()
     return json.loads(output.read_text(encoding="utf-8"))
