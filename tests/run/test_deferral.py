@@ -15,17 +15,19 @@ from tests.problems import F64, assert_same, gradients_of, state
 
 
 class Layer(nn.Module):
-    """Both kinds of linear module, with and without bias, one of them used twice, one (past) also past its forward."""
+    """Both kinds of linear module, with and without bias, one of them used twice, one (past) also past its forward, one
+    on a constant, as relative positions are."""
 
     def __init__(self, past: bool = True) -> None:
         super().__init__()
         self.past = past
         self.first, self.second, self.third = nn.Linear(6, 8), nn.Linear(8, 6, bias=False), Conv1D(6, 6)
-        self.norm = nn.LayerNorm(6)
+        self.norm, self.fourth = nn.LayerNorm(6), nn.Linear(6, 6)
+        self.register_buffer("places", torch.randn(1, 6))
 
     def forward(self, x):
         y = self.second(torch.tanh(self.first(self.norm(x))))
-        y = self.third(y) + self.second(torch.relu(self.first(x)))
+        y = self.third(y) + self.second(torch.relu(self.first(x))) + self.fourth(self.places)
         return x + (y @ self.third.weight if self.past else y)
 
 
@@ -147,7 +149,7 @@ def test_what_is_compiled_is_left_alone():
     layer[1].compile(backend="eager")
     make_deferrable(layer)
     linear = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    assert len(linear) == 7
+    assert len(linear) == 9
     assert [name for name, module in linear.items() if "forward" in vars(module)] == ["0"]
 
 
