@@ -13,6 +13,7 @@ from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.ladder import exact_settings
 from hf_layerpar.run.data_shards import group_along, local
+from hf_layerpar.run.gradients import Agreement, batch_noise, first_half, products
 from hf_layerpar.run.layers import kept_streams
 from hf_layerpar.sharding import layer_parallel
 
@@ -71,58 +72,40 @@ class GradientProbe:
         loss and loss_exact."""
         exact, loss_exact = self.exact
         inexact, loss = self.gradient(config)
-        dot, square, exact_square, bias = self._sums(
-            lambda a, b: torch.stack([a @ b, a @ a, b @ b, (a - b) @ (a - b)]), inexact, exact
-        )
-        return {
-            "cosine": dot / (square * exact_square) ** 0.5 if square * exact_square else 0.0,
-            "norm_ratio": (square / exact_square) ** 0.5 if exact_square else float("inf"),
-            "bias": bias**0.5,
-            "exact_norm": exact_square**0.5,
+        found = self._against(inexact, exact)
+        return {key: getattr(found, key) for key in ("cosine", "norm_ratio", "bias", "exact_norm")} | {
             "loss": loss,
             "loss_exact": loss_exact,
         }
 
     @property
     def noise(self) -> float:
-        """Standard deviation of the exact gradient that comes from the choice of the batch, as a norm.
-
-        From the batch's two halves: with means g_a and g_b, ||g_a - g_b|| / 2 estimates that of their mean.
-        Raises ConfigurationError for a batch of one.
-        """
+        """`batch_noise` of the exact gradient. Raises ConfigurationError for a batch of one."""
         noise = self._noise
         if noise is None:
             rows = batch_rows(self.inputs)
             if rows < 2:
                 raise ConfigurationError(f"a batch of {rows} has no halves to compare; use at least 2 rows")
-            half = {
-                k: v[: rows // 2] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
-                for k, v in self.inputs.items()
-            }
-            part, _ = self.gradient(exact_settings(self.handle.config), half)
-            (square,) = self._sums(lambda a, b: ((a - b) @ (a - b))[None], part, self.exact[0])
-            # g_a = g + (1 - share) (g_a - g_b), whatever share of the batch the first half is
-            self._noise = noise = square**0.5 / (2 * (1 - rows // 2 / rows))
+            part, _ = self.gradient(exact_settings(self.handle.config), first_half(self.inputs, rows))
+            self._noise = noise = batch_noise(self._against(part, self.exact[0]), rows)
         return noise
 
-    def _sums(self, of: Callable[[Tensor, Tensor], Tensor], left: list[Tensor], right: list[Tensor]) -> list[float]:
-        """of(a, b) `[n]` summed over all parameters of all lp ranks, in float64."""
+    def _against(self, gradient: list[Tensor], exact: list[Tensor]) -> Agreement:
+        """Over all parameters of all lp ranks."""
         parts: list[Tensor] = []
         cut: list[Tensor] = []  # tp ranks have other parts
         group = None
-        for a, b, counted in zip(left, right, self._counted, strict=True):
+        for a, b, counted in zip(gradient, exact, self._counted, strict=True):
             if counted:
-                sums = of(local(a).double().flatten(), local(b).double().flatten())
                 along = group_along(a, "tp")
                 group = along or group
-                (parts if along is None else cut).append(sums)
+                (parts if along is None else cut).append(products(local(a), local(b)))
         if cut:
             parts.append(torch.stack(cut).sum(0))
             dist.all_reduce(parts[-1], group=group)
-        probe = self._params[0].new_zeros(1, dtype=torch.float64)
-        total = torch.stack(parts).sum(0) if parts else torch.zeros_like(of(probe, probe))
+        total = torch.stack(parts).sum(0) if parts else self._params[0].new_zeros(4, dtype=torch.float64)
         self.handle.all_reduce(total)
-        return total.tolist()
+        return Agreement(*total.tolist())
 
 
 def batch_rows(inputs: Mapping[str, Any]) -> int:

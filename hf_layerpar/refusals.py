@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hf_layerpar.compat.accelerate import before_state_files
@@ -23,13 +24,16 @@ if TYPE_CHECKING:
 _CHANGES = ("resize_token_embeddings", "add_adapter", "load_adapter", "add_weighted_adapter")
 """Methods of transformers' and PEFT's models that make parameters, which no rank would own."""
 
+_parallel: WeakSet[nn.Module] = WeakSet()
+"""Parallelized models."""
 _spread: WeakSet[nn.Module] = WeakSet()
-"""Models of which other ranks have parts."""
+"""Those of which other lp ranks have layers."""
 
 
 def guard(model: nn.Module, handle: LayerParallel) -> None:
     """From now on a parallelized model refuses what would part its ranks."""
     object.__setattr__(model, DDP_READS_FIRST, _Unwrapped(handle))
+    _parallel.add(model)
     if handle.lp_size > 1:
         _spread.add(model)
         before_adapters(_refuse_adapters)
@@ -89,12 +93,18 @@ def _refuse_adapters(model: nn.Module) -> None:
         _Refused("get_peft_model")()
 
 
+def _is_in_pieces(parameters: Iterable[Any]) -> bool:
+    """Whether dp ranks share a parallelized model's parameters (fsdp)."""
+    pieces = {id(p) for p in parameters if isinstance(p, DTensor)}
+    return bool(pieces) and any(id(p) in pieces for model in _parallel for p in model.parameters())
+
+
 def _refuse_state_files(method: str, held: Sequence[Any]) -> None:
-    if any(_is_spread(_of(each)) for each in held):
+    if any(_is_spread(_of(each)) or _is_in_pieces(_of(each)) for each in held):
         raise UnsupportedModelError(
-            f"{method} of accelerate with a model on several lp ranks: its files have what one rank holds, without the "
-            "others' layers and optimizer states. Use the checkpoints of LayerParallelTrainer; in a loop of your own "
-            "model.save_pretrained, on all lp ranks, and optimizer.state_dict() in a file of each rank"
+            f"{method} of accelerate with a model on several lp ranks (or with fsdp): its files have what one rank "
+            "holds, without the others' layers and optimizer states. Use the checkpoints of LayerParallelTrainer; in a "
+            "loop of your own model.save_pretrained, on all lp ranks, and optimizer.state_dict() in a file of each rank"
         )
 
 

@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, D hidden; a state is `[B, T, D]`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from hf_layerpar.ode.stack import LayerStack, is_checkpointed
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, Pass, build_step
 from hf_layerpar.plan.tasks import Direction
+from hf_layerpar.run.gradients import Agreement, batch_noise, first_half, products
 from hf_layerpar.run.held import Held
 from hf_layerpar.run.layers import Common, Entry, kept_streams
 from hf_layerpar.run.step import Step
@@ -201,25 +201,23 @@ class Bench:
 
 @dataclass(frozen=True)
 class Reference:
-    """The exact solve of one batch. noise: batch noise of its gradient, None for one row."""
+    """The exact solve of one batch. noise: of its gradient (`batch_noise`), None for one row."""
 
     exact: Solve
     noise: float | None
 
     @property
     def norm(self) -> float:
-        return _norm(self.exact.gradient)
+        return _against(self.exact.gradient, self.exact.gradient).exact_norm
 
 
 def exact_reference(bench: Bench, inputs: Mapping[str, Any]) -> Reference:
-    """The exact gradient of a batch, and how far those of its two halves lie apart."""
-    noise = None
-    rows = rows_of(bench.model, inputs)
-    if half := rows // 2:
-        parts = [{k: v[s] if _has_rows(v, rows) else v for k, v in inputs.items()} for s in _halves(half)]
-        first, second = (bench.solve(part, EXACT).gradient for part in parts)
-        noise = _norm(_difference(first, second)) / 2
-    return Reference(bench.solve(inputs, EXACT), noise)
+    """The exact gradient of a batch, and how far those of others lie apart."""
+    exact, noise, rows = bench.solve(inputs, EXACT), None, rows_of(bench.model, inputs)
+    if rows > 1:
+        part = bench.solve(first_half(inputs, rows), EXACT)
+        noise = batch_noise(_against(part.gradient, exact.gradient), rows)
+    return Reference(exact, noise)
 
 
 def read_settings(
@@ -227,18 +225,18 @@ def read_settings(
 ) -> Iterator[SettingReading]:
     """One reading for each config, for one batch. The convergence factors are None but where a sweep makes two
     iterations."""
-    exact, exact_norm = reference.exact, reference.norm
+    exact = reference.exact
     for config in configs:
         found = bench.solve(inputs, config)
         pairs = [(found.ends[k], end) for k, end in exact.ends.items()]
-        norm, bias = _norm(found.gradient), _norm(_difference(found.gradient, exact.gradient))
+        agreement = _against(found.gradient, exact.gradient)
         yield SettingReading(
             config=config,
             state_error=max(float((a - b).float().norm() / b.float().norm()) for a, b in pairs),
             loss_error=abs(found.loss - exact.loss) / abs(exact.loss),
-            cosine=_cosine(norm, exact_norm, bias),
-            norm_ratio=norm / exact_norm,
-            bias_to_noise=bias / reference.noise if reference.noise else None,
+            cosine=agreement.cosine,
+            norm_ratio=agreement.norm_ratio,
+            bias_to_noise=agreement.bias / reference.noise if reference.noise else None,
             forward_factor=found.factors.get("forward"),
             backward_factor=found.factors.get("backward"),
         )
@@ -252,25 +250,10 @@ def rows_of(model: nn.Module, inputs: Mapping[str, Any]) -> int:
     return rows
 
 
-def _has_rows(value: Any, rows: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == rows
-
-
-def _halves(half: int) -> tuple[slice, slice]:
-    return slice(0, half), slice(half, 2 * half)
-
-
-def _difference(first: Gradient, second: Gradient) -> Gradient:
-    return [b if a is None else a if b is None else a - b for a, b in zip(first, second, strict=True)]
-
-
-def _norm(gradient: Gradient) -> float:
-    return sum(float(g.float().norm()) ** 2 for g in gradient if g is not None) ** 0.5
-
-
-def _cosine(norm: float, exact_norm: float, bias: float) -> float:
-    """From the three sides of the triangle, which are at hand."""
-    product = norm * exact_norm
-    if not (math.isfinite(product) and math.isfinite(bias)):
-        return math.nan
-    return max(-1.0, min(1.0, (norm**2 + exact_norm**2 - bias**2) / (2 * product))) if product else 0.0
+def _against(gradient: Gradient, exact: Gradient) -> Agreement:
+    pairs = [(a, b) for a, b in zip(gradient, exact, strict=True) if a is not None or b is not None]
+    sums = [
+        products(torch.zeros_like(b) if a is None else a, torch.zeros_like(a) if b is None else b)  # type: ignore[arg-type]
+        for a, b in pairs
+    ]
+    return Agreement(*torch.stack(sums).sum(0).tolist()) if sums else Agreement(0.0, 0.0, 0.0, 0.0)

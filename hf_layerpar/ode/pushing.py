@@ -97,7 +97,7 @@ class ModelPush:
         """Pushes the files `names` of `folder`, and the card, which is put there too."""
         repo_id = self.repository.repo_id
         tags = (*(getattr(model, "model_tags", None) or ()), *self.tags)
-        facts = model_facts(model)
+        facts = facts_for_card(model)
         facts["versions"] = {name: importlib.metadata.version(name) for name in VERSIONS}
         if facts["base_model"] == repo_id:
             facts["base_model"] = None
@@ -121,7 +121,7 @@ def check_pushable(model: Any) -> None:
         )
 
 
-def model_facts(model: Any) -> dict[str, Any]:
+def facts_for_card(model: Any) -> dict[str, Any]:
     """`CardFacts` fields that a converted model (or its PEFT wrapper) tells; on any lp rank."""
     view = ode_view(model)
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))

@@ -24,7 +24,7 @@ from hf_layerpar.hub.card import CardFacts, facts_of_class, make_card
 from hf_layerpar.hub.upload import CARD_NAME
 from hf_layerpar.ode.checkpoint import load_stock, stored_config
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
-from hf_layerpar.ode.pushing import hub_name, model_facts
+from hf_layerpar.ode.pushing import facts_for_card, hub_name
 from hf_layerpar.ode.remote import MODEL_TYPE_PREFIX
 from hf_layerpar.ode.saving import sync
 
@@ -56,10 +56,10 @@ def to_ode(source: str, target: Path, **settings: Any) -> str:
     with _written(target) as folder:
         model.save_pretrained(folder)
         _carry(source, folder)
-        _write_card(folder, target, source, model_facts(model))
+        _write_card(folder, target, source, facts_for_card(model))
     stacks = ", ".join(f"{len(stack.layers)} layers in {stack.path}" for stack in ode_view(model).stacks)
     ode = ode_view(model).settings
-    how = _HOW[model_facts(model)["kind"]]
+    how = _HOW[facts_for_card(model)["kind"]]
     return f"{type(model).__name__}, {stacks}, step size {ode.step_size:g} ({ode.form} form); {how}"
 
 

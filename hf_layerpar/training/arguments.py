@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Annotated
@@ -35,6 +36,12 @@ from hf_layerpar.training.controller import Policy
 from hf_layerpar.training.launched import axis_sizes, check_axes, check_fsdp, fsdp_of_launcher
 
 Bound = Annotated[float, real(lambda bound: 0 < bound < math.inf, "positive and finite; controller='off' has no bound")]
+
+_UPLOADS = {
+    "wandb": ("WANDB_LOG_MODEL", ("end", "checkpoint")),
+    "dvclive": ("HF_DVCLIVE_LOG_MODEL", ("1", "on", "yes", "true")),
+}
+"""Trackers that save the model by a stock Trainer on the main process, and the variable and values that ask for it."""
 
 
 @dataclass
@@ -92,6 +99,7 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments, SolverSettings):
             self.fsdp, self.fsdp_config = True, launched  # type: ignore[assignment]
         super().__post_init__()
         self._find_axes()
+        self._check_trackers()
 
     def _find_axes(self) -> None:
         asked = axis_sizes(self.parallelism_config)
@@ -126,6 +134,17 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments, SolverSettings):
                 f"controller={self.controller!r} compares the gradient's bias with its noise, which it reads off the "
                 f"batch's halves; use per_device_train_batch_size of at least 2, not {shown(rows)}"
             )
+
+    def _check_trackers(self) -> None:
+        """Refuses those that save the model on one process alone when training ends."""
+        for tracker, (variable, values) in _UPLOADS.items():
+            value = os.environ.get(variable, "")
+            if self.lp_size * self.tp_size > 1 and tracker in (self.report_to or ()) and value.lower() in values:
+                raise ConfigurationError(
+                    f"{variable}={value} with lp_size={self.lp_size} and tp_size={self.tp_size}: {tracker} saves the "
+                    "model on one process when training ends, which holds a part of it; unset the variable, and upload "
+                    "the folder that trainer.save_model writes"
+                )
 
     @property
     def layer_parallel_config(self) -> LayerParallelConfig:

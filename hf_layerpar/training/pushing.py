@@ -20,7 +20,7 @@ from hf_layerpar.compat.trainer import PushInProgress, hf_api
 from hf_layerpar.hub.card import MARK, CardFacts, changes_of, make_card, merged, metrics_of, solver_facts
 from hf_layerpar.hub.upload import CARD_NAME, Repository
 from hf_layerpar.ode.files import is_of_a_checkpoint
-from hf_layerpar.ode.pushing import VERSIONS, model_facts
+from hf_layerpar.ode.pushing import VERSIONS, facts_for_card
 from hf_layerpar.run.first_rank import on_first_rank
 from hf_layerpar.training import checkpoints
 from hf_layerpar.training.saving import ShardedSaving
@@ -216,7 +216,7 @@ class HubPushing(ShardedSaving):
         path = Path(str(args.output_dir)) / CARD_NAME
         there = ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else None
         base = getattr(self.model, "model_tags", None) or []
-        facts = model_facts(self.model)
+        facts = facts_for_card(self.model)
         log = self.state.log_history
         evaluations = evaluations_of(log)
         solver: dict[str, Any] = {"lp_size": self.mesh.lp_size, "dp_size": self.mesh.dp_size}

@@ -4,8 +4,9 @@
 
 `recipes/pretrain_gpt2.py`'s network on the bytes of text. Beside serial training (two seeds) train pure `aggregate`
 with one iteration each way (1/1), with an exact forward (exact/1) and with two iterations (2/2), and the adaptive
-controller; then serial runs with `increment_penalty`. The serial runs of the first seed compare gradients with the
-exact one as they go; with a penalty, those of the loss with it and those of the loss alone.
+controller; then serial runs of a sixth of the steps with `increment_penalty` and without. These, and the long serial
+runs of the first seed, compare gradients with the exact one as they go; with a penalty, those of the loss with it and
+those of the loss alone.
 
 On a GPU the network is 512 wide with rows of 256 tokens, in bfloat16, and four runs share the device; on CPUs it is 64
 wide with rows of 64, a run being one process of one thread. Every run is one process: which settings train doesn't
@@ -64,7 +65,9 @@ SIDES: dict[str, tuple[str, ...]] = {
 }
 DEVICES = 8
 COSTS = Path(__file__).with_name("h200_layer.json")
-PENALTIES = (0.1, 1.0, 10.0)
+PENALTIES = (0.0, 0.1, 1.0, 10.0)
+PENALISED_SHARE = 6
+"""Runs for the penalty have so many times fewer steps."""
 SEEDS = (0, 1)
 PROBED = [("rediscretize", 4, 1, 1), ("identity", 4, 1, 1), ("aggregate", 4, 1, 1), ("aggregate", 8, 1, 1)]
 PROBED += [("aggregate", 4, 0, 1), ("aggregate", 4, 2, 2)]
@@ -75,12 +78,14 @@ PROBES = 6
 def jobs(steps: int, only: Sequence[str]) -> list[dict[str, Any]]:
     """What to run, the most telling first."""
     found: dict[str, dict[str, Any]] = {}
+    long = steps
 
-    def add(h: str, side: str, seed: int, penalty: float = 0.0) -> None:
+    def add(h: str, side: str, seed: int, steps: int = steps, penalty: float = 0.0) -> None:
         name = f"{side}, penalty {penalty:g}" if penalty else side
         run = f"{h} {name}, seed {seed}, {steps} steps"
         if not only or any(text in run for text in only):
             job = {"run": run, "h": h, "side": name, "seed": seed, "steps": steps, "penalty": penalty}
+            job["probed"] = side == "serial" and (seed == 0 or steps != long)
             found.setdefault(run, job | {"options": [*SIDES[side], "--increment_penalty", str(penalty)]})
 
     for h, side in (("h=1/16", "aggregate 1/1"), ("h=1", "aggregate exact/1")):
@@ -90,7 +95,8 @@ def jobs(steps: int, only: Sequence[str]) -> list[dict[str, Any]]:
     for seed in SEEDS:
         for h in ("h=1/16", "h=1"):
             for penalty in PENALTIES:
-                add(h, "serial", seed, penalty)
+                add(h, "serial", seed, max(1, steps // PENALISED_SHARE), penalty)
+    add("h=1/4", "serial", 0)
     for seed in SEEDS:
         for h in STEP_SIZES:
             for side in SIDES:
@@ -108,12 +114,12 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
     began = time.perf_counter()
     probes = []
-    if job["side"].startswith("serial") and (job["seed"] == 0 or job["penalty"]):
-        probes.append(GradientTable(job["steps"] // PROBES, [setting(*values) for values in PROBED]))
+    if job["probed"]:
+        probes.append(GradientTable(max(1, job["steps"] // PROBES), [setting(*values) for values in PROBED]))
     with tempfile.TemporaryDirectory() as folder:
         argv = [*NETWORK, *SIZES[job["device"]], *job["options"], "--seed", str(job["seed"])]
         argv += ["--step_size", str(STEP_SIZES[job["h"]]), "--max_steps", str(job["steps"])]
-        argv += ["--eval_steps", str(job["steps"] // 15), "--output_dir", folder]
+        argv += ["--eval_steps", str(max(1, job["steps"] // 15)), "--output_dir", folder]
         result = pretrain_gpt2.main(argv, callbacks=probes)
     kept = {k: result[k] for k in ("settings", "checks")}
     kept["evaluation"] = [(entry["step"], entry["loss"]) for entry in result["evaluation"]]
@@ -138,11 +144,13 @@ def predicted_shares(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per step size and side: final losses, their distance from serial, shares of steps, predicted times."""
+    """Per step size and side, of the long runs: final losses, their distance from serial, shares of steps, predicted
+    times."""
     predicted = predicted_shares(runs)
+    long = max(run["steps"] for run in runs)
     table: dict[str, Any] = {}
     for h in STEP_SIZES:
-        here = [run for run in runs if run["h"] == h]
+        here = [run for run in runs if run["h"] == h and run["steps"] == long]
         serial = {run["seed"]: run["evaluation"][-1][1] for run in here if run["side"] == "serial"}
         sides: dict[str, Any] = {}
         for side in dict.fromkeys(run["side"] for run in here):

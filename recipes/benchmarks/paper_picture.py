@@ -55,7 +55,11 @@ def _indicator(axes: Any, runs: list[dict[str, Any]]) -> None:
             if "lp_check_reason" in entry:
                 axes.axvline(entry["step"], color="0.6", lw=0.8, ls="--" if i else "-")
     axes.axhline(1, color="k", lw=0.8)
-    axes.set(title="the paper's settings: indicator; switches in grey", xlabel="step", ylim=(-0.05, 1.3))
+    axes.set(title="the paper's settings: indicator; switches in grey", xlabel="step")
+    if any(key in entry for run in runs for entry in run["checks"] for key, *_ in quantities[:2]):
+        axes.set_ylim(-0.05, 1.3)
+    else:  # exact sweeps, and those of one iteration, have no factor: the cosine alone, near 1
+        axes.set_title("the paper's settings: gradient cosine (no convergence factor)")
     axes.legend(fontsize=8)
 
 

@@ -27,7 +27,10 @@ def _speedups(axes: Any, network: dict[str, Any], curves: dict[str, list[float]]
         axes.plot(ranks[: len(values)], values, marker=".", color=f"C{i}", label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, map(str, ranks))
-    axes.set(title=title, xlabel="layer-parallel ranks (lines: simulated)", ylim=(0, None))
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_title(title, fontsize=10)
+    axes.set(xlabel="layer-parallel ranks (lines: simulated)", ylabel="speed-up over one rank")
     axes.grid(color="0.92")
     axes.legend(fontsize=7)
 
@@ -35,7 +38,7 @@ def _speedups(axes: Any, network: dict[str, Any], curves: dict[str, list[float]]
 def _settings(axes: Any, name: str, network: dict[str, Any]) -> None:
     depth = network["measured_depth"]
     curves = network["predicted"]["speedup"][str(depth)]
-    _speedups(axes, network, curves, f"{name}, {network['stacks']} x {depth} layers: speed-up; dots: measured")
+    _speedups(axes, network, curves, f"{name}, {network['stacks']} x {depth} layers; dots: measured")
     for i, side in enumerate(curves):
         measured = network["measured_on_2_ranks"]["sides"][side]
         if "ratio" in measured:
@@ -46,7 +49,7 @@ def _depths(axes: Any, name: str, network: dict[str, Any]) -> None:
     speedup = network["predicted"]["speedup"]
     chosen = [side for side in next(iter(speedup.values())) if side.startswith("rediscretize") and "levels" in side]
     curves = {f"{depth} layers, {side}": values[side] for depth, values in speedup.items() for side in chosen[:2]}
-    _speedups(axes, network, curves, f"{name}: speed-up by depth")
+    _speedups(axes, network, curves, f"{name}: the paper's settings by depth")
     axes.annotate(f"paper: {network['paper']}", (0.02, 0.02), xycoords="axes fraction", fontsize=7)
 
 
@@ -58,5 +61,6 @@ def _both_axes(axes: Any, name: str, network: dict[str, Any]) -> None:
     axes.set_xscale("log", base=2)
     degrees = sorted({row["dp"] for row in rows})
     axes.set_xticks(degrees, map(str, degrees))
-    axes.set(title=f"{name}: seconds of a step of one global batch (simulated)", xlabel="data-parallel copies")
+    axes.set_title(f"{name}: one global batch, layers x data (simulated)", fontsize=10)
+    axes.set(xlabel="data-parallel copies", ylabel="seconds a step")
     axes.legend(fontsize=8)

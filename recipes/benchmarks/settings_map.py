@@ -44,7 +44,7 @@ def least_cosines(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Step size -> setting -> the least cosine on a serial run without penalty."""
     found: dict[str, dict[str, float]] = {}
     for run in runs:
-        if run["side"] != "serial" or run["penalty"]:
+        if run["side"] != "serial":  # of any length; those with a penalty have another name
             continue
         for row in run["gradients"]:
             of_size = found.setdefault(run["h"], {})

@@ -246,17 +246,108 @@ def fine_tuning() -> str:
     return markdown([*head, "deviation of serial's runs", "most frequent label"], rows)
 
 
+def at_size() -> str:
+    """What training the deep network with each side came to: loss above serial's of the same seed."""
+    result = load("at_size.json")
+    rows = []
+    for h, found in result["summary"].items():
+        for side, row in found["sides"].items():
+            above = ", ".join(f"{loss:+.3f}" for loss in row["minus_serial"].values())
+            if side == "serial":
+                above = "final loss " + ", ".join(f"{loss:.3f}" for loss in row["final_losses"].values())
+            exact = [shares.get("pipeline", 0.0) for shares in row.get("shares_of_steps", [])]
+            parallel = f"{1 - max(exact):.0%}" if exact else ""
+            rows.append([h, side, above, parallel, f"{row['predicted_share']:.2f}"])
+    head = ["", "gradient", "validation loss minus serial's, by seed", "least share of steps layer-parallel"]
+    return markdown([*head, "predicted step over one GPU's, 8 GPUs"], rows)
+
+
+def at_size_cosines() -> str:
+    """Gradient cosines on the long serial runs of the deep network, as they train."""
+    rows = []
+    for run in _at_size_runs(long=True):
+        table: dict[str, list[str]] = {}
+        for row in run["gradients"]:
+            table.setdefault(row["settings"].removeprefix("mgrit "), []).append(f"{row['cosine']:.3f}")
+        steps = sorted({row["step"] for row in run["gradients"]})
+        rows += [[run["h"], name, *cosines] for name, cosines in table.items()]
+    return markdown(["", "setting", *(f"step {step}" for step in steps)], rows)
+
+
+def penalties() -> str:
+    """Short serial runs with an increment penalty and without: their loss, and cosines at the end."""
+    settings = ("aggregate 1/1 c=4", "aggregate exact/1 c=4", "identity 1/1 c=4")
+    runs = _at_size_runs(long=False)
+    plain = {(run["h"], run["seed"]): run["evaluation"][-1][1] for run in runs if not run["penalty"]}
+    rows = []
+    for run in sorted(runs, key=lambda run: (run["h"], run["penalty"], run["seed"])):
+        last = max(row["step"] for row in run["gradients"])
+        cosines = {
+            (row["settings"].removeprefix("mgrit "), row["penalty"]): row["cosine"]
+            for row in run["gradients"]
+            if row["step"] == last
+        }
+        cells = [" / ".join(f"{cosines[name, a]:.3f}" for a in sorted({0.0, run["penalty"]})) for name in settings]
+        loss = run["evaluation"][-1][1]
+        above = f"{loss - plain[run['h'], run['seed']]:+.3f}" if run["penalty"] else f"{loss:.3f}"
+        rows.append([run["h"], f"{run['penalty']:g}", str(run["seed"]), above, *cells])
+    head = ["", "penalty", "seed", "validation loss (minus that without)"]
+    return markdown([*head, *(f"cosine of {name}, loss alone / with penalty" for name in settings)], rows)
+
+
+def _at_size_runs(long: bool) -> list[dict[str, Any]]:
+    """Those that compared gradients."""
+    runs = load("at_size.json")["runs"]
+    most = max(run["steps"] for run in runs)
+    return [run for run in runs if run["gradients"] and (run["steps"] == most) == long]
+
+
+def race() -> str:
+    """Seconds to stock's last validation loss, and all seconds, by race and side; a figure for each seed."""
+    rows = []
+    for name, sides in load("race.json")["summary"].items():
+        for side, row in sides.items():
+            times = row["seconds_to_target"].values()
+            reached = ", ".join("not reached" if s is None else f"{s:.1f}" for s in times)
+            above = ", ".join(f"{loss:+.3f}" for loss in row["minus_stock"].values())
+            rows.append([name, side, reached, ", ".join(f"{s:.1f}" for s in row["seconds"].values()), above])
+    return markdown(["race", "side", "seconds to the target", "seconds of all steps", "last loss minus stock's"], rows)
+
+
+def settings_map() -> str:
+    """The least cosine of each setting by step size, and where it wins: GPUs and micro-batches."""
+    result = load("settings_map.json")
+    sizes = list(result["least_cosines"])
+    names = dict.fromkeys(name for of_size in result["least_cosines"].values() for name in of_size)
+    rows = []
+    for name in names:
+        cosines = [f"{result['least_cosines'][h][name]:.3f}" for h in sizes]
+        wins = Counter((cell["dim"], cell["h"]) for cell in result["cells"] if cell["winner"] == name)
+        rows.append(
+            [name.removeprefix("mgrit "), *cosines, ", ".join(f"{h}, D={d}: {n}" for (d, h), n in wins.items())]
+        )
+    places = len(result["cells"]) // len(sizes) // len({cell["dim"] for cell in result["cells"]})
+    return markdown(["setting", *(f"least cosine, {h}" for h in sizes), f"wins in so many of {places} places"], rows)
+
+
 def architectures() -> str:
-    """What became of the architectures of transformers' Auto classes, by task."""
+    """What became of the architectures of transformers' Auto classes, by task, in one process; and how many of those
+    that work there are equal on two ranks."""
     outcomes = ["equal to the bit", "equal", "refused", "failed", "not built"]
+    result = load("architectures.json")
     counts: dict[str, Counter[str]] = {}
-    for row in load("architectures.json")["1"]:
+    for row in result["1"]:
         counts.setdefault(row["task"], Counter())[row["outcome"]] += 1
-    total = sum(counts.values(), Counter())
+    two: Counter[str] = Counter()
+    for row in result["2"]:
+        two[row["task"]] += row["outcome"] in outcomes[:2]
+    total, two["all"] = sum(counts.values(), Counter()), two.total()
     strange = set(total) - set(outcomes)
     assert not strange, f"outcomes that the table doesn't have: {strange}"
-    rows = [[task, *(str(count[o]) for o in outcomes)] for task, count in [*counts.items(), ("all", total)]]
-    return markdown(["task", *outcomes], rows)
+    rows = [
+        [task, *(str(count[o]) for o in outcomes), str(two[task])] for task, count in [*counts.items(), ("all", total)]
+    ]
+    return markdown(["task", *outcomes, "equal on 2 ranks"], rows)
 
 
 def h200() -> str:
@@ -312,6 +403,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "h200": h200,
     "controller": controller,
     "cosines": cosines,
+    "at_size": at_size,
+    "at_size_cosines": at_size_cosines,
+    "penalties": penalties,
+    "settings_map": settings_map,
+    "race": race,
     "diagnosis": diagnosis,
     "paper": paper,
     "paper_speed": paper_speed,

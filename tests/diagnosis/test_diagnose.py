@@ -100,6 +100,8 @@ def test_factors_are_read_with_a_second_iteration():
 def test_noise_is_half_the_distance_of_the_halves():
     model, inputs = small("gpt2")
     model.eval()
+    inputs = {k: torch.cat([v[:1], v[:1].flip(1)]) for k, v in inputs.items()}  # as many tokens in both halves
+    assert inputs["attention_mask"].all()
     found = diagnose(model, inputs, costs=UNIT)
     layers = list(model.transformer.h.parameters())
 

@@ -1,4 +1,4 @@
-"""A solver that runs the recorded calls one after the other, and bitwise comparison of two models' training steps."""
+"""A solver that runs the recorded calls one after the other, bitwise comparison of training steps, and refusals."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from hf_layerpar.ode.convert import ode_view
+
+EXACT_MGRIT = {"strategy": "mgrit", "coarsening": 2, "forward_iterations": 2, "backward_iterations": 2}
+"""With two intervals of two layers, two iterations are exact."""
 
 
 @dataclass
@@ -78,3 +82,8 @@ def euler_loop(layers: Any, h: Callable[[int], float], x: Tensor, run: Callable[
     for n, layer in enumerate(layers):
         x = x + h(n) * (run(layer, x) - x)
     return x
+
+
+def refused(error: type[Exception], *words: str) -> Any:
+    """`pytest.raises` for a message that holds all the words, in this order."""
+    return pytest.raises(error, match="(?s)" + ".*".join(words))

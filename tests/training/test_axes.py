@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from torch.distributed.tensor import DTensor
 
-from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from tests.multiproc import RankPool
 from tests.training import runs
 from tests.training.runs import Samples
@@ -172,3 +172,21 @@ def refusal(output_dir: str, family: str, settings: dict[str, Any]) -> str:
     except ConfigurationError as error:
         return str(error)
     return "no error"
+
+
+def state_files(output_dir: str) -> list[str]:
+    """What accelerate's own files come to after a run in pieces."""
+    run = runs.trainer(output_dir, "llama", {"fsdp": True, "max_steps": 1})
+    run.train()
+    said = []
+    for write in (lambda: run.accelerator.save_model(run.model, output_dir), lambda: run.accelerator.save_state("x")):
+        with pytest.raises(UnsupportedModelError) as refused:
+            write()
+        said.append(str(refused.value))
+    return said
+
+
+def test_files_of_one_ranks_pieces_are_refused(ranks2: RankPool, tmp_path: Path) -> None:
+    for said in ranks2.run(state_files, str(tmp_path)):
+        assert [text.split()[0] for text in said] == ["save_model", "save_state"]
+        assert all("(or with fsdp)" in text for text in said)

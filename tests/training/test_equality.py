@@ -11,7 +11,7 @@ from hf_layerpar.run.step_report import StepReport, SweepReport
 from hf_layerpar.training.callbacks import solver_log
 from tests import zoo
 from tests.multiproc import RankPool
-from tests.training import runs, scenarios
+from tests.training import evaluating, runs, scenarios
 
 FAMILIES = ("bert_classifier", "llama")
 LENGTHS = (12, pytest.param(50, marks=pytest.mark.slow))
@@ -186,7 +186,7 @@ def test_spread_ends_on_a_mesh(smoothing: float, ranks2: RankPool, ranks4: RankP
 
 def test_spread_ends_evaluate_whole_batches(ranks2: RankPool, tmp_path) -> None:
     whole, spread = (
-        ranks2.run(scenarios.evaluate, str(tmp_path), "bert_classifier", {"lp_size": 2, "ends": ends}, 7)[0]
+        ranks2.run(evaluating.evaluate, str(tmp_path), "bert_classifier", {"lp_size": 2, "ends": ends}, 7)[0]
         for ends in ("first_last", "spread")
     )
     assert spread["eval_loss"] == whole["eval_loss"]

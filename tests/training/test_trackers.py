@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
+from hf_layerpar.errors import ConfigurationError
 from tests.multiproc import RankPool
 from tests.training import runs
 
@@ -48,3 +49,27 @@ def test_trackers_are_given_numbers(settings: dict[str, Any], ranks2: RankPool, 
     assert {"loss", "eval_loss", "train_loss", "lp_seconds", "lp_waited"} <= names
     if settings:
         assert {"lp_forward_residual", "lp_penalty", "lp_check_cosine", "lp_check_share"} <= names
+
+
+def refused(output_dir: str, tracker: str, variable: str, value: str, settings: dict[str, Any]) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(variable, value)
+        try:
+            runs.arguments(output_dir, report_to=tracker, **settings)
+        except ConfigurationError as error:
+            return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("tracker", "variable", "value"),
+    [("wandb", "WANDB_LOG_MODEL", "end"), ("dvclive", "HF_DVCLIVE_LOG_MODEL", "True")],
+)
+def test_a_tracker_that_saves_on_one_process_is_refused(
+    tracker: str, variable: str, value: str, ranks2: RankPool, tmp_path
+) -> None:
+    """It would wait there for processes that have gone on, with a part of the model."""
+    for said in ranks2.run(refused, str(tmp_path), tracker, variable, value, {"lp_size": 2}):
+        assert said.startswith(f"{variable}={value} with lp_size=2 and tp_size=1: {tracker} saves")
+    assert ranks2.run(refused, str(tmp_path), tracker, variable, value, {}) == ["no error"] * 2
+    assert ranks2.run(refused, str(tmp_path), tracker, variable, "false", {"lp_size": 2}) == ["no error"] * 2
