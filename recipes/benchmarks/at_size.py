@@ -71,8 +71,8 @@ PENALISED_SHARE = 6
 SEEDS = (0, 1)
 PROBED = [("rediscretize", 4, 1, 1), ("identity", 4, 1, 1), ("aggregate", 4, 1, 1), ("aggregate", 8, 1, 1)]
 PROBED += [("aggregate", 4, 0, 1), ("aggregate", 4, 2, 2)]
-PROBES = 6
-"""Comparisons of gradients in a run."""
+PROBES, SHORT_PROBES = 6, 2
+"""Comparisons of gradients in a long run, and in a short one."""
 
 
 def jobs(steps: int, only: Sequence[str]) -> list[dict[str, Any]]:
@@ -85,7 +85,9 @@ def jobs(steps: int, only: Sequence[str]) -> list[dict[str, Any]]:
         run = f"{h} {name}, seed {seed}, {steps} steps"
         if not only or any(text in run for text in only):
             job = {"run": run, "h": h, "side": name, "seed": seed, "steps": steps, "penalty": penalty}
-            job["probed"] = side == "serial" and (seed == 0 or steps != long)
+            # the long runs of the first seed, and all short ones
+            probes = 0 if side != "serial" else SHORT_PROBES if steps != long else PROBES if seed == 0 else 0
+            job["probes"] = probes
             found.setdefault(run, job | {"options": [*SIDES[side], "--increment_penalty", str(penalty)]})
 
     for h, side in (("h=1/16", "aggregate 1/1"), ("h=1", "aggregate exact/1")):
@@ -93,7 +95,7 @@ def jobs(steps: int, only: Sequence[str]) -> list[dict[str, Any]]:
             add(h, name, 0)
         add(h, "serial", 1)
     for seed in SEEDS:
-        for h in ("h=1/16", "h=1"):
+        for h in ("h=1", "h=1/16"):
             for penalty in PENALTIES:
                 add(h, "serial", seed, max(1, steps // PENALISED_SHARE), penalty)
     add("h=1/4", "serial", 0)
@@ -114,8 +116,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
     began = time.perf_counter()
     probes = []
-    if job["probed"]:
-        probes.append(GradientTable(max(1, job["steps"] // PROBES), [setting(*values) for values in PROBED]))
+    if job["probes"]:
+        probes.append(GradientTable(max(1, job["steps"] // job["probes"]), [setting(*values) for values in PROBED]))
     with tempfile.TemporaryDirectory() as folder:
         argv = [*NETWORK, *SIZES[job["device"]], *job["options"], "--seed", str(job["seed"])]
         argv += ["--step_size", str(STEP_SIZES[job["h"]]), "--max_steps", str(job["steps"])]

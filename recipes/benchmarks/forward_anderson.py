@@ -117,7 +117,7 @@ def run(name: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(CASES), nargs="+", default=["control", "smollm2", "gemma3"])
+    parser.add_argument("--only", choices=list(CASES), nargs="+", default=["control", "smollm2"])
     parser.add_argument("--output", type=Path, default=RESULTS / "forward_anderson.json")
     options = parser.parse_args()
     torch.set_num_threads(1)

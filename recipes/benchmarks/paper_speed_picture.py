@@ -32,7 +32,7 @@ def _speedups(axes: Any, network: dict[str, Any], curves: dict[str, list[float]]
     axes.set_title(title, fontsize=10)
     axes.set(xlabel="layer-parallel ranks (lines: simulated)", ylabel="speed-up over one rank")
     axes.grid(color="0.92")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left")
 
 
 def _settings(axes: Any, name: str, network: dict[str, Any]) -> None:
