@@ -10,8 +10,8 @@ those of the loss alone.
 
 On a GPU the network is 512 wide with rows of 256 tokens, in bfloat16, and four runs share the device; on CPUs it is 64
 wide with rows of 64, a run being one process of one thread. Every run is one process: which settings train doesn't
-depend on the number of ranks. The share of serial time that steps would take on 8 H200 is the simulator's, from
-`h200_layer.json` (D=1024, one row, NVLink).
+depend on the number of ranks. The share of serial time that steps would take on 4 and 8 H200 is the simulator's, from
+`h200_layer.json` (D=1024, one row, NVLink), with the layers where they are fastest.
 
 Written to recipes/benchmarks/results/at_size.json and .png after every run; a command that is started again goes on
 with the runs that are missing there. `--fresh` forgets them.
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checko
 from hf_layerpar.config import LayerParallelConfig, describe
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.ladder import StackShape, cheapest_first, escalation
-from hf_layerpar.plan.ownership import contiguous_owner
+from hf_layerpar.plan.ownership import INTERLEAVED, V, contiguous_owner, interleaved_owner, two_blocks_owner
 from hf_layerpar.plan.planner import predict_step
 from hf_layerpar.plan.step import interval_points
 from recipes.benchmarks.at_size_picture import draw
@@ -53,6 +53,7 @@ SIZES = {
 }
 STEP_SIZES = {"h=1/16": 1 / 16, "h=1/4": 1 / 4, "h=1": 1.0}
 SHAPE = StackShape(36, (2, 2))
+LADDER_RANKS = 8
 SIDES: dict[str, tuple[str, ...]] = {
     "serial": EXACT,
     "aggregate 1/1": mgrit("aggregate"),
@@ -60,10 +61,10 @@ SIDES: dict[str, tuple[str, ...]] = {
     "aggregate 2/2": mgrit("aggregate", forward=2, backward=2),
     "adaptive": (
         *mgrit("aggregate"),
-        *words("--controller adaptive --check_every 150 --controller_ranks 8"),
+        *words(f"--controller adaptive --check_every 150 --controller_ranks {LADDER_RANKS}"),
     ),
 }
-DEVICES = 8
+DEVICES = (4, 8)
 COSTS = Path(__file__).with_name("h200_layer.json")
 PENALTIES = (0.0, 0.1, 1.0, 10.0)
 PENALISED_SHARE = 6
@@ -129,20 +130,26 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     return job | kept | {"gradients": probes[0].rows if probes else [], "seconds": time.perf_counter() - began}
 
 
-def predicted_shares(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """Simulated time of a step over serial's on `DEVICES` H200, by the names of all settings that trained."""
+def share(config: LayerParallelConfig, ranks: int, costs: Costs) -> float:
+    """Simulated time of a step over one device's, with the layers where they are fastest."""
+    points = interval_points(config, SHAPE.num_layers, SHAPE.buffers)
+    owners = [contiguous_owner(SHAPE.num_layers, ranks, boundaries=points)]
+    if config.strategy == "pipeline" and 2 * ranks <= SHAPE.num_layers:
+        owners += [two_blocks_owner(SHAPE.num_layers, ranks, how) for how in (INTERLEAVED, V)]
+    if config.coarse_operator == "aggregate" and config.strategy == "mgrit" and ranks <= config.factors[0]:
+        owners.append(interleaved_owner(SHAPE.num_layers, ranks, points))
+    steps = (predict_step(config, owner, costs, num_ranks=ranks, buffers=SHAPE.buffers) for owner in owners)
+    return min(step.makespan for step in steps) / costs.serial(SHAPE.num_layers)
+
+
+def predicted_shares(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Simulated times of a step over serial's on `DEVICES` H200, by the names of all settings that trained."""
     table = json.loads(COSTS.read_text(encoding="utf-8"))["tables"][0]
     costs = dataclasses.replace(Costs(**table["costs"]), **LINKS["NVLink"])
     start = LayerParallelConfig(strategy="mgrit", forward_iterations=0)
-    settings = [LayerParallelConfig(), *escalation(start, [SHAPE]), *cheapest_first(start, [SHAPE], DEVICES)]
+    settings = [LayerParallelConfig(), *escalation(start, [SHAPE]), *cheapest_first(start, [SHAPE], LADDER_RANKS)]
     settings += [LayerParallelConfig.from_dict(run["settings"]["layer_parallel"]) for run in runs]
-    found: dict[str, float] = {}
-    for config in settings:
-        points = interval_points(config, SHAPE.num_layers, SHAPE.buffers)
-        owner = contiguous_owner(SHAPE.num_layers, DEVICES, boundaries=points)
-        step = predict_step(config, owner, costs, num_ranks=DEVICES, buffers=SHAPE.buffers)
-        found[describe(config)] = step.makespan / step.serial
-    return found
+    return {describe(config): [share(config, ranks, costs) for ranks in DEVICES] for config in settings}
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -165,8 +172,10 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
             if of_side[0]["checks"]:
                 shares = [shares_of_steps(run) for run in of_side]
                 sides[side]["shares_of_steps"] = shares
-                means = [sum(share * predicted[name] for name, share in of_run.items()) for of_run in shares]
-                sides[side]["predicted_share"] = sum(means) / len(means)
+                sides[side]["predicted_share"] = [
+                    sum(part * predicted[name][i] for of_run in shares for name, part in of_run.items()) / len(shares)
+                    for i in range(len(DEVICES))
+                ]
             else:
                 config = LayerParallelConfig.from_dict(of_side[0]["settings"]["layer_parallel"])
                 sides[side]["predicted_share"] = predicted[describe(config)]

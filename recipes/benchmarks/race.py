@@ -36,13 +36,14 @@ import transformers as hf
 from hf_layerpar import LayerParallelConfig, LayerParallelTrainer
 from hf_layerpar.config import describe
 from hf_layerpar.plan.costs import Costs
-from hf_layerpar.plan.ladder import StackShape, cheapest_first, exact_settings
+from hf_layerpar.plan.ladder import cheapest_first, exact_settings
 from hf_layerpar.report.drawing import matplotlib_classes
 from recipes import pretrain_gpt2
+from recipes.benchmarks.at_size import SHAPE, share
 from recipes.benchmarks.controller import shares_of_steps
 from recipes.benchmarks.launch import RESULTS, found_by_rank
 from recipes.benchmarks.layer_costs import LINKS
-from recipes.benchmarks.settings_map import BUFFERS, LAYERS, MICRO_BATCHES, share
+from recipes.benchmarks.settings_map import MICRO_BATCHES
 from recipes.benchmarks.systems import mgrit, words
 from recipes.language import load_blocks
 from recipes.results import print_table, versions, write_json
@@ -151,15 +152,19 @@ def seconds_to(target: float, curve: list[tuple[int, float, float]]) -> float | 
 def simulated_step(side: str, config: LayerParallelConfig | None, table: dict[str, Any]) -> float:
     """Seconds of a step on `DEVICES` H200 (stock: on one). DDP cuts the rows of the batch over them, where it has as
     many, and its all-reduce of the gradients, 12 D^2 a layer in bfloat16, isn't hidden. A pipeline has the fastest
-    number of micro-batches and placement of layers."""
+    schedule, number of micro-batches and placement of layers there."""
     costs = dataclasses.replace(Costs(**table["costs"]), **LINKS["NVLink"])
     if config is None:
         splits = side == DDP and table["batch"] >= DEVICES
-        moved = 2 * (DEVICES - 1) / DEVICES * LAYERS * 12 * table["dim"] ** 2 * 2
-        return costs.cut(DEVICES if splits else 1).serial(LAYERS) + (moved / costs.bandwidth if splits else 0.0)
+        moved = 2 * (DEVICES - 1) / DEVICES * SHAPE.num_layers * 12 * table["dim"] ** 2 * 2
+        return costs.cut(DEVICES if splits else 1).serial(SHAPE.num_layers) + (
+            moved / costs.bandwidth if splits else 0.0
+        )
+    if config.strategy == "pipeline":
+        config = dataclasses.replace(config, schedule="list")
     counts = [m for m in MICRO_BATCHES if m <= table["batch"]] if config.strategy == "pipeline" else [1]
     shares = (share(dataclasses.replace(config, micro_batches=count), DEVICES, costs) for count in counts)
-    return min(shares) * costs.serial(LAYERS)
+    return min(shares) * costs.serial(SHAPE.num_layers)
 
 
 def simulated_curve(run: dict[str, Any], table: dict[str, Any]) -> list[tuple[int, float, float]]:
@@ -170,7 +175,7 @@ def simulated_curve(run: dict[str, Any], table: dict[str, Any]) -> list[tuple[in
         seconds = simulated_step(run["side"], config, table)
         return [(step, loss, step * seconds) for step, loss, _ in run["curve"]]
     start = LayerParallelConfig.from_dict(values)
-    ladder = [start, *cheapest_first(start, [StackShape(LAYERS, BUFFERS, STEP_SIZE)], PROCESSES[ADAPTIVE])]
+    ladder = [start, *cheapest_first(start, [dataclasses.replace(SHAPE, step_size=STEP_SIZE)], PROCESSES[ADAPTIVE])]
     times = {describe(config): simulated_step(run["side"], config, table) for config in ladder}
     exact = simulated_step(run["side"], exact_settings(start), table)
     named = {entry["step"]: entry["lp_check_name"] for entry in run["checks"]}
@@ -278,9 +283,10 @@ def main() -> None:
             continue
         kept["runs"].append(run(job))
         print(job["run"], f"{kept['runs'][-1]['curve'][-1][2]:.0f} s", flush=True)
-        kept |= summarise(kept["runs"]) | {"tolerance": TOLERANCE, "cores": os.cpu_count(), "versions": versions()}
         write_json(options.output, kept)
-        draw(kept["runs"], options.output.with_suffix(".png"))
+    kept |= summarise(kept["runs"]) | {"tolerance": TOLERANCE, "cores": os.cpu_count(), "versions": versions()}
+    write_json(options.output, kept)
+    draw(kept["runs"], options.output.with_suffix(".png"))
     rows = [
         (
             f"{race}: {side}",

@@ -23,11 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checko
 
 from hf_layerpar.config import LayerParallelConfig, describe
 from hf_layerpar.plan.costs import Costs
-from hf_layerpar.plan.ownership import INTERLEAVED, V, contiguous_owner, interleaved_owner, two_blocks_owner
-from hf_layerpar.plan.planner import predict_step
-from hf_layerpar.plan.step import interval_points
 from hf_layerpar.report.drawing import matplotlib_classes
-from recipes.benchmarks.at_size import COSTS, PROBED, SHAPE
+from recipes.benchmarks.at_size import COSTS, PROBED, share
 from recipes.benchmarks.launch import RESULTS
 from recipes.benchmarks.layer_costs import LINKS
 from recipes.benchmarks.probing import setting
@@ -36,7 +33,6 @@ from recipes.results import print_table, versions, write_json
 GOOD = 0.99
 RANKS = (2, 4, 8, 16)
 MICRO_BATCHES = (1, 2, 4, 8)
-LAYERS, BUFFERS = SHAPE.num_layers, SHAPE.buffers
 CONFIGS = {describe(config): config for config in (LayerParallelConfig(**setting(*values)) for values in PROBED)}
 
 
@@ -50,18 +46,6 @@ def least_cosines(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             of_size = found.setdefault(run["h"], {})
             of_size[row["settings"]] = min(row["cosine"], of_size.get(row["settings"], 1.0))
     return found
-
-
-def share(config: LayerParallelConfig, ranks: int, costs: Costs) -> float:
-    """Simulated time of a step over one device's, with the layers where they are fastest."""
-    points = interval_points(config, LAYERS, BUFFERS)
-    owners = [contiguous_owner(LAYERS, ranks, boundaries=points)]
-    if config.strategy == "pipeline" and 2 * ranks <= LAYERS:
-        owners += [two_blocks_owner(LAYERS, ranks, how) for how in (INTERLEAVED, V)]
-    if config.coarse_operator == "aggregate" and config.strategy == "mgrit" and ranks <= config.factors[0]:
-        owners.append(interleaved_owner(LAYERS, ranks, points))
-    steps = (predict_step(config, owner, costs, num_ranks=ranks, buffers=BUFFERS) for owner in owners)
-    return min(step.makespan for step in steps) / costs.serial(LAYERS)
 
 
 def best_shares(costs: Costs) -> dict[tuple[str, int, int], float]:

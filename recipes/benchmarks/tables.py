@@ -257,9 +257,9 @@ def at_size() -> str:
                 above = "final loss " + ", ".join(f"{loss:.3f}" for loss in row["final_losses"].values())
             exact = [shares.get("pipeline", 0.0) for shares in row.get("shares_of_steps", [])]
             parallel = f"{1 - max(exact):.0%}" if exact else ""
-            rows.append([h, side, above, parallel, f"{row['predicted_share']:.2f}"])
+            rows.append([h, side, above, parallel, " / ".join(f"{s:.2f}" for s in row["predicted_share"])])
     head = ["", "gradient", "validation loss minus serial's, by seed", "least share of steps layer-parallel"]
-    return markdown([*head, "predicted step over one GPU's, 8 GPUs"], rows)
+    return markdown([*head, "predicted step over one GPU's, 4 / 8 GPUs"], rows)
 
 
 def at_size_cosines() -> str:
