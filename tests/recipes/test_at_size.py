@@ -55,7 +55,7 @@ def test_the_most_telling_runs_come_first_and_none_twice() -> None:
     assert names[:2] == ["h=1/16 serial, seed 0, 3000 steps", "h=1/16 aggregate 1/1, seed 0, 3000 steps"]
     long = {(job["h"], job["side"], job["seed"]) for job in wanted if job["steps"] == 3000}
     assert long == {(h, side, seed) for h in at_size.STEP_SIZES for side in at_size.SIDES for seed in at_size.SEEDS}
-    short = [job for job in wanted if job["steps"] == 500]
+    short = [job for job in wanted if job["steps"] == 375]
     assert {job["penalty"] for job in short} == set(at_size.PENALTIES)
     assert all(job["probes"] for job in short)
     assert [job["run"] for job in at_size.jobs(3000, ["h=1/4 serial"])] == [n for n in names if "h=1/4 serial" in n]
