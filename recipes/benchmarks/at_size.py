@@ -157,6 +157,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     times."""
     predicted = predicted_shares(runs)
     long = max(run["steps"] for run in runs)
+    runs = sorted(runs, key=lambda run: (list(SIDES).index(run["side"].split(",")[0]), run["seed"]))
     table: dict[str, Any] = {}
     for h in STEP_SIZES:
         here = [run for run in runs if run["h"] == h and run["steps"] == long]
