@@ -90,8 +90,9 @@ def draw(content: dict[str, Any], path: Path) -> None:
             _panel(axes, [cell for cell in content["cells"] if (cell["dim"], cell["h"]) == (dim, h)])
             axes.set_title(f"{h}, D={dim}", fontsize=10)
     figure.suptitle(
-        f"Best exact schedule's time over that of the fastest MGRIT setting with cosine at least {GOOD} "
-        "(green: MGRIT wins; times simulated)",
+        "Best exact schedule's time over that of the fastest MGRIT setting\n"
+        f"whose gradient has a cosine of at least {GOOD} "
+        "(green: MGRIT wins; times are simulated)",
         fontsize=10,
     )
     figure.savefig(path, dpi=100)
