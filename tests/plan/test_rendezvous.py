@@ -2,12 +2,13 @@
 
 import dataclasses
 import random
+from collections.abc import Iterator
 
 import pytest
 
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.plan.costs import Costs
-from hf_layerpar.plan.order import Rule, in_order
+from hf_layerpar.plan.order import Rule, Work
 from hf_layerpar.plan.ownership import contiguous_owner, interleaved_owner, two_blocks_owner
 from hf_layerpar.plan.part import Post, RankPart, check_rendezvous
 from hf_layerpar.plan.schedules import SCHEDULES
@@ -48,12 +49,14 @@ def random_plan(draw: random.Random) -> Plan:
     return build_step(config, Anatomy(tuple(passes), ranks, needs, pieces), num_ranks, micro_batches)
 
 
-def reordered(plan: Plan, draw: random.Random) -> Plan:
-    """The same tasks in another order, as other prices and another rule would have it."""
+def reordered(plan: Plan, draw: random.Random, orders: int) -> Iterator[Plan]:
+    """The same tasks in other orders, as other prices and other rules would have them."""
     prices = {f.name: draw.choice([0.0, 1.0, draw.random()]) for f in dataclasses.fields(Costs)}
     costs = Costs(**{**prices, "bandwidth": draw.choice([0.1, 1.0, float("inf")])})
-    keys = {id(task): draw.random() for task in plan.tasks}
-    return by_ending(in_order(plan, Rule(lambda task, tail: (keys[id(task)],)), costs), costs)
+    work = Work(plan, costs)
+    for _ in range(orders):
+        keys = {id(task): draw.random() for task in plan.tasks}
+        yield by_ending(work.ordered(Rule(lambda task, tail, keys=keys: (keys[id(task)],))), costs)
 
 
 def test_ten_thousand_random_plans():
@@ -61,7 +64,7 @@ def test_ten_thousand_random_plans():
     checked = reduced = 0
     while checked < 10_000:
         plan = random_plan(draw)
-        for order in [plan, *(reordered(plan, draw) for _ in range(24))]:
+        for order in [plan, *reordered(plan, draw, 24)]:
             check_rendezvous(order, blocking=draw.random() < 0.5)
             checked += 1
             reduced += bool(plan.reductions)
