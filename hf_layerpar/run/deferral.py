@@ -98,8 +98,8 @@ class _Forward:
             return type(module).forward(module, x)
         trainable = module.weight.requires_grad or (module.bias is not None and module.bias.requires_grad)
         record = _recording.get()
-        # an input without gradient (relative positions, a frozen encoder's states) has no backward that would note the
-        # weights; for one that isn't contiguous autograd sums in another order: then it does it all itself
+        # an input without gradient (relative positions) has no backward that would note the weights; for one that isn't
+        # contiguous autograd sums in another order: then it does it all itself
         fits = trainable and torch.is_grad_enabled() and x.requires_grad and x.is_contiguous()
         # checkpointing runs a layer's parts again in the backward, where nothing is recorded, and compares
         if record is None or not fits or saved_elsewhere():

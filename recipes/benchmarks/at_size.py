@@ -149,7 +149,8 @@ def predicted_shares(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
     start = LayerParallelConfig(strategy="mgrit", forward_iterations=0)
     settings = [LayerParallelConfig(), *escalation(start, [SHAPE]), *cheapest_first(start, [SHAPE], LADDER_RANKS)]
     settings += [LayerParallelConfig.from_dict(run["settings"]["layer_parallel"]) for run in runs]
-    return {describe(config): [share(config, ranks, costs) for ranks in DEVICES] for config in settings}
+    named = {describe(config): config for config in settings}  # most runs have the same
+    return {name: [share(config, ranks, costs) for ranks in DEVICES] for name, config in named.items()}
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:

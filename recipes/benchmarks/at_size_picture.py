@@ -14,8 +14,8 @@ def draw(result: dict[str, Any], path: Path) -> None:
     labels = list(result["summary"])
     figure = figure_class(figsize=(5 * len(labels), 7), layout="constrained")
     grid = figure.subplots(2, len(labels), squeeze=False)
+    long = max(run["steps"] for run in result["runs"])
     for column, label in enumerate(labels):
-        long = max(run["steps"] for run in result["runs"])
         runs = [run for run in result["runs"] if run["h"] == label and run["steps"] == long]
         _losses(grid[0][column], runs, label)
         _cosines(grid[1][column], runs)

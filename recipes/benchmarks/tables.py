@@ -146,9 +146,7 @@ def controller() -> str:
     rows = []
     for label, found in result["summary"].items():
         for side, row in found["sides"].items():
-            above = ", ".join(f"{loss:+.3f}" for loss in row["minus_serial"].values())
-            if side == "serial":
-                above = "final loss " + ", ".join(f"{loss:.3f}" for loss in row["final_losses"].values())
+            above = _against_serial(side, row)
             runs = row.get("runs")
             share = row.get("predicted_share") or [
                 sum(run["predicted_share"][i] for run in runs) / len(runs) for i in range(len(result["ranks"]))
@@ -165,6 +163,13 @@ def controller() -> str:
     ranks = " / ".join(map(str, result["ranks"]))
     head = ["", "gradient", "validation loss minus serial, by seed", "least share of steps layer-parallel"]
     return markdown([*head, f"predicted step over one rank's, {ranks} ranks"], rows)
+
+
+def _against_serial(side: str, row: dict[str, Any]) -> str:
+    """A figure for each seed: serial's last losses, or what another side's are above them."""
+    if side == "serial":
+        return "final loss " + ", ".join(f"{loss:.3f}" for loss in row["final_losses"].values())
+    return ", ".join(f"{loss:+.3f}" for loss in row["minus_serial"].values())
 
 
 def cosines() -> str:
@@ -252,9 +257,7 @@ def at_size() -> str:
     rows = []
     for h, found in result["summary"].items():
         for side, row in found["sides"].items():
-            above = ", ".join(f"{loss:+.3f}" for loss in row["minus_serial"].values())
-            if side == "serial":
-                above = "final loss " + ", ".join(f"{loss:.3f}" for loss in row["final_losses"].values())
+            above = _against_serial(side, row)
             exact = [shares.get("pipeline", 0.0) for shares in row.get("shares_of_steps", [])]
             parallel = f"{1 - max(exact):.0%}" if exact else ""
             rows.append([h, side, above, parallel, " / ".join(f"{s:.2f}" for s in row["predicted_share"])])
