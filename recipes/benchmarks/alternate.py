@@ -106,8 +106,10 @@ def accuracy(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str
     """Over all parameters of all ranks. Collective; raises RuntimeError unless each parameter is there exactly once."""
     sums = torch.zeros(5, dtype=torch.float64)
     for name, gradient in gradients.items():
-        a, b = gradient.detach().cpu().double().flatten(), exact[name].cpu().double().flatten()
-        sums += torch.stack([a @ b, a @ a, b @ b, (a - b) @ (a - b), torch.tensor(float(len(a)), dtype=torch.float64)])
+        b = exact[name].double().flatten()
+        a = gradient.detach().to(b).flatten()
+        found = torch.stack([a @ b, a @ a, b @ b, (a - b) @ (a - b)]).cpu()
+        sums += torch.cat([found, torch.tensor([float(len(a))], dtype=torch.float64)])
     if dist.is_initialized():
         dist.all_reduce(sums)
     dot, square, exact_square, error_square, count = sums.tolist()

@@ -1,23 +1,27 @@
-"""Time of one forward and backward on one device: serial torch, plain, compiled and as a CUDA graph, and ours, layers
-one at a time and stacked, each beside its gradient.
+"""Time of one forward and backward on one device: torch alone, eagerly and as a CUDA graph, and ours, layers one at a
+time and stacked, each beside its gradient.
 
-    python recipes/benchmarks/one_device.py [--layers 64 128] [--rounds 20] [--device cuda] [--only TEXT ...]
+    python recipes/benchmarks/one_device.py [--rounds 10] [--device cuda] [--only TEXT ...]
 
-Meant for a GPU that waits for launches: the stack of `stack.py` is small. Without one it runs on the CPU, where
-stacking has nothing to gain, with fewer layers, and the result says so. All sides are alive at once and make their
-steps in alternation; ratios are to the median of plain serial torch. A side that can't run has its error in the place
-of its time. Written to recipes/benchmarks/results/one_device.json.
+Two kinds of tables: bare stacks (`stack.py`), where a CUDA graph of a whole step is what the fastest can be; and whole
+GPT-2 models of random weights, through `parallelize` as anybody would, against the stock model. Meant for a GPU that
+waits for launches. Without one it runs on the CPU, where stacking has nothing to gain, with small sizes, and the result
+says so. All sides of a table are alive at once and make their steps in alternation; ratios are to the median of the
+first. A side that can't run has its error in the place of its time. Written to
+recipes/benchmarks/results/one_device.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import gc
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,14 +30,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checko
 
 import torch
 from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
+from hf_layerpar import convert_to_ode, parallelize
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, build_step
 from hf_layerpar.plan.tasks import Plan
 from hf_layerpar.run.layers import Common, Layers
 from hf_layerpar.run.stackable import OneDevice
-from hf_layerpar.run.transport import LocalTransport
+from hf_layerpar.run.transport import LocalTransport, fact
 from recipes.benchmarks.alternate import measure
 from recipes.benchmarks.bare import BareStack
 from recipes.benchmarks.launch import RESULTS
@@ -48,76 +54,104 @@ from recipes.benchmarks.sides import (
     inner_product_with,
     our_side,
     serial_side,
-    with_compiled_layers,
 )
 from recipes.benchmarks.speed import machine, print_sides
-from recipes.benchmarks.stack import SIZES, make_stack, make_state
+from recipes.benchmarks.stack import SHAPE, Shape, make_stack, make_state
 from recipes.results import versions, write_json
 
-DEFAULTS = {"cuda": {"layers": [64, 128], "rounds": 20}, "cpu": {"layers": [8, 16], "rounds": 3}}
-COARSENING = 8
-ITERATIONS = ((1, 1), (2, 1))
+
+@dataclass(frozen=True)
+class BareTable:
+    layers: int
+    shape: Shape
+    dtype: torch.dtype
+    coarsening: int
+
+    @property
+    def name(self) -> str:
+        sizes = f"D={self.shape.dim} B={self.shape.batch} T={self.shape.tokens}"
+        return f"{self.layers} layers, {sizes}, {str(self.dtype).removeprefix('torch.')}"
+
+
+@dataclass(frozen=True)
+class ModelTable:
+    """A GPT-2 with sdpa attention and without dropout; in bfloat16 on a GPU."""
+
+    dim: int
+    heads: int
+    layers: int
+    batch: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        return f"GPT-2 of {self.layers} layers, D={self.dim} B={self.batch} T={self.tokens}"
+
+
+BARE = {
+    "cuda": [
+        BareTable(64, SHAPE, torch.float32, 8),
+        BareTable(48, Shape(768, 12, 3072, 1, 128), torch.bfloat16, 6),
+    ],
+    "cpu": [BareTable(6, SHAPE, torch.float32, 3)],
+}
+MODELS = {
+    "cuda": [
+        ModelTable(256, 4, 64, 4, 128),
+        ModelTable(768, 12, 48, 1, 256),
+        ModelTable(768, 12, 48, 8, 512),
+        ModelTable(1024, 16, 48, 4, 1024),
+    ],
+    "cpu": [ModelTable(32, 2, 6, 2, 16)],
+}
+ROUNDS = {"cuda": 10, "cpu": 3}
+MODEL_COARSENING = 8
+VOCABULARY = 2000
 
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU: {machine()['processor']}"
 
 
-def device_sides(num_layers: int, device: torch.device) -> tuple[list[Entry], dict[str, Tensor]]:
+# ---- bare stacks
+def bare_sides(table: BareTable, device: torch.device) -> tuple[list[Entry], dict[str, Tensor]]:
     """All sides on one device, serial first, and the exact gradients by parameter name."""
     place = Place.here()
-    stack, upstream = make_stack(num_layers).to(device), make_state(seed=2).to(device)
+    stack = make_stack(table.layers, table.shape).to(device, table.dtype)
+    upstream = make_state(2, table.shape.state).to(device, table.dtype)
     reference = serial_side(place, stack, upstream, threads=1)
     reference.step()
     exact = reference.gradients()
     reference.clear()
 
-    def serial(stack: nn.Sequential) -> Side:
+    def serial() -> Side:
         return serial_side(place, stack, upstream, threads=1)
 
     def ours(config: LayerParallelConfig) -> Side:
         own = copy.deepcopy(stack).eval()
-        return (
-            stacked_side(own, upstream, config)
-            if config.stacked
-            else our_side(place, own, upstream, Setting("", config))
-        )
+        if config.stacked:
+            return stacked_side(own, upstream, config)
+        return our_side(place, own, upstream, Setting("", config))
 
-    settings: dict[str, Any] = {"method": "serial"}
-    entries = [
-        Entry("serial", settings, partial(serial, stack)),
-        Entry("serial, compiled layers", settings | {"compiled": True}, lambda: serial(with_compiled_layers(stack))),
-    ]
-    configs: list[tuple[str, LayerParallelConfig]] = []
+    configs = {"ours exact": LayerParallelConfig()}
     for operator in OPERATORS:
-        for forward, backward in ITERATIONS:
-            config = LayerParallelConfig(
-                strategy="mgrit",
-                coarsening=min(COARSENING, num_layers // 2),
-                coarse_operator=operator,
-                forward_iterations=forward,
-                backward_iterations=backward,
-            )
-            name = f"mgrit {operator} {forward}/{backward}"
-            stacked = LayerParallelConfig(**config.to_dict() | {"stacked": True})
-            configs += [(f"{name}, one at a time", config), (f"{name}, stacked", stacked)]
-    configs.insert(0, ("ours exact", LayerParallelConfig()))
-    for name, config in configs:
-        entries.append(Entry(name, config.to_dict() | {"method": "ours"}, partial(ours, config)))
+        config = LayerParallelConfig(strategy="mgrit", coarsening=table.coarsening, coarse_operator=operator)
+        configs[f"mgrit {operator} 1/1, one at a time"] = config
+        configs[f"mgrit {operator} 1/1, stacked"] = dataclasses.replace(config, stacked=True)
+    entries = [Entry("serial", {"method": "serial"}, serial)]
+    entries += [Entry(name, c.to_dict() | {"method": "ours"}, partial(ours, c)) for name, c in configs.items()]
     if device.type == "cuda":
-        captured = {"cuda_graph": True}
-        graphs = [("serial, CUDA graph", settings | captured, partial(serial, stack))]
-        for name, config in configs:
-            if config.stacked and config.forward_iterations == 1:
-                values = config.to_dict() | {"method": "ours"} | captured
-                graphs.append((f"{name}, CUDA graph", values, partial(ours, config)))
-        entries += [Entry(name, values, partial(as_graph, make)) for name, values, make in graphs]
+        captured = [e for e in entries if e.name in ("serial", "ours exact") or e.name.endswith("stacked")]
+        entries += [
+            Entry(f"{e.name}, CUDA graph", e.settings | {"cuda_graph": True}, partial(as_graph, e.make))
+            for e in captured
+        ]
     return entries, exact
 
 
 def stacked_side(stack: nn.Sequential, upstream: Tensor, config: LayerParallelConfig) -> Side:
     """As a step of a whole model goes on one device: whether layers can be stacked is looked at in each."""
-    x = make_state(seed=1).to(upstream.device).requires_grad_()
+    x = make_state(1, upstream.shape).to(upstream).requires_grad_()
     bare = BareStack([Call(layer) for layer in stack], x, inner_product_with(upstream))
     anatomy, device = Anatomy.of_stack((0,) * len(stack)), OneDevice()
     part: RankPart | None = None
@@ -162,16 +196,66 @@ def as_graph(make: Callable[[], Side]) -> Side:
     return Side(step, side.trained, side.answers)
 
 
+# ---- whole models
+def model_sides(table: ModelTable, device: torch.device) -> tuple[list[Entry], dict[str, Tensor]]:
+    """The stock model first, and its gradients by parameter name."""
+    config = GPT2Config(
+        n_embd=table.dim,
+        n_head=table.heads,
+        n_layer=table.layers,
+        n_positions=table.tokens,
+        vocab_size=VOCABULARY,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    stock = GPT2LMHeadModel(config).to(device, dtype)
+    stock.loss_type = "ForCausalLM"
+    ids = torch.randint(VOCABULARY, (table.batch, table.tokens)).to(device)
+
+    def side(model: nn.Module) -> Side:
+        def step() -> None:
+            model(input_ids=ids, labels=ids).loss.backward()
+
+        return Side(step, list(model.parameters()), dict(model.named_parameters()))
+
+    def ours(config: LayerParallelConfig | None) -> Side:
+        model = convert_to_ode(copy.deepcopy(stock))
+        if config is not None:
+            parallelize(model, config)
+        return side(model)
+
+    reference = side(stock)
+    reference.step()
+    exact = reference.gradients()
+    reference.clear()
+    configs = {"ours exact": LayerParallelConfig()}
+    for operator in ("identity", "aggregate"):
+        configs[f"mgrit {operator} 1/1, stacked"] = LayerParallelConfig(
+            strategy="mgrit",
+            coarsening=min(MODEL_COARSENING, table.layers // 2),
+            coarse_operator=operator,
+            stacked=True,
+        )
+    entries = [Entry("stock", {"method": "stock"}, lambda: reference)]
+    entries.append(Entry("converted", {"method": "converted"}, partial(ours, None)))
+    entries += [Entry(name, c.to_dict() | {"method": "ours"}, partial(ours, c)) for name, c in configs.items()]
+    return entries, exact
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=tuple(DEFAULTS))
-    parser.add_argument("--layers", type=int, nargs="+", help="default: 64 and 128 on a GPU, 8 and 16 on the CPU")
-    parser.add_argument("--rounds", type=int, help="timed steps of each side (default: 20 on a GPU, 3 on the CPU)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=tuple(ROUNDS))
+    parser.add_argument("--rounds", type=int, help="timed steps of each side (default: 10 on a GPU, 3 on the CPU)")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="sides whose name contains one of these")
     parser.add_argument("--output", type=Path, default=RESULTS / "one_device.json")
     options = parser.parse_args()
     device = torch.device(options.device)
-    rounds = options.rounds or DEFAULTS[device.type]["rounds"]
+    rounds = options.rounds or ROUNDS[device.type]
     init_ranks()
     # what runs one layer at a time after all may not stand in the table as stacked: its error does
     warnings.filterwarnings("error", message="stacked=True, but")
@@ -180,20 +264,21 @@ def main() -> None:
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "device": device_name(device),
         "machine": machine(),
-        "sizes": SIZES | {"coarsening": COARSENING},
         "tables": [],
     }
     began = time.perf_counter()
-    for num_layers in options.layers or DEFAULTS[device.type]["layers"]:
-        entries, exact = device_sides(num_layers, device)
+    tables: list[tuple[Any, Any]] = [(table, bare_sides) for table in BARE[device.type]]
+    tables += [(table, model_sides) for table in MODELS[device.type]]
+    for table, make in tables:
+        entries, exact = make(table, device)
         kept = [e for e in entries[1:] if not options.only or any(text in e.name for text in options.only)]
         sides = measure([entries[0], *kept], exact, rounds)
-        result["tables"].append({"layers": num_layers, "rounds": rounds, "sides": sides})
-        print_sides(f"{num_layers} layers on {result['device']}, {rounds} rounds", sides)
+        result["tables"].append({"name": table.name, "sizes": fact(vars(table)), "rounds": rounds, "sides": sides})
+        print_sides(f"{table.name} on {result['device']}, {rounds} rounds", sides)
+        result |= {"seconds": time.perf_counter() - began, "versions": versions()}
+        write_json(options.output, result)
         del entries, exact, kept
         gc.collect()
-    result |= {"seconds": time.perf_counter() - began, "versions": versions()}
-    write_json(options.output, result)
 
 
 if __name__ == "__main__":

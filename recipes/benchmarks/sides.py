@@ -241,7 +241,7 @@ def stack_sides(num_layers: int, cost_seconds: float = 4.0) -> Table:
 
 def _leaf(upstream: Tensor, rows: slice = slice(None)) -> Tensor:
     """The stack's input, beside `upstream`. It requires grad in every side, as it does with an embedding below it."""
-    return make_state(seed=1)[rows].to(upstream.device, copy=True).requires_grad_()
+    return make_state(1, upstream.shape)[rows].to(upstream, copy=True).requires_grad_()
 
 
 def with_compiled_layers(stack: nn.Sequential) -> nn.Sequential:
