@@ -102,7 +102,7 @@ class Calls:
             parts = self._parts(config, batch, rows, rehearsed)
             if parts is not None:
                 return self._in_parts(config, batch, rows, parts, rehearsed, forward, seed)
-        config = dataclasses.replace(config, micro_batches=1, ends="first_last", stacked=False)
+        config = dataclasses.replace(config, micro_batches=1, ends="first_last", stacked=False, cuda_graphs=False)
         return _Call(stepper, config, rehearsed, seed, rows, grad).run(forward, args, kwargs)
 
     def _rehearse(self, forward: ModelForward, batch: Any, rows: int) -> Rehearsed:

@@ -286,6 +286,9 @@ class SolverSettings:
     stacked: Flag = setting(
         False, "MGRIT on one device: evaluate layers that don't depend on each other as one, with stacked weights."
     )
+    cuda_graphs: Flag = setting(
+        False, "One GPU: capture what the layers do in a step as CUDA graphs, and replay these in later steps."
+    )
 
 
 @dataclass(kw_only=True, unsafe_hash=True)

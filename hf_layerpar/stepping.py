@@ -40,6 +40,7 @@ from hf_layerpar.plan.costs import COMPILED, Costs
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, Pass, build_step
 from hf_layerpar.plan.tasks import Plan
+from hf_layerpar.run.captured import Captured
 from hf_layerpar.run.data_shards import DataShards
 from hf_layerpar.run.increments import Increments
 from hf_layerpar.run.layers import Common, Entry, Layers, kept_streams
@@ -86,6 +87,7 @@ class Stepper:
         self.shards: DataShards | None = None
         self.finished: Finished | None = None
         self._one_device = OneDevice()
+        self._captured: Captured | None = None
         self._batches = 0
 
     @property
@@ -144,18 +146,24 @@ class Stepper:
             phases = self._phases(play, ready, trains=True)
             common = self.common(seed)
             plan, make_layers = self._plan(config, ready, phases, common)
-            step = Step(
-                self._part(plan),
-                phases,
-                self.transport,
-                common,
-                device=self.device,
-                scale=scale,
-                penalty=self.penalty(config, ready.rehearsed, ready.rows, penalty_scale),
-                make_layers=make_layers,
-                finished=self.finished,
-            )
-            outcome = step.run()
+            part = self._part(plan)
+
+            def make(kind: type[Step] = Step, **instead: Any) -> Step:
+                usual: dict[str, Any] = {
+                    "common": common,
+                    "device": self.device,
+                    "scale": scale,
+                    "penalty": self.penalty(config, ready.rehearsed, ready.rows, penalty_scale),
+                    "make_layers": make_layers,
+                    "finished": self.finished,
+                }
+                return kind(part, phases, self.transport, **usual | instead)
+
+            if config.cuda_graphs:
+                facts = (config.increment_penalty, penalty_scale)
+                outcome = self._graphs().run(make, part, self._entries(ready, phases), common, facts)
+            else:
+                outcome = make().run()
         self.last = (outcome, plan, ready.rehearsed.stacks)
         return self._finish(ready, outcome, phases.metrics)
 
@@ -165,6 +173,11 @@ class Stepper:
                 "stacked=True evaluates layers together, and these are compiled one by one; use stacked=False, or "
                 "compile nothing (torch_compile=False)"
             )
+        if config.cuda_graphs:
+            self._graphs()
+            if self.compiled or self.shards is not None:
+                what = "layers that are compiled" if self.compiled else "fsdp, whose parameters are made anew each step"
+                raise ConfigurationError(f"cuda_graphs=True with {what}: use one of them")
         main = getattr(self.model, "main_input_name", None)
         rows = batch_rows(batch, main)
         if rows < 1:
@@ -195,6 +208,11 @@ class Stepper:
         elif is_cut and any(term.count is not None for term in terms or ()):
             terms = recount(closure, batch, self.stacks, self.ends, terms or ())
         return Prepared(rehearsed, self.anatomy(rehearsed, tail_pieces), parts, counts, terms if is_cut else None)
+
+    def _graphs(self) -> Captured:
+        if self._captured is None or self._captured.device != self.device:
+            self._captured = Captured(self.device)
+        return self._captured
 
     def _refuse(self, rehearsed: Rehearsed) -> None:
         if rehearsed.foreign and self.transport.size > 1:
@@ -250,12 +268,19 @@ class Stepper:
             build_step, anatomy=ready.anatomy, num_ranks=1, micro_batches=len(ready.parts), costs=self.costs
         )
         if config.stacked:
-            entries = [phases.enter(k, 0, [None] * k, real=False) for k in range(len(ready.anatomy.passes))]
-            found = self._one_device.plan(config, build, [Layers(e, common, k, 0) for k, e in enumerate(entries)])
+            entries = self._entries(ready, phases, micro_batches=1)
+            found = self._one_device.plan(config, build, [Layers(e, common, k, m) for (k, m), e in entries.items()])
             if found is not None:
                 return found
             config = dataclasses.replace(config, stacked=False)
         return build(config, num_ranks=self.transport.size), Layers
+
+    def _entries(
+        self, ready: Prepared, phases: ModelPhases, micro_batches: int | None = None
+    ) -> dict[tuple[int, int], Entry]:
+        """By pass and micro-batch, for what the layers are called with."""
+        passes, count = len(ready.anatomy.passes), micro_batches or len(ready.parts)
+        return {(k, m): phases.enter(k, m, [None] * k, real=False) for m in range(count) for k in range(passes)}
 
     def _part(self, plan: Plan) -> RankPart:
         key = id(plan)

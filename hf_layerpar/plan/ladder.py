@@ -35,6 +35,7 @@ def exact_settings(config: LayerParallelConfig) -> LayerParallelConfig:
         schedule=config.schedule,
         ends=config.ends,
         increment_penalty=config.increment_penalty,
+        cuda_graphs=config.cuda_graphs,
     )
 
 

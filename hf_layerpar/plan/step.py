@@ -62,7 +62,7 @@ class Anatomy:
 
 
 def check_config(config: LayerParallelConfig, num_ranks: int) -> None:
-    """Raises ConfigurationError for names that aren't registered, and for stacked layers on several lp ranks."""
+    """Raises ConfigurationError for unregistered names, and for stacked or captured layers on several lp ranks."""
     if not isinstance(config, LayerParallelConfig):
         raise ConfigurationError(f"config={shown(config)} must be a LayerParallelConfig")
     if config.coarse_operator not in OPERATORS:
@@ -74,6 +74,11 @@ def check_config(config: LayerParallelConfig, num_ranks: int) -> None:
         raise ConfigurationError(
             f"schedule={config.schedule!r} is unknown; use one of {', '.join(SCHEDULES)}, or add it to "
             "hf_layerpar.plan.schedules.SCHEDULES"
+        )
+    if config.cuda_graphs and num_ranks > 1:
+        raise ConfigurationError(
+            f"cuda_graphs=True with lp_size={num_ranks}: messages between ranks are not captured; use "
+            "cuda_graphs=False or lp_size=1"
         )
     if config.stacked and num_ranks > 1:
         raise ConfigurationError(

@@ -119,30 +119,35 @@ class Step:
         """Works the tasks of `part`. keep: values to leave in `values`."""
         with self.outcome.working.timed(), self.transport.unbroken():
             self._post(part.posts[0])
-            for i, group in enumerate(part.groups):
-                for task in group:
-                    for value in task.inputs:
-                        if value not in self.values:
-                            self._await(value)
-                if len(group) == 1:
-                    self._work_one(group[0], part.plan)
-                else:
-                    self._wave(group)
-                for task in group:
-                    for value in task.outputs:
-                        for total in part.contributes.get(value, ()):
-                            self._terms[total] = self.values[value]
-                self._post(part.posts[i + 1])
-                if self._finished is not None:
-                    self._count(group)
-                for value in part.dead_after[i]:
-                    if value not in keep:
-                        self.values.pop(value, None)
-                for key in part.leaves_after[i]:
-                    self.layers.pop(key, None)
+            for i in range(len(part.groups)):
+                self.work_group(part, i, keep)
             for value in part.fetch:
                 if value not in self.values:
                     self._await(value)
+
+    def work_group(self, part: RankPart, i: int, keep: Set[int] = frozenset()) -> None:
+        """The tasks of `part.groups[i]`, and the posts behind them."""
+        group = part.groups[i]
+        for task in group:
+            for value in task.inputs:
+                if value not in self.values:
+                    self._await(value)
+        if len(group) == 1:
+            self._work_one(group[0], part.plan)
+        else:
+            self._wave(group)
+        for task in group:
+            for value in task.outputs:
+                for total in part.contributes.get(value, ()):
+                    self._terms[total] = self.values[value]
+        self._post(part.posts[i + 1])
+        if self._finished is not None:
+            self._count(group)
+        for value in part.dead_after[i]:
+            if value not in keep:
+                self.values.pop(value, None)
+        for key in part.leaves_after[i]:
+            self.layers.pop(key, None)
 
     def _work_one(self, task: Task, plan: Plan) -> None:
         made = self._do(task, [self.values[v] for v in task.inputs], plan)

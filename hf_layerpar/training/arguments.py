@@ -125,6 +125,11 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments, SolverSettings):
             raise ConfigurationError(
                 "fsdp with stacked=True: stacked weights are copies, whole on every dp rank; use one of them"
             )
+        if self.shards_data and self.cuda_graphs:
+            raise ConfigurationError(
+                "fsdp with cuda_graphs=True: a graph reads parameters where they were, and fsdp makes them anew in "
+                "every step; use one of them"
+            )
 
     def _check_rows(self) -> None:
         compares = self.controller == "adaptive" or (self.controller != "off" and self.check_gradient)

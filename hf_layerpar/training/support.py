@@ -64,6 +64,10 @@ def refuse_unsupported(args: LayerParallelTrainingArguments, model: nn.Module | 
             args.stacked and args.tp_size > 1,
             "weights in parts are not stacked; use one of them",
         ),
+        "cuda_graphs with tp_size": (
+            args.cuda_graphs and args.tp_size > 1,
+            "messages between ranks are not captured; use one of them",
+        ),
         "auto_find_batch_size": (
             args.auto_find_batch_size,
             "processes could not agree on a size after one runs out of memory; set per_device_train_batch_size",

@@ -241,6 +241,8 @@ def model_sides(table: ModelTable, device: torch.device) -> tuple[list[Entry], d
             coarse_operator=operator,
             stacked=True,
         )
+    if device.type == "cuda":
+        configs |= {f"{name}, CUDA graphs": dataclasses.replace(c, cuda_graphs=True) for name, c in configs.items()}
     entries = [Entry("stock", {"method": "stock"}, lambda: reference)]
     entries.append(Entry("converted", {"method": "converted"}, partial(ours, None)))
     entries += [Entry(name, c.to_dict() | {"method": "ours"}, partial(ours, c)) for name, c in configs.items()]
@@ -258,7 +260,7 @@ def main() -> None:
     rounds = options.rounds or ROUNDS[device.type]
     init_ranks()
     # what runs one layer at a time after all may not stand in the table as stacked: its error does
-    warnings.filterwarnings("error", message="stacked=True, but")
+    warnings.filterwarnings("error", message="(stacked|cuda_graphs)=True, but")
 
     result: dict[str, Any] = {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],

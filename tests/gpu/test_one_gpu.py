@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 
 import pytest
 import torch
 
-from hf_layerpar import LayerParallelConfig, convert_to_ode, parallelize
+from hf_layerpar import LayerParallelConfig, convert_to_ode, layer_parallel, parallelize
+from hf_layerpar.run import captured
 from hf_layerpar.run.calibrate import calibrate
 from hf_layerpar.run.stackable import OneDevice
 from tests import zoo
 from tests.problems import F64, blocks, calls_of, gradients_of, relative, state
+from tests.run.ops import OpRecorder
 from tests.training import runs
 
 pytestmark = pytest.mark.gpu
@@ -22,6 +25,16 @@ SETTINGS = [
     {"micro_batches": 2},
     {"micro_batches": 2, "schedule": "zb_h1"},
     {"strategy": "mgrit", "coarsening": 2, "forward_iterations": 4, "backward_iterations": 4},  # as many as exact
+]
+
+
+GRAPHS = {"cuda_graphs": True, "bf16": True}
+MGRIT = {"strategy": "mgrit", "coarsening": 2}
+CAPTURED = [
+    {},
+    {"micro_batches": 2, "increment_penalty": 0.1},
+    MGRIT | {"coarse_operator": "aggregate"},
+    MGRIT | {"coarse_operator": "identity", "stacked": True},
 ]
 
 
@@ -39,13 +52,43 @@ def test_gradients_are_those_of_the_stock_model(family, device):
         assert float(found) == pytest.approx(float(loss.detach()), rel=1e-6)  # models add losses up in float32
         for (name, p), q in zip(stock.named_parameters(), ours.parameters(), strict=True):
             if p.grad is not None:
-                assert relative(q.grad, p.grad) < 1e-9 or float(p.grad.norm()) < 1e-12, (name, settings)
+                # some norms work in float32 whatever the model's dtype is
+                assert relative(q.grad, p.grad) < 1e-5 or float(p.grad.norm()) < 1e-9, (name, settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=str)
-def test_the_trainer_trains_as_stock(settings, device, tmp_path):
+@pytest.mark.parametrize("settings", CAPTURED, ids=str)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+def test_graphs_replay_what_steps_do(family, settings, device, monkeypatch):
+    """Batches change from step to step, gradients of three are added up."""
+    if device == "cpu":
+        monkeypatch.setattr(captured, "recorder_of", lambda device: OpRecorder())
+    model, batch = zoo.build(family)
+    batch = {k: t.to(device) for k, t in batch.items()}
+    models = [convert_to_ode(copy.deepcopy(model).eval().to(device)) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for step in range(6):
+            rolled = batch | {"input_ids": batch["input_ids"].roll(step, 0)}
+            losses = []
+            for m, graphs in zip(models, (False, True), strict=True):
+                handle = (
+                    layer_parallel(m) if step else parallelize(m, LayerParallelConfig(**settings, cuda_graphs=graphs))
+                )
+                if step % 3 == 0:
+                    m.zero_grad()
+                losses.append(float(handle.train_step(rolled)))
+            assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+            for (name, p), q in zip(models[0].named_parameters(), models[1].named_parameters(), strict=True):
+                if p.grad is not None:
+                    assert relative(q[1].grad, p.grad) < 1e-4 or float(p.grad.norm()) < 1e-7, (name, step)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"gradient_checkpointing": True}, GRAPHS], ids=str)
+def test_the_trainer_trains_as_stock(settings, device, tmp_path, monkeypatch):
     settings = settings | {"use_cpu": device == "cpu", "max_steps": 10}
-    stock = runs.train_stock(str(tmp_path), "llama", settings)
+    if device == "cpu":
+        monkeypatch.setattr(captured, "recorder_of", lambda device: OpRecorder())
+    stock = runs.train_stock(str(tmp_path), "llama", {k: v for k, v in settings.items() if k != "cuda_graphs"})
     renamed = {"gradient_checkpointing": "activation_checkpointing"}
     ours = runs.train(str(tmp_path), "llama", {renamed.get(k, k): v for k, v in settings.items()} | {"dropout": 0.0})
     bound = 2e-2 if "bf16" in settings else 1e-4
