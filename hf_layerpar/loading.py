@@ -44,6 +44,7 @@ from hf_layerpar.ode.files import reading
 from hf_layerpar.ode.reading import PartReader, checksums, fingerprint
 from hf_layerpar.ode.refine import Source, sources
 from hf_layerpar.ode.stack import LayerStack
+from hf_layerpar.plan.ownership import SplitName
 from hf_layerpar.run.joining import transport_of
 from hf_layerpar.run.layers import kept_streams
 from hf_layerpar.run.transport import Attempt, fact
@@ -72,7 +73,7 @@ def from_pretrained(
     *,
     layer_parallel: LayerParallelConfig | None = None,
     group: dist.ProcessGroup | None = None,
-    split: Sequence[int] | Literal["interleaved"] | None = None,
+    split: Sequence[int] | SplitName | None = None,
     step_size: float | None = None,
     num_steps: int | None = None,
     form: Form | Literal["auto"] = "auto",

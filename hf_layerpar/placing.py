@@ -81,6 +81,15 @@ def _owner(
         return contiguous_owner(num_layers, num_ranks, boundaries=boundaries, split=split)
 
 
+def dealt_points(
+    config: LayerParallelConfig, stack: LayerStack, split: Sequence[int] | str | None
+) -> tuple[int, ...] | None:
+    """The C-points of the intervals that `layer_owners` deals out to all ranks; None where it doesn't."""
+    if split != INTERLEAVED or config.strategy != "mgrit":
+        return None
+    return tuple(interval_points(config, len(stack.layers), stack.settings.buffers))
+
+
 def check_grids(config: LayerParallelConfig, stacks: Sequence[LayerStack]) -> None:
     """Refuses a grid that doesn't fit a stack now, and not in the first solve."""
     if config.strategy == "mgrit" and (config.forward_iterations or config.backward_iterations):

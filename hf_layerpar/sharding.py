@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,18 @@ from hf_layerpar.ode.ends import Ends
 from hf_layerpar.ode.model_forward import intercept_root
 from hf_layerpar.ode.rehearsal import plain
 from hf_layerpar.ode.stack import LayerStack
-from hf_layerpar.placing import check_grids, device_of, drop_ends, drop_layers, layer_owners, place_ends, played
+from hf_layerpar.placing import (
+    check_grids,
+    dealt_points,
+    device_of,
+    drop_ends,
+    drop_layers,
+    layer_owners,
+    place_ends,
+    played,
+)
 from hf_layerpar.plan.ladder import StackShape, exact_settings
+from hf_layerpar.plan.ownership import SplitName
 from hf_layerpar.plan.step import check_config
 from hf_layerpar.refusals import guard
 from hf_layerpar.run.data_shards import DataShards, group_along, local
@@ -46,7 +56,7 @@ def parallelize(
     config: LayerParallelConfig | None = None,
     group: dist.ProcessGroup | None = None,
     *,
-    split: Sequence[int] | Literal["interleaved"] | None = None,
+    split: Sequence[int] | SplitName | None = None,
 ) -> LayerParallel:
     """Spreads the layers of a converted model over the lp ranks, in place; collective over `group`.
 
@@ -116,6 +126,7 @@ class LayerParallel:
     owner_of: lp rank of every parameter and buffer, by its full name. Some parameters outside the layers have copies on
         other ranks too (tied ones on the first and the last).
     ends: the parameters outside the layers.
+    split: as it was given to `parallelize`.
     """
 
     def __init__(
@@ -130,6 +141,7 @@ class LayerParallel:
         """load: gives the layers that this rank owns their weights, where all are on the meta device, and what is
         outside of them is the same on all ranks already."""
         self._model, self._config, self._transport = model, config, transport
+        self.split = split
         self.tp_size = 1
         self._instead: LayerParallelConfig | None = None
         self.stacks = tuple(stacks)
@@ -137,6 +149,7 @@ class LayerParallel:
         self.ends = Ends(model, stacks, transport.size)
         found = played(model, self.stacks, self.ends)
         owners = layer_owners(config, self.stacks, transport.size, split, found)
+        self._dealt = [dealt_points(config, stack, split) for stack in self.stacks]
         state = {
             name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if isinstance(tensor, Tensor)
         }
@@ -211,9 +224,10 @@ class LayerParallel:
 
     @property
     def shapes(self) -> tuple[StackShape, ...]:
-        """Layers and buffers of every stack."""
+        """Layers and buffers of every stack, and whether its layers are dealt out."""
         return tuple(
-            StackShape(len(stack.layers), stack.settings.buffers, stack.settings.step_size) for stack in self.stacks
+            StackShape(len(stack.layers), stack.settings.buffers, stack.settings.step_size, dealt)
+            for stack, dealt in zip(self.stacks, self._dealt, strict=True)
         )
 
     @property

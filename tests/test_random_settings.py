@@ -72,6 +72,7 @@ ODE: dict[str, list[Any]] = {
 }
 ARGUMENTS = SOLVER | {
     "lp_size": [1, 1, 1, 2],
+    "split": [None, "interleaved", "v"],
     "tp_size": [1, 1, 1, 2],
     "async_save": [False, True],
     "controller": ["off", "paper", "raise", "adaptive"],

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from hf_layerpar.config import MOST_ITERATIONS, Acceleration, Buffers, LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.operators import OPERATORS
-from hf_layerpar.plan.ownership import contiguous_owner
+from hf_layerpar.plan.ownership import contiguous_owner, interleaved_owner
 from hf_layerpar.plan.planner import predict_step
 from hf_layerpar.plan.step import interval_points
 
@@ -20,11 +20,25 @@ _ACCELERATED = ((0, 2), (0, 3))
 
 @dataclass(frozen=True)
 class StackShape:
-    """What a prediction needs to know of a stack: its layers, which are always exact, and the size of its steps."""
+    """What a prediction needs to know of a stack: its layers, which are always exact, and the size of its steps.
+
+    dealt: the C-points of the intervals that are dealt out to all ranks; None where each rank has a block of layers.
+    """
 
     num_layers: int
     buffers: Buffers
     step_size: float = 1.0
+    dealt: tuple[int, ...] | None = None
+
+    def owner(self, config: LayerParallelConfig, num_ranks: int) -> tuple[int, ...]:
+        """The rank of every layer. Layers that were dealt out stay where they are, whatever `config` is.
+
+        Raises ConfigurationError when a rank would own nothing, or the grid doesn't fit.
+        """
+        if self.dealt is not None:
+            return interleaved_owner(self.num_layers, num_ranks, self.dealt)
+        points = interval_points(config, self.num_layers, self.buffers)
+        return contiguous_owner(self.num_layers, num_ranks, boundaries=points)
 
 
 def exact_settings(config: LayerParallelConfig) -> LayerParallelConfig:
@@ -40,11 +54,14 @@ def exact_settings(config: LayerParallelConfig) -> LayerParallelConfig:
 
 
 def predicted_share(config: LayerParallelConfig, stacks: Sequence[StackShape], num_ranks: int) -> float:
-    """Simulated time of a step of all stacks on `num_ranks` ranks over that of one rank, in unit costs."""
+    """Simulated time of a step of all stacks on `num_ranks` ranks over that of one rank, in unit costs, with the layers
+    where they are.
+
+    Raises ConfigurationError for more ranks than get a layer, or a grid that doesn't fit.
+    """
     made = serial = 0.0
     for stack in stacks:
-        points = interval_points(config, stack.num_layers, stack.buffers)
-        owner = contiguous_owner(stack.num_layers, num_ranks, boundaries=points)
+        owner = stack.owner(config, num_ranks)
         step = predict_step(config, owner, num_ranks=num_ranks, buffers=stack.buffers)
         made, serial = made + step.makespan, serial + step.serial
     return made / serial
@@ -83,10 +100,14 @@ def cheapest_first(
     """MGRIT settings with the grid of `config` that beat the exact pipeline on `num_ranks` ranks, by predicted time,
     and the pipeline as the last.
 
-    Raises ConfigurationError where none does: there is nothing to choose from.
+    Where layers are dealt out, they beat it both there, where the last settings run, and on blocks, where one would
+    train without MGRIT.
+
+    Raises ConfigurationError where none does (there is nothing to choose from), or a rank would own nothing.
     """
     exact = exact_settings(config)
-    limit = predicted_share(exact, stacks, num_ranks)
+    blocks = [dataclasses.replace(stack, dealt=None) for stack in stacks]
+    limit = min(predicted_share(exact, placed, num_ranks) for placed in (stacks, blocks))
     shares: dict[LayerParallelConfig, float] = {}
     for operator in OPERATORS:
         for forward, backward in dict.fromkeys((*_ITERATIONS, *_ACCELERATED)):

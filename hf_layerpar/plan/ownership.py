@@ -14,6 +14,8 @@ from hf_layerpar.errors import ConfigurationError
 
 INTERLEAVED = "interleaved"
 V = "v"
+SplitName = Literal["interleaved", "v"]
+"""The splits that have a name. v is one of pipelines only."""
 
 
 def contiguous_owner(
@@ -75,7 +77,7 @@ def interleaved_owner(num_layers: int, num_ranks: int, boundaries: Sequence[int]
     return tuple(owner)
 
 
-def two_blocks_owner(num_layers: int, num_ranks: int, placement: Literal["interleaved", "v"]) -> tuple[int, ...]:
+def two_blocks_owner(num_layers: int, num_ranks: int, placement: SplitName) -> tuple[int, ...]:
     """The owner of every layer when each rank holds two blocks: in the ranks' order twice, or there and back.
 
     Raises ConfigurationError for fewer layers than blocks.

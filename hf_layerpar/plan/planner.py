@@ -14,7 +14,7 @@ from hf_layerpar.config import Buffers, LayerParallelConfig, buffer_places, num_
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.memory import check_memory, fullest
-from hf_layerpar.plan.ownership import balanced_split, contiguous_owner, interleaved_owner, two_blocks_owner
+from hf_layerpar.plan.ownership import SplitName, balanced_split, contiguous_owner, interleaved_owner, two_blocks_owner
 from hf_layerpar.plan.simulate import Timeline, simulate
 from hf_layerpar.plan.step import Anatomy, build_step, interval_points
 
@@ -24,7 +24,7 @@ buffers). exact: not at all (the pipeline). high: `aggregate` with a correction 
 good: also `aggregate` without. any: every operator. Measure before trusting it: `gradient_agreement`."""
 
 
-Split = tuple[int, ...] | Literal["interleaved", "v"]
+Split = tuple[int, ...] | SplitName
 """What `parallelize` takes: the layers of each rank, or a placement by name."""
 
 

@@ -29,6 +29,7 @@ from hf_layerpar.config import (
     whole,
 )
 from hf_layerpar.errors import ConfigurationError
+from hf_layerpar.plan.ownership import SplitName, V
 from hf_layerpar.plan.step import check_config
 from hf_layerpar.run.joining import store_of_restart
 from hf_layerpar.run.mesh import check_lp_size
@@ -46,8 +47,8 @@ _UPLOADS = {
 
 @dataclass
 class LayerParallelTrainingArguments(Seq2SeqTrainingArguments, SolverSettings):
-    """`transformers.TrainingArguments` plus `lp_size` and the fields of `LayerParallelConfig`, by the same names; and
-    `predict_with_generate`, `generation_max_length`, `generation_num_beams`, `generation_config` as in
+    """`transformers.TrainingArguments` plus `lp_size`, `split` and the fields of `LayerParallelConfig`, by the same
+    names; and `predict_with_generate`, `generation_max_length`, `generation_num_beams`, `generation_config` as in
     `Seq2SeqTrainingArguments`.
 
     They are ordinary fields, so `HfArgumentParser` reads them from the command line, from YAML and from JSON.
@@ -67,6 +68,12 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments, SolverSettings):
         kw_only=True,  # as the settings are: the first argument is stock's, the output folder
     )
     lp_size: Count = setting(1, "Processes that share one model's layers; divides the world.")
+    split: Annotated[SplitName | None, optional(one_of(SplitName))] = setting(
+        None,
+        "Which lp rank has which layers: interleaved (MGRIT intervals dealt out to all ranks, for aggregate; of a "
+        "pipeline two blocks a rank) or v (a pipeline's two blocks, there and back); default: as the schedule wants "
+        "it, else a block a rank.",
+    )
     tp_size: Count = setting(1, "Processes that share each layer's matrices (transformers' tp_plan).")
     controller: Annotated[Policy, one_of(Policy)] = setting(
         "off", "Watches MGRIT during training and moves to other settings: off, paper, raise or adaptive."
@@ -87,6 +94,7 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments, SolverSettings):
         # YAML and Python callers give one number
         self.coarsening = list(self.coarsening) if isinstance(self.coarsening, list | tuple) else [self.coarsening]
         check_config(self.layer_parallel_config, self.lp_size)  # before the process group is started
+        self._check_split()
         self._check_rows()
         # a launcher's CPU setting doesn't reach stock, which then finds one process
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -129,6 +137,19 @@ class LayerParallelTrainingArguments(Seq2SeqTrainingArguments, SolverSettings):
             raise ConfigurationError(
                 "fsdp with cuda_graphs=True: a graph reads parameters where they were, and fsdp makes them anew in "
                 "every step; use one of them"
+            )
+
+    def _check_split(self) -> None:
+        if self.split == V and self.strategy != "pipeline":
+            raise ConfigurationError(
+                f"split={self.split!r} with strategy={self.strategy!r}: it is two blocks a rank, there and back, of a "
+                "pipeline; use split='interleaved', leave split out, or use strategy='pipeline'"
+            )
+        if self.split is not None and self.controller == "adaptive" and self.strategy != "mgrit":
+            raise ConfigurationError(
+                f"split={self.split!r} with controller='adaptive' and strategy={self.strategy!r}: layers would be "
+                "placed for a pipeline, and the controller moves between MGRIT settings; use strategy='mgrit', whose "
+                "intervals split='interleaved' deals out, or leave split out"
             )
 
     def _check_rows(self) -> None:

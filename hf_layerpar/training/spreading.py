@@ -9,6 +9,7 @@ from torch import nn
 from transformers.trainer_utils import set_seed
 
 from hf_layerpar.comparing import model_facts
+from hf_layerpar.config import shown
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.loading import from_pretrained
 from hf_layerpar.ode.convert import convert_to_ode, ode_view
@@ -54,6 +55,11 @@ def is_parallel(model: Any) -> bool:
 
 def _check_placement(model: nn.Module, args: LayerParallelTrainingArguments, mesh: Mesh) -> None:
     handle = layer_parallel(model)
+    if args.split not in (None, handle.split):
+        raise ConfigurationError(
+            f"the model is spread with split={shown(handle.split)} already, but split={args.split!r}; give a model "
+            "that isn't parallelized, or leave split out"
+        )
     if handle.lp_size != mesh.lp_size:
         raise ConfigurationError(
             f"the model is spread over {handle.lp_size} lp ranks already, but lp_size={mesh.lp_size}; give a "
@@ -73,7 +79,7 @@ def _placed(model: nn.Module, args: LayerParallelTrainingArguments, mesh: Mesh, 
     model = found.given()
     if args.place_model_on_device is not False:
         model.to(args.device)
-    parallelize(model, args.layer_parallel_config, mesh.lp_group)
+    parallelize(model, args.layer_parallel_config, mesh.lp_group, split=args.split)
     for group in (mesh.dp_group, mesh.tp_group):
         if group is not None:
             broadcast_model(model, group)
@@ -94,8 +100,8 @@ def _read(
     """A model of which each process has read its own layers."""
     set_seed(args.seed)  # new heads are drawn, as stock's with model_init
     place = None if args.place_model_on_device is False else args.device
-    settings = args.layer_parallel_config
-    found = Attempt(lambda: from_pretrained(path, layer_parallel=settings, group=mesh.lp_group, device_map=place))
+    placement: dict[str, Any] = {"group": mesh.lp_group, "split": args.split, "device_map": place}
+    found = Attempt(lambda: from_pretrained(path, layer_parallel=args.layer_parallel_config, **placement))
     everyone.agree({"about to": "train a model that was read in parts"}, found.error)
     model = found.given()
     for group, names in ((mesh.dp_group, "dp ranks"), (mesh.tp_group, "tp ranks")):

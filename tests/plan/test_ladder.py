@@ -17,8 +17,12 @@ from hf_layerpar.plan.ladder import (
     predicted_share,
 )
 from hf_layerpar.plan.operators import OPERATORS, Rediscretize
+from hf_layerpar.plan.ownership import contiguous_owner, interleaved_owner
+from hf_layerpar.plan.planner import predict_step
+from hf_layerpar.plan.step import interval_points
 
 GPT = (StackShape(20, (2, 2)),)
+DEEP = StackShape(36, (2, 2))
 START = LayerParallelConfig(strategy="mgrit", coarsening=(4, 2), coarse_operator="rediscretize")
 
 
@@ -81,6 +85,49 @@ def test_cheapest_first_is_sorted_by_predicted_time_and_ends_exact():
     assert all(settings.strategy == "mgrit" for settings in ladder[:-1])
     assert all(settings.micro_batches == 2 for settings in ladder)
     assert len(set(ladder)) == len(ladder)
+
+
+def dealt(config: LayerParallelConfig, stack: StackShape = DEEP) -> StackShape:
+    """With the intervals of `config` dealt out."""
+    return dataclasses.replace(stack, dealt=tuple(interval_points(config, stack.num_layers, stack.buffers)))
+
+
+@pytest.mark.parametrize("coarsening", [4, 8])
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_intervals_that_are_dealt_out_make_aggregate_fast(coarsening, pieces):
+    config = LayerParallelConfig(strategy="mgrit", coarsening=coarsening, micro_batches=pieces)
+    stack = dealt(config)
+    ladder = cheapest_first(config, [stack], 8)
+    shares = {describe(settings): predicted_share(settings, [stack], 8) for settings in ladder}
+    exact = predicted_share(exact_settings(config), [DEEP], 8)
+    assert max(share for name, share in shares.items() if name != "pipeline") < exact
+    assert list(shares.values()) == sorted(shares.values())
+    assert shares[f"mgrit aggregate 1/1 c={coarsening}"] < exact * 0.75
+    on_blocks = predicted_share(dataclasses.replace(config, forward_iterations=0), [DEEP], 8)
+    assert shares[f"mgrit aggregate exact/1 c={coarsening}"] < min(exact, on_blocks)
+    first = ladder[first_offer(ladder, [stack])]
+    assert not first.forward_iterations
+    assert first.strategy == "mgrit"
+    if coarsening == 4:
+        assert not any("aggregate" in describe(settings) for settings in cheapest_first(config, [DEEP], 8))
+
+
+def test_exact_steps_run_where_the_layers_are():
+    config = LayerParallelConfig(strategy="mgrit")
+    stack, exact = dealt(config), exact_settings(config)
+    owner = interleaved_owner(36, 8, range(2, 35, 4))
+    assert stack.owner(config, 8) == stack.owner(exact, 8) == owner
+    assert stack.owner(dataclasses.replace(config, coarsening=2), 8) == owner
+    assert DEEP.owner(exact, 8) == contiguous_owner(36, 8)
+    step = predict_step(exact, owner, num_ranks=8, buffers=(2, 2))
+    assert predicted_share(exact, [stack], 8) == step.share != predicted_share(exact, [DEEP], 8)
+
+
+def test_ranks_that_would_have_nothing():
+    config = LayerParallelConfig(strategy="mgrit")
+    message = r"split='interleaved' leaves lp ranks \[7\] of 8 without a layer: 16 layers in intervals of 4; use"
+    with pytest.raises(ConfigurationError, match=message):
+        cheapest_first(config, [dealt(config, StackShape(16, (0, 0)))], 8)
 
 
 def test_an_operator_of_your_own_is_a_rung(monkeypatch):

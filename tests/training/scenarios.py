@@ -199,6 +199,14 @@ def too_many_ranks() -> str:
     return "no error"
 
 
+def layers_held(given: str | None, settings: dict[str, Any]) -> list[int]:
+    """By this rank, of a Llama of 6 layers, or of the checkpoint of that name."""
+    model = build("llama", layers=6) if given is None else given
+    run = LayerParallelTrainer(model, arguments("unused", **settings), train_dataset=Samples("llama", 8))
+    (stack,) = run.layer_parallel.stacks
+    return [i for i in range(len(stack.layers)) if i not in stack.foreign]
+
+
 def own_optimizer_error() -> str:
     model = build("llama")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -60,14 +60,18 @@ def test_command_line() -> None:
         ends="spread",
     )
     assert parse("--use_cpu", "--coarsening", "8").layer_parallel_config.coarsening == 8
+    assert [parse("--use_cpu", *words).split for words in ((), ("--split", "v"))] == [None, "v"]
+    assert parse("--use_cpu", "--strategy", "mgrit", "--split", "interleaved").split == "interleaved"
 
 
 def test_yaml(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("output_dir: out\nuse_cpu: true\nlp_size: 1\nstrategy: mgrit\ncoarsening: [3, 2]\n")
+    words = "output_dir: out\nuse_cpu: true\nlp_size: 1\nsplit: interleaved\nstrategy: mgrit\ncoarsening: [3, 2]\n"
+    file.write_text(words)
     parser = hf.HfArgumentParser(LayerParallelTrainingArguments)  # type: ignore[arg-type]
     (args,) = parser.parse_yaml_file(str(file))
     assert args.layer_parallel_config == LayerParallelConfig(strategy="mgrit", coarsening=(3, 2))
+    assert args.split == "interleaved"
 
 
 @pytest.mark.parametrize(
@@ -83,6 +87,10 @@ def test_yaml(tmp_path: Path) -> None:
         ({"lp_size": 0}, "lp_size=0 must be"),
         ({"lp_size": "2"}, "lp_size='2' must be an integer"),
         ({"lp_size": 2.0, "stacked": True, "strategy": "mgrit"}, "lp_size=2.0 must be an integer"),
+        ({"split": "dealt"}, "split='dealt' is unknown; use one of interleaved, v"),
+        ({"split": [2, 2]}, r"split=\[2, 2\] is unknown; use one of interleaved, v"),
+        ({"split": "v", "strategy": "mgrit"}, "split='v' with strategy='mgrit': .*; use split='interleaved', leave"),
+        ({"split": "interleaved", "controller": "adaptive"}, "strategy='pipeline': .* use strategy='mgrit', whose"),
         ({"coarsening": "ab"}, "coarsening='ab' must be an integer"),
         ({"coarsening": [[2, 3]]}, r"coarsening=\[2, 3\] must be an integer"),
         ({"stacked": "x"}, "stacked='x' must be True or False"),
@@ -113,6 +121,41 @@ def test_lp_size_that_does_not_divide_the_world(ranks3: RankPool, ranks4: RankPo
 
 def test_more_lp_ranks_than_layers(ranks3: RankPool) -> None:
     assert all("lp_size=3 is more than the 2 layers" in m for m in ranks3.run(scenarios.too_many_ranks))
+
+
+@pytest.mark.parametrize(
+    ("settings", "held"),
+    [
+        ({}, [[0, 1, 2], [3, 4, 5]]),
+        ({"split": "interleaved"}, [[0, 1, 3, 4], [2, 5]]),
+        ({"split": "v"}, [[0, 1, 5], [2, 3, 4]]),
+        ({"split": "interleaved", "strategy": "mgrit", "coarsening": 3}, [[0, 2, 4], [1, 3, 5]]),
+    ],
+    ids=["blocks", "two blocks", "v", "dealt out"],
+)
+@pytest.mark.parametrize("given", ["model", "path"])
+def test_layers_are_where_the_split_says(
+    given: str, settings: dict, held: list[list[int]], ranks2: RankPool, tmp_path: Path
+) -> None:
+    if given == "path":
+        runs.build("llama", layers=6).save_pretrained(tmp_path)
+    checkpoint = str(tmp_path) if given == "path" else None
+    assert ranks2.run(scenarios.layers_held, checkpoint, settings | {"lp_size": 2}) == held
+
+
+def test_splits_that_do_not_fit(ranks3: RankPool, tmp_path: Path) -> None:
+    dealt = {"lp_size": 3, "split": "interleaved", "strategy": "mgrit", "coarsening": 2}
+    refused = [
+        ({"lp_size": 3, "split": "v"}, "stack model.layers: split='v' makes 6 blocks of 4 layers on 3 lp ranks; use"),
+        (dealt | {"layers": 3}, "stack model.layers: split='interleaved' leaves lp ranks [2] of 3 without a layer: 3 "),
+    ]
+    for settings, message in refused:
+        assert all(message in said for said in ranks3.run(scenarios.construction_error, settings))
+    assert ranks3.run(scenarios.construction_error, dealt) == ["no error"] * 3
+    spread = runs.trainer(str(tmp_path), "llama", {}).model
+    again = {"split": "interleaved", "strategy": "mgrit", "coarsening": 2}
+    with pytest.raises(ConfigurationError, match="spread with split=None already, but split='interleaved'; give a mod"):
+        LayerParallelTrainer(spread, runs.arguments(str(tmp_path), **again))
 
 
 @pytest.mark.parametrize(

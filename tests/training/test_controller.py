@@ -10,7 +10,7 @@ import pytest
 
 from hf_layerpar.config import LayerParallelConfig, describe
 from hf_layerpar.errors import ConfigurationError
-from hf_layerpar.plan.ladder import escalation, exact_settings
+from hf_layerpar.plan.ladder import StackShape, escalation, exact_settings, predicted_share
 from hf_layerpar.training import watching
 from hf_layerpar.training.controller import Controller, Reading
 from tests.multiproc import RankPool
@@ -193,8 +193,9 @@ def test_resume_in_each_mode_continues_identically(policy, whole, ranks1: RankPo
             assert all(rank["settings"] == result["settings"] for rank in ranks)
 
 
-def test_two_by_two_ranks_agree_on_every_decision(ranks4: RankPool, tmp_path: Path):
-    settings = WATCHED | POLICIES["adaptive"] | {"lp_size": 2}
+@pytest.mark.parametrize("split", [None, "interleaved"])
+def test_two_by_two_ranks_agree_on_every_decision(split, ranks4: RankPool, tmp_path: Path):
+    settings = WATCHED | POLICIES["adaptive"] | {"lp_size": 2, "split": split}
     ranks = ranks4.run(scenarios.train_swinging, str(tmp_path), settings, WILD, CALM)
     assert all(names(rank) == names(ranks[0]) for rank in ranks)
     assert len(set(names(ranks[0]).values())) > 1
@@ -263,6 +264,29 @@ def test_arguments_are_checked(settings, message, tmp_path: Path):
 def test_policies_need_something_to_choose_from(settings, message, tmp_path: Path):
     with pytest.raises(ConfigurationError, match=message):
         runs.trainer(str(tmp_path), "llama", settings)
+
+
+def test_one_process_plans_for_ranks_with_intervals_dealt_out(tmp_path: Path):
+    """The layers themselves stay where they are: all on the one."""
+    settings = {"strategy": "mgrit", "coarsening": 8, "layers": 16, "controller": "adaptive", "controller_ranks": 8}
+    settings |= {"controller_bound": 99.0, "max_steps": 2, "check_every": 1}
+    shares = {}
+    for split in (None, "interleaved"):
+        run = runs.trainer(str(tmp_path), "llama", settings | {"split": split})
+        watch = run._watch
+        assert watch is not None
+        shares[split] = {describe(config): share for config, share in watch.shares.items()}
+        run.train()
+        checks = [entry for entry in run.state.log_history if "lp_check_setting" in entry]
+        assert len(checks) == 2
+        assert all(entry["lp_check_share"] == shares[split][entry["lp_check_name"]] for entry in checks)
+    name, start = "mgrit aggregate 1/1 c=8", run.args.layer_parallel_config
+    stack = StackShape(16, (0, 0), dealt=(0, 8, 16))
+    assert run.layer_parallel.shapes == (stack,)
+    assert shares["interleaved"][name] == predicted_share(start, [stack], 8) < shares[None][name]
+    assert shares["interleaved"]["pipeline"] == predicted_share(exact_settings(start), [stack], 8)
+    with pytest.raises(ConfigurationError, match=r"leaves lp ranks \[7\] of 8 without a layer"):
+        runs.trainer(str(tmp_path), "llama", settings | {"split": "interleaved", "coarsening": 4})
 
 
 @pytest.mark.parametrize(("check_gradient", "warned"), [(False, True), (True, False)])

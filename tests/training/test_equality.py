@@ -79,6 +79,32 @@ def test_settings_keep_the_lp_sizes_equal(settings: dict, ranks1: RankPool, rank
     assert two["weights"] == one["weights"]
 
 
+DEALT = {"strategy": "mgrit", "coarsening": 3, "split": "interleaved"}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"split": "interleaved"}, id="two blocks"),
+        pytest.param({"split": "v"}, id="v"),
+        pytest.param(DEALT | {"forward_iterations": 0, "backward_iterations": 0}, id="exact, dealt out"),
+        pytest.param(DEALT | {"forward_iterations": 2, "backward_iterations": 2}, id="mgrit, dealt out"),
+    ],
+)
+def test_every_split_trains_as_one_process(
+    settings: dict, ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, tmp_path
+) -> None:
+    """MGRIT has as many iterations as intervals, which make it exact."""
+    common = {"max_steps": 5, "layers": 6, "max_grad_norm": 0.5}
+    one = ranks1.run(runs.train, str(tmp_path), "llama", common)[0]
+    for pool in (ranks1, ranks2, ranks3):
+        many = pool.run(runs.train, str(tmp_path), "llama", common | settings | {"lp_size": pool.world})
+        assert many[0]["losses"] == pytest.approx(one["losses"], abs=1e-6)
+        assert many[0]["norms"] == one["norms"]
+        assert many[0]["weights"] == one["weights"]
+    assert len(set(one["losses"])) == 5
+
+
 @pytest.mark.parametrize(("family", "part"), [("bart", "encoder"), ("t5", "encoder"), ("gpt2", "input_embeddings")])
 def test_frozen_parts(family: str, part: str, ranks1: RankPool, ranks2: RankPool, tmp_path) -> None:
     settings = {"max_steps": 4, "micro_batches": 2}

@@ -31,6 +31,7 @@ SETTINGS = {
     "logging_steps": (1, 2),
     "gradient_accumulation_steps": (1, 2),
     "lp_size": (2, 1),
+    "split": (None, "interleaved"),
     "micro_batches": (1, 2),
     "seed": (1, 2),
 }

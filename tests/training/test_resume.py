@@ -69,6 +69,28 @@ def test_resume_at_another_lp_size(
         assert again["losses"] == pytest.approx(whole["losses"], abs=1e-6)
 
 
+DEALT = {"strategy": "mgrit", "coarsening": 3, "split": "interleaved"}
+EXACT = {"forward_iterations": 0, "backward_iterations": 0}
+
+
+@pytest.mark.parametrize("settings", [{"split": "v"}, DEALT | EXACT, DEALT], ids=["v", "exact, dealt out", "dealt out"])
+def test_resume_with_another_split(
+    settings: dict, ranks1: RankPool, ranks2: RankPool, ranks3: RankPool, tmp_path: Path
+) -> None:
+    """The same bits where steps are exact; the increments of `aggregate` are summed in another order on other ranks."""
+    common = SAVING | {"layers": 6}
+    whole = ranks2.run(runs.train, str(tmp_path), "llama", common | settings | {"lp_size": 2, "save_steps": 3})[0]
+    middle = str(tmp_path / "checkpoint-3")
+    other = {k: v for k, v in settings.items() if k != "split"}
+    pipelines = [] if settings == DEALT else [{"split": "interleaved"}]
+    for pool in (ranks1, ranks2, ranks3):
+        for changed in (settings, other, *pipelines):
+            changed = common | changed | {"lp_size": pool.world, "save_strategy": "no"}
+            again = pool.run(runs.train, str(tmp_path / "b"), "llama", changed, middle)[0]
+            assert again["losses"] == pytest.approx(whole["losses"], abs=1e-6)
+            assert settings == DEALT or again["weights"] == whole["weights"]
+
+
 def test_resume_with_spread_ends(ranks1: RankPool, ranks2: RankPool, tmp_path: Path) -> None:
     settings = SAVING | {"lp_size": 2, "ends": "spread", "save_steps": 3}
     whole = ranks2.run(runs.train, str(tmp_path), "gpt2", settings)[0]
