@@ -4,17 +4,18 @@
 
 `recipes/pretrain_gpt2.py`'s network on the bytes of text. Beside serial training (two seeds) train pure `aggregate`
 with one iteration each way (1/1), with an exact forward (exact/1) and with two iterations (2/2), and the adaptive
-controller; then serial runs of an eighth of the steps with `increment_penalty` and without. These, and the long serial
-runs of the first seed, compare gradients with the exact one as they go; with a penalty, those of the loss with it and
-those of the loss alone.
+controller, which plans for 8 ranks with intervals dealt out to them; then serial runs of an eighth of the steps with
+`increment_penalty` and without. These, and the long serial runs of the first seed, compare gradients with the exact one
+as they go; with a penalty, those of the loss with it and those of the loss alone.
 
 On a GPU the network is 512 wide with rows of 256 tokens, in bfloat16, and four runs share the device; on CPUs it is 64
 wide with rows of 64, a run being one process of one thread. Every run is one process: which settings train doesn't
 depend on the number of ranks. The share of serial time that steps would take on 4 and 8 H200 is the simulator's, from
-`h200_layer.json` (D=1024, one row, NVLink), with the layers where they are fastest.
+`h200_layer.json` (D=1024, one row, NVLink), with the layers where they are fastest; in the controller's runs they stay
+dealt out, in exact steps too.
 
 Written to recipes/benchmarks/results/at_size.json and .png after every run; a command that is started again goes on
-with the runs that are missing there. `--fresh` forgets them.
+with the runs that are missing there, or were made with other options. `--fresh` forgets all.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checko
 from hf_layerpar.config import LayerParallelConfig, describe
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.ladder import StackShape, cheapest_first, escalation
-from hf_layerpar.plan.ownership import INTERLEAVED, V, contiguous_owner, interleaved_owner, two_blocks_owner
+from hf_layerpar.plan.ownership import INTERLEAVED, V, interleaved_owner, two_blocks_owner
 from hf_layerpar.plan.planner import predict_step
 from hf_layerpar.plan.step import interval_points
 from recipes.benchmarks.at_size_picture import draw
@@ -53,6 +54,9 @@ SIZES = {
 }
 STEP_SIZES = {"h=1/16": 1 / 16, "h=1/4": 1 / 4, "h=1": 1.0}
 SHAPE = StackShape(36, (2, 2))
+START = LayerParallelConfig(strategy="mgrit", forward_iterations=0)
+DEALT = dataclasses.replace(SHAPE, dealt=tuple(interval_points(START, SHAPE.num_layers, SHAPE.buffers)))
+"""With the intervals of the adaptive side's grid dealt out."""
 LADDER_RANKS = 8
 SIDES: dict[str, tuple[str, ...]] = {
     "serial": EXACT,
@@ -61,7 +65,7 @@ SIDES: dict[str, tuple[str, ...]] = {
     "aggregate 2/2": mgrit("aggregate", forward=2, backward=2),
     "adaptive": (
         *mgrit("aggregate"),
-        *words(f"--controller adaptive --check_every 150 --controller_ranks {LADDER_RANKS}"),
+        *words(f"--controller adaptive --check_every 150 --controller_ranks {LADDER_RANKS} --split {INTERLEAVED}"),
     ),
 }
 DEVICES = (4, 8)
@@ -130,33 +134,46 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     return job | kept | {"gradients": probes[0].rows if probes else [], "seconds": time.perf_counter() - began}
 
 
-def share(config: LayerParallelConfig, ranks: int, costs: Costs) -> float:
-    """Simulated time of a step over one device's, with the layers where they are fastest."""
-    points = interval_points(config, SHAPE.num_layers, SHAPE.buffers)
-    owners = [contiguous_owner(SHAPE.num_layers, ranks, boundaries=points)]
-    if config.strategy == "pipeline" and 2 * ranks <= SHAPE.num_layers:
-        owners += [two_blocks_owner(SHAPE.num_layers, ranks, how) for how in (INTERLEAVED, V)]
-    if config.coarse_operator == "aggregate" and config.strategy == "mgrit" and ranks <= config.factors[0]:
-        owners.append(interleaved_owner(SHAPE.num_layers, ranks, points))
+def share(config: LayerParallelConfig, ranks: int, costs: Costs, *, dealt: bool = False) -> float:
+    """Simulated time of a step over one device's, with the layers where they are fastest, or where `DEALT` has them."""
+    owners = [DEALT.owner(config, ranks)] if dealt else _owners(config, ranks)
     steps = (predict_step(config, owner, costs, num_ranks=ranks, buffers=SHAPE.buffers) for owner in owners)
     return min(step.makespan for step in steps) / costs.serial(SHAPE.num_layers)
 
 
-def predicted_shares(runs: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Simulated times of a step over serial's on `DEVICES` H200, by the names of all settings that trained."""
+def _owners(config: LayerParallelConfig, ranks: int) -> list[tuple[int, ...]]:
+    points = interval_points(config, SHAPE.num_layers, SHAPE.buffers)
+    owners = [SHAPE.owner(config, ranks)]
+    if config.strategy == "pipeline" and 2 * ranks <= SHAPE.num_layers:
+        owners += [two_blocks_owner(SHAPE.num_layers, ranks, how) for how in (INTERLEAVED, V)]
+    if config.coarse_operator == "aggregate" and config.strategy == "mgrit" and ranks <= config.factors[0]:
+        owners.append(interleaved_owner(SHAPE.num_layers, ranks, points))
+    return owners
+
+
+def predicted_shares(runs: list[dict[str, Any]], *, dealt: bool = False) -> dict[str, list[float]]:
+    """Simulated times of a step over serial's on `DEVICES` H200, by the names of all settings that trained.
+
+    dealt: as of `share`.
+    """
     table = json.loads(COSTS.read_text(encoding="utf-8"))["tables"][0]
     costs = dataclasses.replace(Costs(**table["costs"]), **LINKS["NVLink"])
-    start = LayerParallelConfig(strategy="mgrit", forward_iterations=0)
-    settings = [LayerParallelConfig(), *escalation(start, [SHAPE]), *cheapest_first(start, [SHAPE], LADDER_RANKS)]
+    shape = DEALT if dealt else SHAPE
+    settings = [LayerParallelConfig(), *escalation(START, [shape]), *cheapest_first(START, [shape], LADDER_RANKS)]
     settings += [LayerParallelConfig.from_dict(run["settings"]["layer_parallel"]) for run in runs]
     named = {describe(config): config for config in settings}  # most runs have the same
-    return {name: [share(config, ranks, costs) for ranks in DEVICES] for name, config in named.items()}
+    return {name: [share(config, ranks, costs, dealt=dealt) for ranks in DEVICES] for name, config in named.items()}
+
+
+def is_dealt(run: dict[str, Any]) -> bool:
+    """Whether its layers are dealt out in every step."""
+    return "--split" in run["options"]
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Per step size and side, of the long runs: final losses, their distance from serial, shares of steps, predicted
     times."""
-    predicted = predicted_shares(runs)
+    predicted = {dealt: predicted_shares(runs, dealt=dealt) for dealt in {False, *map(is_dealt, runs)}}
     long = max(run["steps"] for run in runs)
     runs = sorted(runs, key=lambda run: (list(SIDES).index(run["side"].split(",")[0]), run["seed"]))
     table: dict[str, Any] = {}
@@ -172,15 +189,15 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
                 "minus_serial": {seed: loss - serial[seed] for seed, loss in finals.items() if seed in serial},
             }
             if of_side[0]["checks"]:
-                shares = [shares_of_steps(run) for run in of_side]
-                sides[side]["shares_of_steps"] = shares
+                shares = [(shares_of_steps(run), predicted[is_dealt(run)]) for run in of_side]
+                sides[side]["shares_of_steps"] = [parts for parts, _ in shares]
                 sides[side]["predicted_share"] = [
-                    sum(part * predicted[name][i] for of_run in shares for name, part in of_run.items()) / len(shares)
+                    sum(part * times[name][i] for parts, times in shares for name, part in parts.items()) / len(shares)
                     for i in range(len(DEVICES))
                 ]
             else:
                 config = LayerParallelConfig.from_dict(of_side[0]["settings"]["layer_parallel"])
-                sides[side]["predicted_share"] = predicted[describe(config)]
+                sides[side]["predicted_share"] = predicted[False][describe(config)]
         if sides:
             spread = max(serial.values()) - min(serial.values()) if len(serial) > 1 else None
             table[h] = {"serial_spread": spread, "sides": sides}

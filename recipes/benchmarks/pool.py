@@ -33,7 +33,7 @@ def run_missing(
     processes: int,
     fresh: bool,
 ) -> dict[str, Any]:
-    """Work those jobs that `output` doesn't have, and write it anew after each.
+    """Work those jobs that `output` doesn't have, or has with other "options", and write it anew after each.
 
     Args:
         jobs: each with its own name under "run".
@@ -47,6 +47,9 @@ def run_missing(
     done: dict[str, Run] = {}
     if output.exists() and not fresh:
         done = {run["run"]: run for run in json.loads(output.read_text(encoding="utf-8"))["runs"]}
+    for job in jobs:
+        if job["run"] in done and done[job["run"]].get("options") != job.get("options"):
+            del done[job["run"]]
     missing = [job for job in jobs if job["run"] not in done]
 
     def write() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hf_layerpar.config import LayerParallelConfig, describe
-from recipes.benchmarks import at_size, race, settings_map
+from recipes.benchmarks import at_size, pool, race, settings_map
 from recipes.benchmarks.at_size_picture import draw
 
 AGGREGATE = LayerParallelConfig(strategy="mgrit", coarse_operator="aggregate")
@@ -30,6 +32,7 @@ def made_up(side: str, seed: int, loss: float, steps: int = 60, checks: tuple[di
         "penalty": 0.0,
         "evaluation": [[steps // 2, loss + 1], [steps, loss]],
         "settings": {"layer_parallel": config.to_dict()},
+        "options": list(at_size.SIDES[side]),
         "checks": list(checks),
         "gradients": gradients,
     }
@@ -68,12 +71,58 @@ def test_long_runs_are_compared_with_serial_of_their_seed(tmp_path) -> None:
     assert found["sides"]["aggregate 1/1"]["minus_serial"] == {0: 0.5}
     adaptive = found["sides"]["adaptive"]
     assert adaptive["shares_of_steps"] == [{describe(AGGREGATE): 0.75, "pipeline": 0.25}]
-    mgrit, exact = (found["sides"][side]["predicted_share"] for side in ("aggregate 1/1", "serial"))
+    # its layers stay dealt out, those of the others are where they are fastest
+    dealt = at_size.predicted_shares(RUNS, dealt=True)
+    mgrit, exact = dealt[describe(AGGREGATE)], dealt["pipeline"]
+    assert mgrit[0] == found["sides"]["aggregate 1/1"]["predicted_share"][0]
+    assert exact[0] > found["sides"]["serial"]["predicted_share"][0]
     assert adaptive["predicted_share"] == pytest.approx(
         [0.75 * m + 0.25 * e for m, e in zip(mgrit, exact, strict=True)]
     )
     draw({"summary": {"h=1": found}, "runs": RUNS}, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+class Inline:
+    """A pool that works the jobs here, and notes them."""
+
+    def __init__(self) -> None:
+        self.worked: list[str] = []
+
+    def __call__(self, processes: int) -> Inline:
+        return self
+
+    def __enter__(self) -> Inline:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def imap_unordered(self, work: Callable[[dict], dict], jobs: list[dict]) -> Iterator[dict]:
+        self.worked += [job["run"] for job in jobs]
+        return map(work, jobs)
+
+
+def test_runs_with_other_options_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    inline = Inline()
+    monkeypatch.setattr(pool, "worker_pool", inline)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+    def run(*jobs: dict[str, Any]) -> list[tuple[str, Any]]:
+        found = pool.run_missing(
+            jobs, lambda job: job, lambda runs: {}, tmp_path / "runs.json", processes=1, fresh=False
+        )
+        return [(job["run"], job.get("options")) for job in found["runs"]]
+
+    old, new, plain = {"run": "a", "options": ["--x"]}, {"run": "a", "options": ["--x", "--y"]}, {"run": "b"}
+    assert run(old, plain) == run(old, plain) == [("a", ["--x"]), ("b", None)]
+    assert run(new) == [("b", None), ("a", ["--x", "--y"])]
+    assert run(new, plain) == [("a", ["--x", "--y"]), ("b", None)]
+    assert inline.worked == ["a", "b", "a"]
+    adaptive = [job["options"] for job in at_size.jobs(3000, ["adaptive"])]
+    assert all(options[options.index("--split") + 1] == "interleaved" for options in adaptive)
+    assert at_size.DEALT.dealt == tuple(range(2, 35, 4))
 
 
 def test_the_map_has_the_fastest_of_the_settings_whose_gradients_are_good() -> None:
