@@ -79,6 +79,12 @@ class Calls:
 
     def _called(self, forward: ModelForward, args: tuple, kwargs: dict[str, Any]) -> Any:
         stepper, config, grad = self.stepper, self.settings(), torch.is_grad_enabled()
+        if grad and (config.stacked or config.cuda_graphs):
+            warnings.warn(
+                "stacked and cuda_graphs are for train_step and the Trainer; a call of the model works its layers one "
+                "by one",
+                stacklevel=3,
+            )
         inexact = grad and (config.strategy == "mgrit" or config.increment_penalty)
         if stepper.transport.size == 1 and not inexact:
             return forward.run(args, kwargs)

@@ -174,7 +174,7 @@ class Program:
         self._arguments: dict[Place, list[Tensor]] = {}
         # and by the capture
         self._gradients: list[Tensor | None] = []
-        self.residuals: dict[Any, Tensor] = {}
+        self.norms: dict[Any, list[list[Tensor]]] = {}
         self.increments: dict[int, Increments | None] = {}
 
     def _enters(self, phase: Task) -> bool:
@@ -228,7 +228,7 @@ class Program:
                     step.layers[place] = step.make_layers(self._entries[place], step.common, k, m, step.increments[k])
                 step.values |= {v: self._inputs[v] for v in self._read.intersection(piece.phase.outputs)}
             self._gradients = [p.grad for p in self.parameters]
-            self.residuals, self.increments = step.outcome.residuals, step.increments
+            self.norms, self.increments = step.outcome.norms, step.increments
             before = recorder.random_state()
             for piece in self.pieces:
                 if piece.graph is not None:
@@ -290,7 +290,7 @@ class _Replay(Step):
                 elif piece.phase is not None:
                     self.work_group(part, piece.groups.start)
                     program.load(piece.phase, self)
-        self.outcome.residuals = program.residuals
+        self.outcome.norms = program.norms
         if self._finished is not None:
             for piece in program.pieces:
                 for i in piece.groups if piece.phase is None else ():

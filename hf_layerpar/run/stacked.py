@@ -6,17 +6,16 @@ Shapes: K layers in a wave, B batch, T tokens, D hidden; a state is `[B, T, D]`,
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
 from hf_layerpar.compat.torch import tree_unflatten
+from hf_layerpar.run.batched import InOne, lying_together
 from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, Run, add_gradient
 
 Wave = tuple[int, ...]
@@ -60,7 +59,7 @@ class StackedLayers(Layers):
             states, y = graph.x.detach().unbind(), graph.y.detach()
         else:
             with torch.no_grad():
-                x, dim = (states[0], None) if _all_same(states) else (torch.stack(list(states)), 0)
+                x, dim = (states[0], None) if _all_same(states) else (joined(states), 0)
                 y = self.evaluate_wave(layers, self._weights_of(layers).select(layers), x, dim)
         if kept:
             for layer, state in zip(layers, states, strict=True):
@@ -73,7 +72,7 @@ class StackedLayers(Layers):
         retain = graph is not None and not final
         if graph is None:
             graph = self._wave_with_graph(layers, [self._state(n) for n in layers], with_weights=final)
-        lam = lams[0].expand_as(graph.y) if _all_same(lams) else torch.stack(list(lams))
+        lam = lams[0].expand_as(graph.y) if _all_same(lams) else joined(lams)
         inputs = [graph.x, *graph.weights.values()] if final else [graph.x]
         grads = torch.autograd.grad(graph.y, inputs, lam, retain_graph=retain, allow_unused=final)
         weights = self._weights_of(layers)
@@ -126,7 +125,7 @@ class StackedLayers(Layers):
         weights = self._weights_of(layers)
         leaves = {name: t.detach() for name, t in weights.select(layers).items()}
         trained = {n: t.requires_grad_() for n, t in leaves.items() if with_weights and weights.trainable(layers, n)}
-        x = torch.stack(list(states)).detach().requires_grad_()
+        x = joined(states).detach().requires_grad_()
         with torch.enable_grad():
             return _Graph(x, trained, self.evaluate_wave(layers, leaves, x, 0))
 
@@ -145,7 +144,7 @@ class StackedLayers(Layers):
             args, kwargs = tree_unflatten([own.get(j, leaf) for j, leaf in enumerate(shared)], tree)
             return functional_call(step, weights, (x, args, kwargs))
 
-        with self.cast(), _AttentionInOne():
+        with self.cast(), InOne():
             y = torch.vmap(one, in_dims=(0, dim, 0))(weights, x, own)
         return y.to(x.dtype)
 
@@ -225,62 +224,10 @@ class _Step(nn.Module):
         return self._call.step(x, args, kwargs)
 
 
-class _AttentionInOne(TorchFunctionMode):
-    """Inside vmap: attention has no weights, so all layers' attention is one call with the layers in the batch.
-
-    vmap's own rules cover some of its backends only, and run layer after layer on the others (all of the CPU's).
-    """
-
-    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        # a dropout is left to vmap, which refuses it
-        if func is scaled_dot_product_attention and not (kwargs.get("dropout_p") or any(args[4:5])):
-            return _attention(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **more: Any,
-) -> Tensor:
-    return _Attention.apply(q, k, v, attn_mask, is_causal, more)  # type: ignore[return-value]
-
-
-class _Attention(torch.autograd.Function):
-    """scaled_dot_product_attention with a batching rule; only vmap calls it, which autograd looks through."""
-
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, more: dict[str, Any]) -> Tensor:
-        return scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, **more)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None: ...
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, more: dict
-    ) -> tuple[Tensor, int]:
-        size = info.batch_size
-
-        def folded(t: Tensor, dim: int | None) -> Tensor:
-            """`[K, B, ...]` -> `[K B, ...]`."""
-            t = t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
-            return t.flatten(0, 1)
-
-        q, k, v = (folded(t, dim) for t, dim in zip((q, k, v), in_dims, strict=False))
-        if mask is not None and in_dims[3] is not None:
-            mask = mask.movedim(in_dims[3], 0)
-            mask = mask.reshape(size, *(1,) * (q.ndim + 1 - mask.ndim), *mask.shape[1:])
-            mask = mask.expand(size, q.shape[0] // size, *mask.shape[2:]).flatten(0, 1)
-        elif mask is not None and mask.ndim == q.ndim and mask.shape[0] > 1:
-            mask = folded(mask, None)
-        y = scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, **more)
-        return y.unflatten(0, (size, -1)), 0
+def joined(states: Sequence[Tensor]) -> Tensor:
+    """States stacked, `[K, ...]`; without a copy where they lie one after the other, as a wave leaves them."""
+    found = lying_together(states)
+    return torch.stack(list(states)) if found is None else found
 
 
 def _all_same(items: Sequence[Any]) -> bool:

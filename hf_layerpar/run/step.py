@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hf_layerpar.plan.part import Post, RankPart
 from hf_layerpar.plan.tasks import Direction, Pieces, Plan, Task, Value
+from hf_layerpar.run.batched import lying_together
 from hf_layerpar.run.clock import Clock
 from hf_layerpar.run.increments import Increments, wide_dtype
 from hf_layerpar.run.krylov import combinations, products
@@ -46,16 +47,25 @@ class Phases(Protocol):
 class Outcome:
     """What one rank brought out of a step.
 
-    losses: of the (micro-batch, piece)s whose tails ran here. residuals: by (pass, direction), sums of squares of each
-    iteration over this rank's intervals, `[iterations]` in float32 or wider. penalty: that of this rank's layers.
+    losses: of the (micro-batch, piece)s whose tails ran here. norms: by (pass, direction), of each iteration, those of
+    the residuals of this rank's intervals, in float32 or wider. penalty: that of this rank's layers.
     working, waiting: the time that it took, and the part of it spent waiting for messages.
     """
 
     working: Clock
     waiting: Clock
     losses: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    residuals: dict[tuple[int, Direction], Tensor] = field(default_factory=dict)
+    norms: dict[tuple[int, Direction], list[list[Tensor]]] = field(default_factory=dict)
     penalties: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def residuals(self) -> dict[tuple[int, Direction], Tensor]:
+        """By (pass, direction), sums of squares of each iteration, `[iterations]`."""
+        return {
+            key: torch.stack([torch.stack(norms).square().sum() if norms else some.new_zeros(()) for norms in found])
+            for key, found in self.norms.items()
+            for some in [next(norm for norms in found for norm in norms)]
+        }
 
 
 LayersOf = Callable[[Entry, Common, int, int, Increments | None], Layers]
@@ -274,12 +284,11 @@ class Step:
         return leaves, ends
 
     def _residual(self, task: Task, given: list[Tensor], plan: Plan) -> None:
-        key = (task.place, task.direction)
-        wide = wide_dtype(given[0].dtype)
-        if key not in self.outcome.residuals:
-            self.outcome.residuals[key] = given[0].new_zeros(plan.iterations[key], dtype=wide)
-        a, b = (t.to(wide) for t in given)
-        self.outcome.residuals[key][task.iteration - 1] += torch.linalg.vector_norm(a - b).square()
+        norms = self.outcome.norms.setdefault(
+            (task.place, task.direction), [[] for _ in range(plan.iterations[task.place, task.direction])]
+        )
+        a, b = given
+        norms[task.iteration - 1].append(torch.linalg.vector_norm(a - b, dtype=wide_dtype(a.dtype)))
 
     def _layers_of(self, k: int, m: int) -> Layers:
         if (k, m) not in self.layers:
@@ -338,9 +347,23 @@ def _grad_of(leaf: Tensor) -> Tensor:
 
 
 def combine(coefficients: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    """Their sum; of those that lie together (what a wave made) in one operation."""
     dtype = tensors[0].dtype
     wide = wide_dtype(dtype)
-    total = tensors[0].to(wide) * coefficients[0] if coefficients[0] != 1 else tensors[0].to(wide)
-    for coefficient, tensor in zip(coefficients[1:], tensors[1:], strict=True):
-        total = torch.add(total, tensor.to(wide), alpha=coefficient)
+    total: Tensor | None = None
+    at = 0
+    while at < len(tensors):
+        coefficient, end = coefficients[at], at + 1
+        while end < len(tensors) and coefficients[end] == coefficient:
+            end += 1
+        together = lying_together(tensors[at:end]) if end - at > 2 else None
+        if together is None:
+            tensor, at = tensors[at].to(wide), at + 1
+        else:
+            tensor, at = together.sum(0, dtype=wide), end
+        if total is not None:
+            total = torch.add(total, tensor, alpha=coefficient)
+        else:
+            total = tensor * coefficient if coefficient != 1 else tensor
+    assert total is not None
     return total.to(dtype)

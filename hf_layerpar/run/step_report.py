@@ -53,13 +53,14 @@ def report_of(
 ) -> StepReport:
     """paths: of each pass, that of its stack. Collective when the step was inexact or penalised increments."""
     sweeps: dict[str, dict[Direction, SweepReport]] = {}
+    residuals = outcome.residuals
     for k, path in enumerate(paths):
         for direction in ("forward", "backward"):
             iterations = plan.iterations.get((k, direction))
             if iterations is None:
                 sweeps.setdefault(path, {})[direction] = SweepReport("exact")
                 continue
-            mine = outcome.residuals.get((k, direction))
+            mine = residuals.get((k, direction))
             total = torch.zeros(iterations, dtype=torch.float64) if mine is None else mine.double()
             total = total.to(device).clone()
             transport.all_reduce(total)

@@ -217,19 +217,20 @@ def model_sides(table: ModelTable, device: torch.device) -> tuple[list[Entry], d
     stock.loss_type = "ForCausalLM"
     ids = torch.randint(VOCABULARY, (table.batch, table.tokens)).to(device)
 
-    def side(model: nn.Module) -> Side:
+    batch = {"input_ids": ids, "labels": ids}
+
+    def called(model: nn.Module) -> Side:
         def step() -> None:
-            model(input_ids=ids, labels=ids).loss.backward()
+            model(**batch).loss.backward()
 
         return Side(step, list(model.parameters()), dict(model.named_parameters()))
 
-    def ours(config: LayerParallelConfig | None) -> Side:
+    def ours(config: LayerParallelConfig) -> Side:
         model = convert_to_ode(copy.deepcopy(stock))
-        if config is not None:
-            parallelize(model, config)
-        return side(model)
+        handle = parallelize(model, config)
+        return dataclasses.replace(called(model), step=lambda: handle.train_step(batch))
 
-    reference = side(stock)
+    reference = called(stock)
     reference.step()
     exact = reference.gradients()
     reference.clear()
@@ -244,7 +245,7 @@ def model_sides(table: ModelTable, device: torch.device) -> tuple[list[Entry], d
     if device.type == "cuda":
         configs |= {f"{name}, CUDA graphs": dataclasses.replace(c, cuda_graphs=True) for name, c in configs.items()}
     entries = [Entry("stock", {"method": "stock"}, lambda: reference)]
-    entries.append(Entry("converted", {"method": "converted"}, partial(ours, None)))
+    entries.append(Entry("converted", {"method": "converted"}, lambda: called(convert_to_ode(copy.deepcopy(stock)))))
     entries += [Entry(name, c.to_dict() | {"method": "ours"}, partial(ours, c)) for name, c in configs.items()]
     return entries, exact
 

@@ -340,7 +340,7 @@ def test_a_forward_alone_is_exact_and_keeps_nothing():
     outcome = step.run()
     assert torch.equal(ends[0], serial(layers, x))
     assert not ends[0].requires_grad
-    assert (outcome.losses, outcome.residuals) == ({}, {})
+    assert (outcome.losses, outcome.norms) == ({}, {})
     assert all(p.grad is None for p in (x, *layers.parameters()))
 
 
