@@ -45,7 +45,7 @@ from hf_layerpar.run.data_shards import DataShards
 from hf_layerpar.run.increments import Increments
 from hf_layerpar.run.layers import Common, Entry, Layers, kept_streams
 from hf_layerpar.run.stackable import OneDevice
-from hf_layerpar.run.step import Finished, LayersOf, Outcome, Penalty, Step
+from hf_layerpar.run.step import Finished, LayersOf, Outcome, Penalty, Step, enter
 from hf_layerpar.run.step_report import StepReport, report_of
 from hf_layerpar.run.transport import Attempt, Transport
 from hf_layerpar.shared_gradients import sum_parts
@@ -145,7 +145,8 @@ class Stepper:
             ready = found.given()
             phases = self._phases(play, ready, trains=True)
             common = self.common(seed)
-            plan, make_layers = self._plan(config, ready, phases, common)
+            entries = self._entries(ready, phases, seed) if config.stacked or config.cuda_graphs else {}
+            plan, make_layers = self._plan(config, ready, entries, common)
             part = self._part(plan)
 
             def make(kind: type[Step] = Step, **instead: Any) -> Step:
@@ -156,12 +157,13 @@ class Stepper:
                     "penalty": self.penalty(config, ready.rehearsed, ready.rows, penalty_scale),
                     "make_layers": make_layers,
                     "finished": self.finished,
+                    "entered": {key: entry for key, entry in entries.items() if key[0] == 0},
                 }
                 return kind(part, phases, self.transport, **usual | instead)
 
             if config.cuda_graphs:
                 facts = (config.increment_penalty, penalty_scale)
-                outcome = self._graphs().run(make, part, self._entries(ready, phases), common, facts)
+                outcome = self._graphs().run(make, part, entries, common, facts)
             else:
                 outcome = make().run()
         self.last = (outcome, plan, ready.rehearsed.stacks)
@@ -261,26 +263,31 @@ class Stepper:
         return Anatomy(tuple(passes), tuple(ranks), rehearsed.needs, tail_pieces)
 
     def _plan(
-        self, config: LayerParallelConfig, ready: Prepared, phases: ModelPhases, common: Common
+        self,
+        config: LayerParallelConfig,
+        ready: Prepared,
+        entries: Mapping[tuple[int, int], Entry],
+        common: Common,
     ) -> tuple[Plan, LayersOf]:
         """The plan, and what makes a pass's layers: one at a time, or (stacked) those of a wave together."""
         build = partial(
             build_step, anatomy=ready.anatomy, num_ranks=1, micro_batches=len(ready.parts), costs=self.costs
         )
         if config.stacked:
-            entries = self._entries(ready, phases, micro_batches=1)
-            found = self._one_device.plan(config, build, [Layers(e, common, k, m) for (k, m), e in entries.items()])
+            passes = [Layers(entry, common, k, m) for (k, m), entry in entries.items() if m == 0]
+            found = self._one_device.plan(config, build, passes)
             if found is not None:
                 return found
             config = dataclasses.replace(config, stacked=False)
         return build(config, num_ranks=self.transport.size), Layers
 
-    def _entries(
-        self, ready: Prepared, phases: ModelPhases, micro_batches: int | None = None
-    ) -> dict[tuple[int, int], Entry]:
-        """By pass and micro-batch, for what the layers are called with."""
-        passes, count = len(ready.anatomy.passes), micro_batches or len(ready.parts)
-        return {(k, m): phases.enter(k, m, [None] * k, real=False) for m in range(count) for k in range(passes)}
+    def _entries(self, ready: Prepared, phases: ModelPhases, seed: int | None) -> dict[tuple[int, int], Entry]:
+        """By pass and micro-batch; of a first pass as a step enters it, of others for what layers are called with."""
+        return {
+            (k, m): phases.enter(k, m, [None] * k, real=False) if k else enter(phases, k, m, [], seed, self.device)
+            for m in range(len(ready.parts))
+            for k in range(len(ready.anatomy.passes))
+        }
 
     def _part(self, plan: Plan) -> RankPart:
         key = id(plan)

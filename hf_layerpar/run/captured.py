@@ -124,7 +124,9 @@ class Captured:
         program = Program(part, parameters)
         outcome = make(_Watched, program=program).run()
         try:
-            program.capture(self._recorder, make(Step, common=dataclasses.replace(common, seed=None), finished=None))
+            program.capture(
+                self._recorder, make(Step, common=dataclasses.replace(common, seed=None), finished=None, entered=None)
+            )
             self._programs[key] = program
         except Exception as error:  # whatever CUDA or a layer raises where it can't be captured: it is the reason
             text = str(error).strip().splitlines() or [type(error).__name__]

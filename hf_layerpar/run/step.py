@@ -10,7 +10,7 @@ Shapes: a state is `[B, T, D]`, B the rows of a micro-batch or of a piece of one
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Protocol
@@ -78,7 +78,8 @@ class Step:
 
     common: what all layers share. seed: for the phases' random streams, None without any. scale: what the losses are
     multiplied by before they go backward. penalty: by pass, what watches the layers' increments. finished: is told of
-    a layer, by stack and place, when this step adds nothing more to its gradients.
+    a layer, by stack and place, when this step adds nothing more to its gradients. entered: phases that were run
+    beforehand, by (pass, micro-batch), as `enter` runs them.
     """
 
     def __init__(
@@ -93,12 +94,14 @@ class Step:
         penalty: Penalty | None = None,
         make_layers: LayersOf = Layers,
         finished: Finished | None = None,
+        entered: Mapping[tuple[int, int], Entry] | None = None,
     ) -> None:
         self.part, self.phases, self.transport, self.common = part, phases, transport, common
         self.device, self.scale, self.make_layers = device, scale, make_layers
         self.outcome = Outcome(Clock(device), Clock(device))
         passes = range(len(part.plan.passes))
         self.increments = {k: None if penalty is None else penalty(k) for k in passes}
+        self._entered = dict(entered or {})
         self._finished, self._left = finished, Counter[tuple[int, int]]()
         if finished is not None:
             self._left.update(layer for group in part.groups for task in group for layer in self._adds_to(task))
@@ -240,8 +243,7 @@ class Step:
     def _phase(self, task: Task, given: list[Tensor]) -> list[Any]:
         k, m = task.place, task.micro_batch
         leaves, ends = self._leaves(task, given, k)
-        self._seed(k, m)
-        entry = self.phases.enter(k, m, ends, real=True)
+        entry = self._entered.pop((k, m), None) or enter(self.phases, k, m, ends, self.common.seed, self.device)
         self.layers[k, m] = self.make_layers(entry, self.common, k, m, self.increments[k])
         sources = entry.sources
         self.layers[k, m].sides = [t.detach() for t in sources]
@@ -254,7 +256,7 @@ class Step:
     def _tail(self, task: Task, given: list[Tensor], plan: Plan) -> list[Tensor]:
         m, (i, n) = task.micro_batch, task.piece
         leaves, ends = self._leaves(task, given, len(plan.passes))
-        self._seed(len(plan.passes), m * n + i)
+        seed_phase(self.common.seed, len(plan.passes), m * n + i, self.device)
         loss = self.phases.finish(m, task.piece, ends)
         if not plan.trains:
             return []
@@ -296,10 +298,6 @@ class Step:
             self.layers[k, m] = self.make_layers(entry, self.common, k, m, self.increments[k])
         return self.layers[k, m]
 
-    def _seed(self, place: int, number: int) -> None:
-        if self.common.seed is not None:
-            seed_device(self.device, mix(self.common.seed, -2 - place, number))
-
     # ---- messages
     def _post(self, posts: Sequence[Post]) -> None:
         for post in posts:
@@ -339,6 +337,24 @@ class Step:
         i, n = value.piece
         shape = (rows * (i + 1) // n - rows * i // n, *entry.x.shape[1:])
         return torch.empty(shape, dtype=entry.x.dtype, device=self.device)
+
+
+def enter(
+    phases: Phases,
+    place: int,
+    micro_batch: int,
+    given: Sequence[Tensor | None],
+    seed: int | None,
+    device: torch.device,
+) -> Entry:
+    """Runs a phase with a graph, drawing from its own random stream."""
+    seed_phase(seed, place, micro_batch, device)
+    return phases.enter(place, micro_batch, given, real=True)
+
+
+def seed_phase(seed: int | None, place: int, number: int, device: torch.device) -> None:
+    if seed is not None:
+        seed_device(device, mix(seed, -2 - place, number))
 
 
 def _grad_of(leaf: Tensor) -> Tensor:
