@@ -58,6 +58,25 @@ def lying_together(tensors: Sequence[Tensor]) -> Tensor | None:
     return first.as_strided((len(tensors), *first.shape), (size, *first.stride()))
 
 
+def _summed(t: Tensor) -> Tensor:
+    """`[K, n, m]` -> `[K, 1, m]`. By a product, which is twice as fast on a GPU as the kernel of a sum over rows."""
+    return torch.bmm(_ones(t.shape[1], t).expand(len(t), 1, -1), t)
+
+
+_made: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+
+
+def _ones(count: int, like: Tensor) -> Tensor:
+    """A part of the longest that were made; shorter ones are kept, as CUDA graphs may read them."""
+    made = _made.setdefault((like.device, like.dtype), [])
+    if not made or len(made[-1]) < count:
+        found = like.new_ones(1 << (count - 1).bit_length())
+        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+            return found[:count]  # they aren't ones before the graph is replayed
+        made.append(found)
+    return made[-1][:count]
+
+
 # ---- attention
 def _attention(
     q: Tensor,
@@ -152,7 +171,7 @@ class _LinearInOne(torch.autograd.Function):
         elif wants_weight:  # a transposed view of what is stored `[K, in, out]`
             of_weight = torch.bmm(x.transpose(1, 2), grad).transpose(1, 2)
         if wants_bias:
-            of_bias = grad.sum(1)
+            of_bias = _summed(grad).squeeze(1)
         return of_x, of_weight, of_bias
 
 
@@ -210,7 +229,7 @@ class _LayerNormInOne(torch.autograd.Function):
                 grad * weight, x, x.shape[-1:], mean, rstd, None, None, [True, False, False]
             )
         if wants_weight:
-            of_weight = (grad * normal).sum(1, keepdim=True)
+            of_weight = _summed(grad * normal)
         if wants_bias:
-            of_bias = grad.sum(1, keepdim=True)
+            of_bias = _summed(grad)
         return of_x, of_weight, of_bias, None

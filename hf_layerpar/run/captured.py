@@ -221,6 +221,7 @@ class Program:
                     def work(groups: range = piece.groups) -> None:
                         for i in groups:
                             step.work_group(self.part, i)
+                        step.measure()
 
                     piece.graph = recorder.record(work)
                     piece.outputs = {v: step.values[v] for v in self._asked if v in step.values}
@@ -256,7 +257,7 @@ class Program:
         held = []
         for p, made in zip(self.parameters, self._gradients, strict=True):
             # one that nobody has taken away since the last replay is about to be written over
-            held.append(p.grad.clone() if p.grad is made and made is not None else p.grad)
+            held.append(p.grad.clone() if p.grad is not None and p.grad is made else p.grad)
         yield
         for p, grad, made in zip(self.parameters, held, self._gradients, strict=True):
             p.grad = made if grad is None else grad if made is None else grad.add_(made)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hf_layerpar.compat.torch import norms_of
 from hf_layerpar.plan.part import Post, RankPart
 from hf_layerpar.plan.tasks import Direction, Pieces, Plan, Task, Value
 from hf_layerpar.run.batched import lying_together
@@ -26,6 +27,9 @@ from hf_layerpar.run.increments import Increments, wide_dtype
 from hf_layerpar.run.krylov import combinations, products
 from hf_layerpar.run.layers import Common, Entry, Layers, mix, seed_device
 from hf_layerpar.run.transport import Transport
+
+_MOST_DIFFERENCES = 8
+"""Residuals that wait for their norms: few, as each holds on to two states."""
 
 
 class Phases(Protocol):
@@ -109,6 +113,7 @@ class Step:
         self._arriving: dict[int, tuple[list[Any], Any]] = {}
         self._terms: dict[int, Tensor] = {}  # of all-reduces that aren't posted yet
         self._sending: list[tuple[Any, Any]] = []
+        self._differences: list[tuple[list[Tensor], Tensor, Tensor]] = []
         self.layers: dict[tuple[int, int], Layers] = {}
         # of a phase that will go backward: its results, and the leaves that stand for earlier passes' ends
         self._phases: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}
@@ -134,6 +139,7 @@ class Step:
             self._post(part.posts[0])
             for i in range(len(part.groups)):
                 self.work_group(part, i, keep)
+            self.measure()
             for value in part.fetch:
                 if value not in self.values:
                     self._await(value)
@@ -289,8 +295,20 @@ class Step:
         norms = self.outcome.norms.setdefault(
             (task.place, task.direction), [[] for _ in range(plan.iterations[task.place, task.direction])]
         )
-        a, b = given
-        norms[task.iteration - 1].append(torch.linalg.vector_norm(a - b, dtype=wide_dtype(a.dtype)))
+        self._differences.append((norms[task.iteration - 1], given[0], given[1]))
+        if len(self._differences) == _MOST_DIFFERENCES:
+            self.measure()
+
+    def measure(self) -> None:
+        """The norms of the residuals that wait for it: of several at once, in a kernel or two."""
+        found: dict[torch.dtype, list[tuple[list[Tensor], Tensor]]] = {}
+        for norms, a, b in self._differences:
+            found.setdefault(a.dtype, []).append((norms, a - b))
+        for dtype, differences in found.items():
+            values = norms_of([d for _, d in differences], wide_dtype(dtype))
+            for (norms, _), value in zip(differences, values, strict=True):
+                norms.append(value)
+        self._differences = []
 
     def _layers_of(self, k: int, m: int) -> Layers:
         if (k, m) not in self.layers:

@@ -18,7 +18,8 @@ done
 mkdir -p "$output"
 failed=0
 xml=$(mktemp)
-timeout 240 "$python" -m pytest -q -m gpu --device "$device" --junitxml "$xml" tests/gpu || failed=1
+workers=$("$python" -c 'import os, xdist; print(max(1, os.cpu_count() // 2))' 2>/dev/null || echo 0)
+timeout 180 "$python" -m pytest -q -m gpu $([ "$workers" = 0 ] || echo "-n $workers") --device "$device" --junitxml "$xml" tests/gpu || failed=1
 "$python" - "$xml" "$output/gpu_checks.json" "$device" <<'PYTHON' || failed=1
 import json, sys, xml.etree.ElementTree as tree
 suite = tree.parse(sys.argv[1]).getroot()[0]
@@ -27,6 +28,6 @@ cases = {
 }
 json.dump({"command": "gpu.sh", "device": sys.argv[3], "checks": cases}, open(sys.argv[2], "w"), indent=1)
 PYTHON
-timeout 150 "$python" recipes/benchmarks/one_device.py --device "$device" --output "$output/one_device.json" || failed=1
+timeout 130 "$python" recipes/benchmarks/one_device.py --device "$device" --output "$output/one_device.json" || failed=1
 timeout 90 "$python" recipes/benchmarks/layer_costs.py --device "$device" --output "$output/layer_costs.json" || failed=1
 exit $failed
