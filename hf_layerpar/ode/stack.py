@@ -56,6 +56,8 @@ class RecordedCall:
         return self.stack.step(self.index, x, args, kwargs, compiled=compiled)
 
 
+_PLAIN = (type(None), bool, int, float, str, Tensor)
+
 Solver = Callable[[Sequence[RecordedCall], Tensor], Tensor]
 """Maps (the calls of all layers of a stack, buffers included; x_0) to x_N."""
 
@@ -254,9 +256,13 @@ class LayerStack:
         if x is not self._handed:
             raise UnsupportedModelError(self._between(index - 1))
         args, kwargs = self.convention.family.with_shared(args, kwargs, self._shared)
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Later):
-                raise UnsupportedModelError(leaf.what)
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Later):
+                raise UnsupportedModelError(value.what)
+            if not isinstance(value, _PLAIN):  # most are; looking into them takes long
+                for leaf in tree_leaves(value):
+                    if isinstance(leaf, Later):
+                        raise UnsupportedModelError(leaf.what)
         self._records.append(RecordedCall(self.layers[index], index, args, kwargs, self))
         start = self._start
         assert start is not None

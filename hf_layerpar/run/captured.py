@@ -25,7 +25,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_layerpar.compat.torch import has_gradient_hooks, hook_counts, tree_unflatten
+from hf_layerpar.compat.torch import has_gradient_hooks, hook_counts, parameter_slots, tree_unflatten
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.tasks import Task
@@ -340,8 +340,8 @@ def _call_facts(layers: Layers) -> tuple:
 
 
 def _parameters(layers: Sequence[Layers]) -> list[nn.Parameter]:
-    modules = {id(call.layer): call.layer for each in layers for call in each.calls}
-    return list({id(p): p for m in modules.values() for p in m.parameters() if p.requires_grad}.values())
+    slots = (parameter_slots(m).values() for each in layers for m in each.entry.modules)
+    return list({id(p): p for found in slots for p in found if p is not None and p.requires_grad}.values())
 
 
 def _obstacle(layers: Sequence[Layers], parameters: Sequence[nn.Parameter]) -> str | None:
@@ -349,7 +349,6 @@ def _obstacle(layers: Sequence[Layers], parameters: Sequence[nn.Parameter]) -> s
         return "layer arguments require grad (encoder states, position biases)"
     if any(map(has_gradient_hooks, parameters)):
         return "somebody waits for gradients of layers (hooks)"
-    modules = (m for each in layers for call in each.calls for m in call.layer.modules())
-    if any(any(hook_counts(m)) for m in modules):
+    if any(any(hook_counts(m)) for each in layers for m in each.entry.modules):
         return "modules of layers have forward hooks, which a graph would leave out"
     return None

@@ -50,15 +50,26 @@ class Entry:
     calls: Sequence[LayerCall]
     sides: SidePlaces = ()
     autocast: torch.dtype | None = None
+    _flat: dict[int, tuple[list[Any], Any]] = field(default_factory=dict, init=False, repr=False)
+    _modules: list[nn.Module] = field(default_factory=list, init=False, repr=False)
+
+    def arguments(self, layer: int) -> tuple[list[Any], Any]:
+        """What the layer was called with beside the state: leaves and tree (torch.utils._pytree)."""
+        if layer not in self._flat:
+            call = self.calls[layer]
+            self._flat[layer] = tree_flatten((call.args, call.kwargs))
+        return self._flat[layer]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those of all layers, as they are in this step: each once."""
+        if not self._modules:
+            self._modules += dict.fromkeys(m for call in self.calls for m in call.layer.modules())
+        return self._modules
 
     @property
     def sources(self) -> list[Tensor]:
-        flat = {}
-        for places in self.sides:
-            layer, _ = places[0]
-            if layer not in flat:
-                flat[layer] = tree_flatten((self.calls[layer].args, self.calls[layer].kwargs))[0]
-        return [flat[places[0][0]][places[0][1]] for places in self.sides]
+        return [self.arguments(places[0][0])[0][places[0][1]] for places in self.sides]
 
 
 def sides_of(calls: Sequence[LayerCall]) -> SidePlaces:
@@ -119,7 +130,6 @@ class Layers:
         self.entry, self.calls, self.common, self.increments = entry, entry.calls, common, increments
         self.place, self.micro_batch = place, micro_batch
         self.device = entry.x.device
-        self._leaves: dict[int, tuple[list[Any], Any]] = {}
         self._side_of: dict[int, dict[int, int]] = {}  # layer -> leaf -> side
         for side, places in enumerate(entry.sides):
             for layer, leaf in places:
@@ -130,11 +140,8 @@ class Layers:
         self._side_grads: dict[tuple[int, int], Tensor] = {}  # (layer, side)
 
     def arguments(self, layer: int) -> tuple[list[Any], Any]:
-        """What the layer was called with beside the state: leaves and tree (torch.utils._pytree)."""
-        if layer not in self._leaves:
-            call = self.calls[layer]
-            self._leaves[layer] = tree_flatten((call.args, call.kwargs))
-        return self._leaves[layer]
+        """As `Entry.arguments`."""
+        return self.entry.arguments(layer)
 
     # ---- forward
     def forward(self, layers: Sequence[int], x: Tensor, *, final: bool = False, split: bool = False) -> Tensor:

@@ -59,7 +59,7 @@ class Kinds:
 def fingerprint(program: Layers) -> tuple:
     """What `Kinds` and the trial depend on, as far as it may change between solves: modules, modes, hooks, what the
     arguments are (but for sizes), and precision."""
-    modules = tuple((id(m), m.training, hook_counts(m)) for call in program.calls for m in call.layer.modules())
+    modules = tuple((id(m), m.training, hook_counts(m)) for m in program.entry.modules)
     first = program.arguments(0)[0]
     arguments: list[Any] = []
     for n in range(len(program.calls)):
