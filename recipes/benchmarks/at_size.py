@@ -11,7 +11,7 @@ as they go; with a penalty, those of the loss with it and those of the loss alon
 On a GPU the network is 512 wide with rows of 256 tokens, in bfloat16, and four runs share the device; on CPUs it is 64
 wide with rows of 64, a run being one process of one thread. Every run is one process: which settings train doesn't
 depend on the number of ranks. The share of serial time that steps would take on 4 and 8 H200 is the simulator's, from
-`h200_layer.json` (D=1024, one row, NVLink), with the layers where they are fastest; in the controller's runs they stay
+`layer_costs.json` (D=1024, one row, NVLink), with the layers where they are fastest; in the controller's runs they stay
 dealt out, in exact steps too.
 
 Written to recipes/benchmarks/results/at_size.json and .png after every run; a command that is started again goes on
@@ -27,12 +27,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checkout runs without being installed
 
 from hf_layerpar.config import LayerParallelConfig, describe
+from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.plan.ladder import StackShape, cheapest_first, escalation
 from hf_layerpar.plan.ownership import INTERLEAVED, V, interleaved_owner, two_blocks_owner
@@ -41,7 +43,7 @@ from hf_layerpar.plan.step import interval_points
 from recipes.benchmarks.at_size_picture import draw
 from recipes.benchmarks.controller import print_summary, shares_of_steps
 from recipes.benchmarks.launch import RESULTS
-from recipes.benchmarks.layer_costs import LINKS
+from recipes.benchmarks.layer_costs import LINKS, MEASURED
 from recipes.benchmarks.pool import run_missing
 from recipes.benchmarks.systems import EXACT, mgrit, words
 
@@ -69,7 +71,6 @@ SIDES: dict[str, tuple[str, ...]] = {
     ),
 }
 DEVICES = (4, 8)
-COSTS = Path(__file__).with_name("h200_layer.json")
 PENALTIES = (0.0, 0.1, 1.0, 10.0)
 PENALISED_SHARE = 8
 """Runs for the penalty have so many times fewer steps."""
@@ -146,8 +147,9 @@ def _owners(config: LayerParallelConfig, ranks: int) -> list[tuple[int, ...]]:
     owners = [SHAPE.owner(config, ranks)]
     if config.strategy == "pipeline" and 2 * ranks <= SHAPE.num_layers:
         owners += [two_blocks_owner(SHAPE.num_layers, ranks, how) for how in (INTERLEAVED, V)]
-    if config.coarse_operator == "aggregate" and config.strategy == "mgrit" and ranks <= config.factors[0]:
-        owners.append(interleaved_owner(SHAPE.num_layers, ranks, points))
+    if config.coarse_operator == "aggregate" and config.strategy == "mgrit":
+        with suppress(ConfigurationError):  # a rank would have no layer
+            owners.append(interleaved_owner(SHAPE.num_layers, ranks, points))
     return owners
 
 
@@ -156,7 +158,7 @@ def predicted_shares(runs: list[dict[str, Any]], *, dealt: bool = False) -> dict
 
     dealt: as of `share`.
     """
-    table = json.loads(COSTS.read_text(encoding="utf-8"))["tables"][0]
+    table = json.loads(MEASURED.read_text(encoding="utf-8"))["tables"][0]
     costs = dataclasses.replace(Costs(**table["costs"]), **LINKS["NVLink"])
     shape = DEALT if dealt else SHAPE
     settings = [LayerParallelConfig(), *escalation(START, [shape]), *cheapest_first(START, [shape], LADDER_RANKS)]

@@ -1,30 +1,26 @@
 """What a transformer layer costs on this device, and what that makes of a step on many of them.
 
     python recipes/benchmarks/layer_costs.py [--device cuda] [--output FILE]
-    python recipes/benchmarks/layer_costs.py --costs recipes/benchmarks/h200_layer.json
 
-Measured here (or read from a file of costs that were measured elsewhere; then without tensor parallelism): forward,
-input-vjp and weight gradients of one pre-LN layer (bf16 on a GPU), and forward and backward of the P-th part of one, as
-tensor parallelism of P devices has it. Simulated from these, for stacks of 64 and 128 layers on 8, 32 and 128 devices
-and 1 to 16 micro-batches (at most one a row), as shares of one device's step: the best exact schedule (with zero
-bubbles where the planner finds them shorter), tensor parallelism (its four all-reduces a layer by the formula of a
-ring), and MGRIT with `aggregate` (dealt out, coarsened by the number of devices, at most 16) and `identity`, one
-iteration each. Links are given, not measured: NVLink 300 GB/s and 12 us a message, InfiniBand 40 GB/s and 15 us; up to
-8 devices talk over NVLink, more over InfiniBand. How good the inexact gradients are is not part of this
-(`recipes/benchmarks/controller.py`). Written to recipes/benchmarks/results/layer_costs.json, or h200_layer.json after
-the file of costs.
+Measured here: forward, input-vjp and weight gradients of one pre-LN layer (bf16 and eager on a GPU), and forward and
+backward of the P-th part of one, as tensor parallelism of P devices has it. Simulated from these, for stacks of 64 and
+128 layers on 8, 32 and 128 devices and 1 to 16 micro-batches (at most one a row), as shares of one device's step: the
+best exact schedule (with zero bubbles where the planner finds them shorter), tensor parallelism (its four all-reduces a
+layer by the formula of a ring), and MGRIT with `aggregate` (dealt out, coarsened by the number of devices, at most 16)
+and `identity`, one iteration each. Links are given, not measured: NVLink 300 GB/s and 12 us a message, InfiniBand
+40 GB/s and 15 us; up to 8 devices talk over NVLink, more over InfiniBand. How good the inexact gradients are is not
+part of this (`recipes/benchmarks/controller.py`). Written to recipes/benchmarks/results/layer_costs.json, by whose
+costs of an H200 other benchmarks simulate.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +46,8 @@ PLACES = {"cuda": [(64, 8), (128, 32), (128, 128)], "cpu": [(64, 8)]}  # (layers
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 LINKS = {"NVLink": {"bandwidth": 300e9, "latency": 12e-6}, "InfiniBand": {"bandwidth": 40e9, "latency": 15e-6}}
 HEAD = 64
+MEASURED = RESULTS / "layer_costs.json"
+"""Of an H200."""
 
 
 class Block(nn.Module):
@@ -117,32 +115,20 @@ def simulated(costs: Costs, batch: int, layers: int, devices: int, tensor_part: 
     return found
 
 
-def costs_by_size(device: torch.device, given: Any) -> Iterator[tuple[int, int, int, Costs]]:
-    """Width, rows and tokens of the layers, and what one costs: measured here, or as a file has it."""
-    if given is not None:
-        yield from ((t["dim"], t["batch"], t["tokens"], Costs(**t["costs"])) for t in given["tables"])
-        return
-    for size in SIZES[device.type]:
-        yield (*size, measured(*size, device))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=tuple(SIZES))
-    parser.add_argument("--costs", type=Path, help="file of costs of layers; nothing is measured here then")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=MEASURED)
     options = parser.parse_args()
     device, began = torch.device(options.device), time.perf_counter()
-    output = options.output or RESULTS / ("layer_costs.json" if options.costs is None else options.costs.name)
-    given = None if options.costs is None else json.loads(options.costs.read_text(encoding="utf-8"))
     tables = []
-    for dim, batch, tokens, costs in costs_by_size(device, given):
+    for dim, batch, tokens in SIZES[device.type]:
+        costs = measured(dim, batch, tokens, device)
         table: dict[str, Any] = {"dim": dim, "batch": batch, "tokens": tokens, "costs": dataclasses.asdict(costs)}
         table["simulated"] = []
-        for layers, devices in PLACES[device.type if given is None else "cuda"]:
-            cuts = given is None and (dim // devices >= HEAD or device.type == "cpu")  # a head is not cut
-            parts = devices if cuts else None
-            part = None if parts is None else part_of_a_layer(dim, batch, tokens, parts, device)
+        for layers, devices in PLACES[device.type]:
+            cuts = dim // devices >= HEAD or device.type == "cpu"  # a head is not cut
+            part = part_of_a_layer(dim, batch, tokens, devices, device) if cuts else None
             table["simulated"].append(simulated(costs, batch, layers, devices, part))
         tables.append(table)
         for case in table["simulated"]:
@@ -150,10 +136,10 @@ def main() -> None:
             print_table(
                 [(name, "  ".join(f"{m}: {s:.3f}" for m, s in of.items())) for name, of in case["shares"].items()]
             )
-    where = device_name(device) if given is None else f"{given['device']}: {given['about']}"
-    result = {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "device": where, "links": LINKS}
+    result = {"command": [Path(sys.argv[0]).name, "--device", device.type], "device": device_name(device)}
+    result |= {"links": LINKS}
     result |= {"simulated": "all shares are simulated from measured costs of layers and given links", "tables": tables}
-    write_json(output, result | {"seconds": time.perf_counter() - began, "versions": versions()})
+    write_json(options.output, result | {"seconds": time.perf_counter() - began, "versions": versions()})
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ def main() -> None:
     warnings.filterwarnings("error", message="(stacked|cuda_graphs)=True, but")
 
     result: dict[str, Any] = {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, "--device", device.type, "--rounds", str(rounds), *options.only],
         "device": device_name(device),
         "machine": machine(),
         "tables": [],
@@ -279,7 +279,9 @@ def main() -> None:
         entries, exact = make(table, device)
         kept = [e for e in entries[1:] if not options.only or any(text in e.name for text in options.only)]
         sides = measure([entries[0], *kept], exact, rounds)
-        result["tables"].append({"name": table.name, "sizes": fact(vars(table)), "rounds": rounds, "sides": sides})
+        result["tables"].append(
+            {"name": table.name, "sizes": fact(dataclasses.asdict(table)), "rounds": rounds, "sides": sides}
+        )
         print_sides(f"{table.name} on {result['device']}, {rounds} rounds", sides)
         result |= {"seconds": time.perf_counter() - began, "versions": versions()}
         write_json(options.output, result)

@@ -9,7 +9,7 @@ validation loss of its stock run plus `TOLERANCE`; the seconds to it contain the
 evaluations, and lie on a line between two of these.
 
 Beside it stands the same race simulated on 8 H200: every step's settings as they were in the run, with the costs of
-`h200_layer.json` (D=1024, NVLink), once for 8 rows of 1,024 tokens and once for one row, which DDP can't split.
+`layer_costs.json` (D=1024, NVLink), once for 8 rows of 1,024 tokens and once for one row, which DDP can't split.
 
 Written to recipes/benchmarks/results/race.json and .png after every run; a command that is started again goes on with
 the runs that are missing there. `--fresh` forgets them.
@@ -43,6 +43,7 @@ from recipes.benchmarks.at_size import SHAPE, share
 from recipes.benchmarks.controller import shares_of_steps
 from recipes.benchmarks.launch import RESULTS, found_by_rank
 from recipes.benchmarks.layer_costs import LINKS
+from recipes.benchmarks.layer_costs import MEASURED as H200
 from recipes.benchmarks.settings_map import MICRO_BATCHES
 from recipes.benchmarks.systems import mgrit, words
 from recipes.language import load_blocks
@@ -65,7 +66,6 @@ EXACT_SIDES = {
 }
 WATCHED = (*mgrit("aggregate"), "--controller", "adaptive", "--check_every", "60", "--micro_batches", "1")
 DEVICES = 8
-COSTS = Path(__file__).with_name("h200_layer.json")
 MEASURED = "measured: 2 cores, gloo"
 
 
@@ -194,7 +194,7 @@ def races(runs: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {MEASURED: {}}
     for run in runs:
         found[MEASURED].setdefault(run["side"], {})[run["seed"]] = run["curve"]
-    for table in json.loads(COSTS.read_text(encoding="utf-8"))["tables"]:
+    for table in json.loads(H200.read_text(encoding="utf-8"))["tables"]:
         if table["dim"] != 1024:
             continue
         rows = f"{table['batch']} rows" if table["batch"] > 1 else "1 row"

@@ -5,7 +5,7 @@
 Gradients are measured and times are simulated. The cosines are those that `at_size.py`'s serial runs found (2 + 32 + 2
 layers, at_size.json): a setting counts at a step size where each of its cosines with the exact gradient, at every
 moment of every such run, is at least `GOOD`. The times are the simulator's from the costs of a GPT-2 block on an H200
-(`h200_layer.json`: 8 rows of 1,024 tokens at D=1024 and D=2048, NVLink), the batch cut into at most M micro-batches.
+(`layer_costs.json`: 8 rows of 1,024 tokens at D=1024 and D=2048, NVLink), the batch cut into at most M micro-batches.
 Against the best of these settings stands the best exact schedule, with one or two blocks of layers on a rank. Written
 to recipes/benchmarks/results/settings_map.json and .png.
 """
@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checko
 from hf_layerpar.config import LayerParallelConfig, describe
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.report.drawing import matplotlib_classes
-from recipes.benchmarks.at_size import COSTS, PROBED, share
+from recipes.benchmarks.at_size import PROBED, share
 from recipes.benchmarks.launch import RESULTS
-from recipes.benchmarks.layer_costs import LINKS
+from recipes.benchmarks.layer_costs import LINKS, MEASURED
 from recipes.benchmarks.probing import setting
 from recipes.results import print_table, versions, write_json
 
@@ -126,7 +126,7 @@ def main() -> None:
     options = parser.parse_args()
 
     runs = json.loads(options.gradients.read_text(encoding="utf-8"))["runs"]
-    tables = json.loads(COSTS.read_text(encoding="utf-8"))["tables"]
+    tables = json.loads(MEASURED.read_text(encoding="utf-8"))["tables"]
     cosines = least_cosines(runs)
     content: dict[str, Any] = {
         "kind": "cosines measured, times predicted by the simulator",
