@@ -80,22 +80,26 @@ def test_overhead_is_a_share_of_the_step(tmp_path):
 
 def test_one_device(tmp_path):
     """Stacked sides are what they say: falling back would be their error."""
-    only = ["identity 1/1", "aggregate 2/1", "exact"]
-    arguments = ["--device", "cpu", "--layers", "6", "--rounds", "1", "--only", *only]
+    only = ["identity 1/1", "aggregate 1/1", "exact"]
+    arguments = ["--device", "cpu", "--rounds", "1", "--only", *only]
     result = benchmark("one_device", tmp_path / "one_device.json", *arguments)
     assert result["device"].startswith("CPU")
-    ((layers, sides),) = ((t["layers"], t["sides"]) for t in result["tables"])
-    assert layers == 6
-    assert set(sides) == {
+    bare, model = ((t["sizes"]["layers"], t["sides"]) for t in result["tables"])
+    assert (bare[0], model[0]) == (6, 6)
+    assert set(bare[1]) == {
         "serial",
         "ours exact",
         *(f"mgrit {way}, {how}" for way in only[:2] for how in ("one at a time", "stacked")),
     }
-    for name, side in sides.items():
+    assert set(model[1]) == {"stock", "ours exact", *(f"mgrit {way}, stacked" for way in only[:2])}
+    for name, side in bare[1].items():
         assert side["seconds"]["median"] > 0
-        alone = sides[name.replace("stacked", "one at a time")]["gradient"]
+        alone = bare[1][name.replace("stacked", "one at a time")]["gradient"]
         assert side["gradient"]["cosine"] == pytest.approx(alone["cosine"], abs=1e-6)
-    assert 0.9 < sides["mgrit identity 1/1, stacked"]["gradient"]["cosine"] < 1 - 1e-6
+    for sides in (bare[1], model[1]):
+        assert sides["ours exact"]["gradient"]["cosine"] == pytest.approx(1.0, abs=1e-9)
+        assert 0.9 < sides["mgrit identity 1/1, stacked"]["gradient"]["cosine"] < 1 - 1e-6
+
 
 
 def test_heavy_head(tmp_path):
