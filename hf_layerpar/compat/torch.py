@@ -35,6 +35,7 @@ with looking_into("torch"):
     _queue_callback = torch.autograd.Variable._execution_engine.queue_callback
     _make_subclass = Tensor._make_subclass
     _norm, _mul_ = torch._foreach_norm, torch._foreach_mul_  # pyright: ignore
+    _copy_, _add_ = torch._foreach_copy_, torch._foreach_add_  # pyright: ignore
     _set_pg_timeout, _world = distributed_c10d._set_pg_timeout, distributed_c10d._world
     _fsdp_state: Callable[[nn.Module], Any] = fully_shard.state  # type: ignore[attr-defined]
     _ = DistributedDataParallel._active_ddp_module, nn.Module._call_impl, nn.Module._compiled_call_impl
@@ -118,6 +119,19 @@ def norms_of(tensors: list[Tensor], dtype: torch.dtype) -> Sequence[Tensor]:
 def scale_(tensors: list[Tensor], factor: float) -> None:
     if tensors:
         _mul_(tensors, factor)  # pyright: ignore[reportCallIssue, reportArgumentType]
+
+
+def copies_of(tensors: list[Tensor]) -> list[Tensor]:
+    """Each with memory of its own, all filled at once."""
+    copies = [torch.empty_like(t) for t in tensors]
+    if copies:
+        _copy_(copies, tensors)
+    return copies
+
+
+def add_(totals: list[Tensor], terms: list[Tensor]) -> None:
+    if totals:
+        _add_(totals, terms)
 
 
 def autocast_of(x: Tensor) -> torch.dtype | None:

@@ -7,7 +7,7 @@ ends (embeddings, head, loss) stay outside, as they may do anything; what lies b
     run     replayed                run                     replayed                 run
 
 A graph works on the memory that it was captured with. So states and layer arguments are copied into it, and gradients
-are taken from it: they are the same tensors after every step, unless there was a gradient already, which is added to.
+out of it.
 
 Shapes: a state is `[B, T, D]`.
 """
@@ -25,7 +25,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_layerpar.compat.torch import has_gradient_hooks, hook_counts, parameter_slots, tree_unflatten
+from hf_layerpar.compat.torch import (
+    add_,
+    copies_of,
+    has_gradient_hooks,
+    hook_counts,
+    parameter_slots,
+    tree_unflatten,
+)
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.tasks import Task
@@ -197,6 +204,7 @@ class Program:
             self._entries[place] = dataclasses.replace(layers.entry, calls=calls)
             self._arguments[place] = list(held.values())
 
+    @torch.no_grad()
     def load(self, phase: Task, step: Step) -> None:
         """The same of a later step, to where graphs read it."""
         for value in self._read.intersection(phase.outputs):
@@ -251,16 +259,15 @@ class Program:
             for p, grad in zip(self.parameters, held, strict=True):
                 p.grad = grad
 
-    @contextmanager
-    def added(self) -> Iterator[None]:
-        """Around replays: their gradients are added to those that were there, or are the parameters' own."""
-        held = []
-        for p, made in zip(self.parameters, self._gradients, strict=True):
-            # one that nobody has taken away since the last replay is about to be written over
-            held.append(p.grad.clone() if p.grad is not None and p.grad is made else p.grad)
-        yield
-        for p, grad, made in zip(self.parameters, held, self._gradients, strict=True):
-            p.grad = made if grad is None else grad if made is None else grad.add_(made)
+    @torch.no_grad()
+    def add_gradients(self) -> None:
+        """Those of a replay to the parameters' own, as copies: somebody may still hold them when the next one writes
+        over what it made."""
+        made = [(p, grad) for p, grad in zip(self.parameters, self._gradients, strict=True) if grad is not None]
+        add_([p.grad for p, _ in made if p.grad is not None], [grad for p, grad in made if p.grad is not None])
+        new = [(p, grad) for p, grad in made if p.grad is None]
+        for (p, _), grad in zip(new, copies_of([grad for _, grad in new]), strict=True):
+            p.grad = grad
 
 
 class _Watched(Step):
@@ -285,7 +292,7 @@ class _Replay(Step):
 
     def work(self, part: RankPart, keep: Set[int] = frozenset()) -> None:
         program = self._program
-        with self.outcome.working.timed(), program.added():
+        with self.outcome.working.timed():
             for piece in program.pieces:
                 if piece.graph is not None:
                     piece.graph.replay()
@@ -293,6 +300,7 @@ class _Replay(Step):
                 elif piece.phase is not None:
                     self.work_group(part, piece.groups.start)
                     program.load(piece.phase, self)
+            program.add_gradients()
         self.outcome.norms = program.norms
         if self._finished is not None:
             for piece in program.pieces:

@@ -101,7 +101,6 @@ def test_one_device(tmp_path):
         assert 0.9 < sides["mgrit identity 1/1, stacked"]["gradient"]["cosine"] < 1 - 1e-6
 
 
-
 def test_heavy_head(tmp_path):
     """Where the ends are changes who computes what, and no gradient."""
     arguments = ["--layers", "8", "--vocabulary", "500", "--rounds", "1"]

@@ -121,6 +121,19 @@ def test_gradients_that_are_there_are_added_to(between, recorder):
     assert recorder.replays > 6
 
 
+def test_gradients_that_somebody_holds_are_not_written_over(recorder):
+    models, handles, batch = pair("gpt2", {})
+    held = []
+    for given in others(batch, 5):
+        for model, handle in zip(models, handles, strict=True):
+            model.zero_grad()
+            handle.train_step(given)
+            held.append([p.grad for p in model.parameters() if p.grad is not None])
+    for mine, its in zip(held[::2], held[1::2], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
+    assert recorder.replays > 4
+
+
 def test_each_kind_of_batch_has_its_graphs(recorder):
     """Sizes, and whether there is a mask (transformers leaves out one that hides nothing)."""
     models, handles, batch = pair("llama", {})
