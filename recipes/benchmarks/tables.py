@@ -195,11 +195,12 @@ def diagnosis() -> str:
     rows = []
     for name in ("control", "minilm", "smollm2", "gemma3"):
         result = load(f"diagnosis/{name}.json")
-        others = {k: run["progress"] for k, run in result["training"]["runs"].items() if k != "exact"}
-        check = ", ".join(f"{setting} {progress:.2f}" for setting, progress in others.items())
+        runs = result["training"]["runs"]
+        check = ", ".join(f"{setting} {run['progress']:.2f}" for setting, run in runs.items() if setting != "exact")
+        right = ", ".join(f"{setting} {run['accuracy']:.3f}" for setting, run in runs.items() if "accuracy" in run)
         steps = result["training"]["steps"]
-        rows.append([name, result["diagnosis"]["suggestion"]["verdict"], f"{check} ({steps} steps)"])
-    return markdown(["model", "verdict", "share of exact training's fall in loss"], rows)
+        rows.append([name, result["diagnosis"]["suggestion"]["verdict"], f"{check} ({steps} steps)", right])
+    return markdown(["model", "verdict", "share of exact training's fall in loss", "accuracy"], rows)
 
 
 def paper() -> str:
