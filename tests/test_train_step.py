@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from typing import Any
 
 import pytest
@@ -86,3 +87,15 @@ def test_gradients_equal_the_stock_models_on_any_ranks(name: str, worlds: tuple[
                 for rank in ranks:
                     for n, digest in rank[i]["digests"].items():
                         assert digest == one[i]["digests"][n], (values, world, n)
+
+
+@pytest.mark.parametrize("settings", [{"stacked": True}, {"cuda_graphs": True}], ids=str)
+def test_a_call_says_that_it_works_layers_one_by_one(settings):
+    model, batch = zoo.build("gpt2")
+    model = convert_to_ode(model.eval())
+    parallelize(model, LayerParallelConfig(strategy="mgrit", coarsening=2, **settings))
+    with pytest.warns(UserWarning, match="are for train_step and the Trainer"):
+        model(**batch).loss.backward()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**batch)

@@ -115,3 +115,22 @@ def to_another_device():
 def test_a_group_that_can_not_carry_a_device_is_refused():
     for text in run_ranks(to_another_device, 2):
         assert "cpu:gloo,cuda:nccl" in text
+
+
+def alone():
+    """A group of one process says nothing: its backend may have no host tensors."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    transport = GroupTransport(dist.group.WORLD)
+    with (
+        patch.object(dist, "all_gather", side_effect=AssertionError),
+        patch.object(dist, "all_gather_object", side_effect=AssertionError),
+    ):
+        transport.agree({"ready": True})
+        transport.agree_in_common({"a": 1})
+        assert transport.any_of("this", [True, False]) == [True, False]
+        with pytest.raises(ValueError, match="mine"):
+            transport.agree({"ready": True}, ValueError("mine"))
+
+
+def test_a_group_of_one_process_compares_nothing():
+    run_ranks(alone, 1)
