@@ -71,10 +71,13 @@ class CudaRecorder:
         self._device, self._pool = device, torch.cuda.graph_pool_handle()
 
     def record(self, work: Callable[[], None]) -> Graph:
-        graph = torch.cuda.CUDAGraph()
-        # other threads (one that pins batches) may allocate meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            work()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self._device)
+        try:
+            # other threads (one that pins batches) may allocate meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                work()
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that fails leaves its own
         return graph
 
     def random_state(self) -> Tensor:
@@ -136,7 +139,10 @@ class Captured:
             )
             self._programs[key] = program
         except Exception as error:  # whatever CUDA or a layer raises where it can't be captured: it is the reason
-            text = str(error).strip().splitlines() or [type(error).__name__]
+            first: BaseException = error
+            while first.__context__ is not None:  # the last one says that a capture has failed, and not why
+                first = first.__context__
+            text = str(first).strip().splitlines() or [type(first).__name__]
             self._warn(text[0])
         return outcome
 

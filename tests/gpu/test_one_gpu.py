@@ -84,6 +84,27 @@ def test_graphs_replay_what_steps_do(family, settings, device, monkeypatch):
                     assert relative(q[1].grad, p.grad) < 1e-4 or float(p.grad.norm()) < 1e-7, (name, step)
 
 
+@pytest.mark.parametrize("change", ["dropout", "a look at a value"])
+def test_what_can_not_be_captured_runs_on(change, device, monkeypatch):
+    if device == "cpu":
+        monkeypatch.setattr(captured, "recorder_of", lambda device: OpRecorder())
+    model, batch = zoo.build("gpt2", resid_pdrop=0.1 if change == "dropout" else 0.0)
+    batch = {k: t.to(device) for k, t in batch.items()}
+    model = convert_to_ode(model.to(device)).train(change == "dropout")
+    handle = parallelize(model, LayerParallelConfig(cuda_graphs=True))
+    if change != "dropout":
+        forward = model.transformer.h[1].mlp.forward
+        monkeypatch.setattr(model.transformer.h[1].mlp, "forward", lambda x: forward(x) if float(x.sum()) else x)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        losses = [float(handle.train_step(batch)) for _ in range(4)]
+    told = [str(w.message) for w in caught if "launched one by one" in str(w.message)]
+    assert len(told) == (0 if (device, change) == ("cpu", "a look at a value") else 1), told
+    assert change == "dropout" or losses == [losses[0]] * 4
+    if device == "cuda":
+        assert torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
 @pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"gradient_checkpointing": True}, GRAPHS], ids=str)
 def test_the_trainer_trains_as_stock(settings, device, tmp_path, monkeypatch):
     settings = settings | {"use_cpu": device == "cpu", "max_steps": 10}

@@ -204,6 +204,20 @@ def test_what_cannot_be_captured_runs_as_usual(family, change, reason, recorder)
     assert reason in said
 
 
+def test_a_capture_that_fails_costs_nothing(recorder, monkeypatch):
+    def fail(work):
+        try:
+            work()
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(recorder, "record", fail)
+    models, handles, batch = pair("gpt2", {})
+    with pytest.warns(UserWarning, match="launched one by one: operation not permitted"):
+        assert_same_steps(models, handles, others(batch, 4))
+
+
 def test_the_cpu_has_no_graphs():
     model, batch = zoo.build("gpt2")
     handle = parallelize(convert_to_ode(model), LayerParallelConfig(cuda_graphs=True))
