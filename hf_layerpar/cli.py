@@ -59,6 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+PLANNED = tuple(f.name for f in dataclasses.fields(LayerParallelConfig) if f.name != "cuda_graphs")
+"""Settings that plans know of."""
+
 COMMON = ("step", "vjp", "weights", "tail", "latency", "bandwidth", "state_bytes")
 """Prices that people set; the others are mostly measured."""
 
@@ -81,8 +84,8 @@ def _add_plan(commands: Any) -> None:
         "--layers", type=_positive, required=True, metavar="N", help="Layers of the stack, buffers included; required."
     )
     add_setting(step, OdeSettings, "buffers")
-    for f in dataclasses.fields(LayerParallelConfig):
-        add_setting(step, LayerParallelConfig, f.name)
+    for name in PLANNED:
+        add_setting(step, LayerParallelConfig, name)
     step.add_argument(
         "--checkpointing", action="store_true", help="Evaluate layers again in the backward. (default: off)"
     )
@@ -156,7 +159,7 @@ def _plan(options: argparse.Namespace) -> None:
         raise ConfigurationError("--choose finds the split; leave --split out")
     for name in ("layers", "ranks"):
         whole(1, MOST_LAYERS)(f"--{name}", getattr(options, name))
-    config = LayerParallelConfig(**{f.name: getattr(options, f.name) for f in dataclasses.fields(LayerParallelConfig)})
+    config = LayerParallelConfig(**{name: getattr(options, name) for name in PLANNED})
     check_config(config, options.ranks)
     if options.choose:
         config, owner = _choose(options, costs, memory)

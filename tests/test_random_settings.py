@@ -63,6 +63,7 @@ SOLVER: dict[str, list[Any]] = {
     "acceleration": ["none", "krylov"],
     "increment_penalty": [0, 0.0, 0.1, 1],
     "stacked": [False, True],
+    "cuda_graphs": [False, True],
 }
 ODE: dict[str, list[Any]] = {
     "step_size": [1, 1.0, 0.5, 0.25],
