@@ -119,7 +119,8 @@ def test_a_group_that_can_not_carry_a_device_is_refused():
 
 def alone():
     """A group of one process says nothing: its backend may have no host tensors."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    if begun := not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     transport = GroupTransport(dist.group.WORLD)
     with (
         patch.object(dist, "all_gather", side_effect=AssertionError),
@@ -130,6 +131,8 @@ def alone():
         assert transport.any_of("this", [True, False]) == [True, False]
         with pytest.raises(ValueError, match="mine"):
             transport.agree({"ready": True}, ValueError("mine"))
+    if begun:
+        dist.destroy_process_group()
 
 
 def test_a_group_of_one_process_compares_nothing():
