@@ -34,7 +34,8 @@ def _losses(axes: Any, runs: list[dict[str, Any]], label: str) -> None:
         axes.plot(*zip(*points, strict=True), color="0.6", ls="--", label="between serial's seeds")
     axes.axhline(0, color="k", lw=0.8)
     axes.set(title=f"{label}: validation loss minus serial's", xlabel="step", ylim=(-0.1, 0.3))
-    axes.legend(fontsize=7)
+    if axes.get_legend_handles_labels()[0]:  # there may be serial runs alone so far
+        axes.legend(fontsize=7)
 
 
 def _cosines(axes: Any, runs: list[dict[str, Any]]) -> None:

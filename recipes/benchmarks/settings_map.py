@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that a checko
 from hf_layerpar.config import LayerParallelConfig, describe
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.report.drawing import matplotlib_classes
-from recipes.benchmarks.at_size import PROBED, share
+from recipes.benchmarks.at_size import PROBED, STEP_SIZES, share
 from recipes.benchmarks.launch import RESULTS
 from recipes.benchmarks.layer_costs import LINKS, MEASURED
 from recipes.benchmarks.probing import setting
@@ -45,7 +45,7 @@ def least_cosines(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         for row in run["gradients"]:
             of_size = found.setdefault(run["h"], {})
             of_size[row["settings"]] = min(row["cosine"], of_size.get(row["settings"], 1.0))
-    return found
+    return {h: found[h] for h in STEP_SIZES if h in found}
 
 
 def best_shares(costs: Costs) -> dict[tuple[str, int, int], float]:

@@ -12,6 +12,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +285,7 @@ def penalties() -> str:
     runs = _at_size_runs(long=False)
     plain = {(run["h"], run["seed"]): run["evaluation"][-1][1] for run in runs if not run["penalty"]}
     rows = []
-    for run in sorted(runs, key=lambda run: (run["h"], run["penalty"], run["seed"])):
+    for run in sorted(runs, key=lambda run: (Fraction(run["h"].removeprefix("h=")), run["penalty"], run["seed"])):
         last = max(row["step"] for row in run["gradients"])
         cosines = {
             (row["settings"].removeprefix("mgrit "), row["penalty"]): row["cosine"]
@@ -300,10 +301,11 @@ def penalties() -> str:
 
 
 def _at_size_runs(long: bool) -> list[dict[str, Any]]:
-    """Those that compared gradients."""
+    """Those that compared gradients, smallest steps first."""
     runs = load("at_size.json")["runs"]
     most = max(run["steps"] for run in runs)
-    return [run for run in runs if run["gradients"] and (run["steps"] == most) == long]
+    found = [run for run in runs if run["gradients"] and (run["steps"] == most) == long]
+    return sorted(found, key=lambda run: float(Fraction(run["h"].removeprefix("h="))))
 
 
 def race() -> str:
