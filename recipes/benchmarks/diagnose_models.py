@@ -8,7 +8,7 @@ sentences. Each model is diagnosed, then trained from the same weights, on the s
 masks: exactly, with the setting that the diagnosis suggests (or, where it suggests the exact pipeline, the best one it
 turned down), and in short runs with the paper's. Exact training on the batches in reverse order shows how far two exact
 runs lie apart. The layers are trained; the ends stay as they are, they would be trained exactly in any case. Written to
-recipes/benchmarks/results/diagnosis: <model>.json, with both, and <model>.png.
+recipes/benchmarks/results/diagnosis: <model>.json, with both, <model>.png and <model>_training.png.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from hf_layerpar.config import describe
 from hf_layerpar.diagnosis.batches import token_blocks
 from hf_layerpar.diagnosis.readings import Diagnosis, SettingReading
 from hf_layerpar.report.diagnosis import draw_diagnosis, print_diagnosis
+from hf_layerpar.report.drawing import matplotlib_classes
 from recipes.benchmarks.launch import RESULTS
 from recipes.gguf_models import gemma3, smollm2
 from recipes.offline import minilm, sentiment
@@ -48,6 +49,8 @@ Batch = dict[str, Tensor]
 
 DIAGNOSED = 2  # batches
 RANKS = 8
+SMOOTH = 20
+"""Steps whose losses are averaged in the picture."""
 PAPER = LayerParallelConfig(strategy="mgrit", coarse_operator="rediscretize", coarsening=4)
 SECONDS = "wall and processor time of two cores that may have done other work: an upper bound, no benchmark"
 
@@ -214,7 +217,24 @@ def run(name: str, steps: int | None) -> dict[str, Any]:
         "versions": versions(),
     }
     write_json(RESULTS / "diagnosis" / f"{name}.json", result)
+    draw_training(result["training"], name, RESULTS / "diagnosis" / f"{name}_training.png")
     return result
+
+
+def draw_training(training: dict[str, Any], name: str, path: Path) -> None:
+    """Training losses of all runs by step, each the mean of the `SMOOTH` before."""
+    figure_class, _ = matplotlib_classes()
+    figure = figure_class(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    smooth = min(SMOOTH, training["steps"])
+    for i, (setting, run) in enumerate(training["runs"].items()):
+        losses = run["losses"]
+        means = [sum(losses[at - smooth : at]) / smooth for at in range(smooth, len(losses) + 1)]
+        style = {"color": "k" if setting == "exact" else f"C{i}", "lw": 2.5 if setting == "exact" else 1.2}
+        axes.plot(range(smooth, len(losses) + 1), means, label=setting, **style)
+    axes.set(title=f"{name}: training loss, mean of {smooth} steps", xlabel="step", ylabel="loss")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
 
 
 def main() -> None:
