@@ -13,7 +13,7 @@ from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.errors import ConfigurationError
 from hf_layerpar.plan.ladder import exact_settings
 from hf_layerpar.run.data_shards import group_along, local
-from hf_layerpar.run.gradients import Agreement, batch_noise, first_half, products
+from hf_layerpar.run.gradients import Agreement, batch_noise, first_half, gradients_aside, products
 from hf_layerpar.run.layers import kept_streams
 from hf_layerpar.sharding import layer_parallel
 
@@ -46,17 +46,10 @@ class GradientProbe:
     ) -> tuple[list[Tensor], float]:
         """(gradients of the trainable parameters on this rank, loss) under `config`."""
         device = self._params[0].device
-        before = [p.grad for p in self._params]
         # every gradient sees the same masks
-        with kept_streams(device), self.handle.using(config):
-            try:
-                for p in self._params:
-                    p.grad = None
-                value = self.handle.train_step(self.inputs if inputs is None else inputs, self._loss)
-                grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
-            finally:
-                for p, grad in zip(self._params, before, strict=True):
-                    p.grad = grad
+        with kept_streams(device), self.handle.using(config), gradients_aside(self._params):
+            value = self.handle.train_step(self.inputs if inputs is None else inputs, self._loss)
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
         loss = value[0] if isinstance(value, tuple) else value
         return grads, float(loss)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from hf_layerpar.compat.torch import tree_flatten, tree_unflatten
+from hf_layerpar.compat.torch import tree_unflatten
 from hf_layerpar.diagnosis.readings import LayerReading
 from hf_layerpar.errors import UnsupportedModelError
 from hf_layerpar.ode.stack import LayerStack, RecordedCall
@@ -85,7 +85,7 @@ def with_sides(entry: Entry, sides: Sequence[Tensor]) -> list[RecordedCall]:
     given = {place: side for places, side in zip(entry.sides, sides, strict=True) for place in places}
     made = []
     for layer, call in enumerate(entry.calls):
-        leaves, tree = tree_flatten((call.args, call.kwargs))
+        leaves, tree = entry.arguments(layer)
         args, kwargs = tree_unflatten([given.get((layer, j), leaf) for j, leaf in enumerate(leaves)], tree)
         recorded: Any = call
         made.append(dataclasses.replace(recorded, args=args, kwargs=kwargs))

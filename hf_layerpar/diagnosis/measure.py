@@ -23,7 +23,7 @@ from hf_layerpar.ode.stack import LayerStack, is_checkpointed
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.step import Anatomy, Pass, build_step
 from hf_layerpar.plan.tasks import Direction
-from hf_layerpar.run.gradients import Agreement, batch_noise, first_half, products
+from hf_layerpar.run.gradients import Agreement, batch_noise, first_half, gradients_aside, products
 from hf_layerpar.run.held import Held
 from hf_layerpar.run.layers import Common, Entry, kept_streams
 from hf_layerpar.run.step import Step
@@ -79,7 +79,6 @@ class Bench:
         Raises ConfigurationError when the model returns no loss for these inputs.
         """
         training = any(layer.training for stack in self.stacks for layer in stack.layers)
-        before = [(p, p.grad) for p in self.model.parameters()]
         with kept_streams(self.device):
             seed = int(torch.randint(2**62, (), dtype=torch.int64)) if training else None
             rehearsed = self._rehearsed(inputs)
@@ -96,14 +95,9 @@ class Bench:
             }
             part = RankPart.of(plan, 0)
             step = Step(part, phases, LocalTransport(), Common(seed, is_checkpointed), device=self.device)
-            try:
-                for p, _ in before:
-                    p.grad = None
+            with gradients_aside(list(self.model.parameters())):
                 step.work(part, keep=set(behind.values()))
                 gradient = [p.grad for p in self.params]
-            finally:
-                for p, grad in before:
-                    p.grad = grad
         factors: dict[Direction, float] = {}
         for (_, direction), squares in step.outcome.residuals.items():
             if len(squares) > 1:
@@ -141,15 +135,15 @@ class Bench:
     def end_bytes(self, inputs: Mapping[str, Any]) -> dict[str, float]:
         """What the model's ends take: their parameters, what the front keeps for its backward, and what the tail takes
         while it runs, by their names in `Costs`."""
-        before = [(p, p.grad) for p in self.model.parameters()]
+        parameters = list(self.model.parameters())
         with kept_streams(self.device):
             rehearsed = self._rehearsed(inputs)
             states = [entry.x for entry in self.entries(inputs).values()]
             phases, last = self._phases(inputs, rehearsed), len(rehearsed.stacks)
             leaves = [states[k].detach().requires_grad_() if k in rehearsed.needs[last] else None for k in range(last)]
-            try:
+            with gradients_aside(parameters):
                 there = [leaf for leaf in leaves if leaf is not None]
-                for p, _ in before:  # so that the backward adds to what is there
+                for p in parameters:  # so that the backward adds to what is there
                     p.grad = torch.zeros_like(p)
                     there += [p, p.grad]
                 with Held(there) as front:
@@ -160,9 +154,6 @@ class Bench:
                     loss = phases.finish(0, (0, 1), leaves)
                     assert loss is not None
                     loss.backward()
-            finally:
-                for p, grad in before:
-                    p.grad = grad
         used = rehearsed.uses[last]
         trained = [p for p in used if p.value is not None and p.value.requires_grad]
         sizes = {p: p.shape.numel() * p.dtype.itemsize for p in self.ends}

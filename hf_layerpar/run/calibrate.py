@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from hf_layerpar.compat.torch import autocast_of
 from hf_layerpar.plan.costs import Costs
 from hf_layerpar.run.clock import seconds_of
+from hf_layerpar.run.gradients import gradients_aside
 from hf_layerpar.run.held import Held
 from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers, kept_streams, sides_of
 from hf_layerpar.run.step import combine
@@ -86,7 +87,7 @@ def _layer_times(
     common = Common(0 if any(call.layer.training for call in calls) else None)
     found: dict[str, list[float]] = {}
     lam = torch.ones_like(x, memory_format=torch.contiguous_format)
-    before = {p: p.grad for n in chosen for p in calls[n].layer.parameters()}
+    trained = list(dict.fromkeys(p for n in chosen for p in calls[n].layer.parameters()))
 
     runs = [tuple(chosen)] if block else [(n,) for n in chosen]
 
@@ -113,18 +114,13 @@ def _layer_times(
         for n in reversed(chosen[:_SAMPLED_LAYERS]):
             timed("vjp", (n,), partial(layers.backward, lam=lam))
 
-    try:
-        for p in before:
-            p.grad = None
+    with gradients_aside(trained):
         measure()  # warms up
         found.clear()
         began, rounds = time.perf_counter(), 0
         while rounds < 3 or time.perf_counter() - began < seconds:
             measure()
             rounds += 1
-    finally:
-        for p, grad in before.items():
-            p.grad = grad
     medians = {name: statistics.median(values) for name, values in found.items()}
     # what taking the weight gradients apart costs in the other two halves is theirs
     apart = medians["forward True"] + medians["final True"] + medians["weights"]
@@ -177,9 +173,8 @@ def _held_bytes(calls: Sequence[LayerCall], x: Tensor, layer: int) -> tuple[floa
     """The most that is held from the evaluation of a layer to the end of its final vjp, its gradients not; during an
     input-only vjp; and what is still held behind a vjp that leaves the weight gradients."""
     params = [p for p in calls[layer].layer.parameters() if p.requires_grad]
-    before = [p.grad for p in params]
     lam = torch.ones_like(x, memory_format=torch.contiguous_format)
-    try:
+    with gradients_aside(params):
         for p in params:
             p.grad = torch.zeros_like(p)
         layers = _layers_of(calls, x, Common(0))
@@ -197,9 +192,6 @@ def _held_bytes(calls: Sequence[LayerCall], x: Tensor, layer: int) -> tuple[floa
             pending = split.now - lam.untyped_storage().nbytes()
         layers.weights((layer,))
         return float(whole.most), float(inputs.most), max(0.0, float(pending))
-    finally:
-        for p, grad in zip(params, before, strict=True):
-            p.grad = grad
 
 
 def _graph_bytes(calls: Sequence[LayerCall], x: Tensor, layer: int) -> float:

@@ -17,8 +17,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,9 +35,10 @@ from hf_layerpar.compat.torch import (
 from hf_layerpar.errors import ConfigurationError, UnsupportedModelError
 from hf_layerpar.plan.part import RankPart
 from hf_layerpar.plan.tasks import Task
+from hf_layerpar.run.gradients import gradients_aside
 from hf_layerpar.run.increments import Increments
-from hf_layerpar.run.layers import Common, Entry, LayerCall, Layers
-from hf_layerpar.run.stackable import fingerprint
+from hf_layerpar.run.layers import Common, Entry, LayerCall
+from hf_layerpar.run.stackable import module_facts
 from hf_layerpar.run.step import Outcome, Step
 
 _WARM_UP = 2
@@ -112,10 +112,9 @@ class Captured:
         make: a step of the class given first, with other arguments instead of its own. entries: of every pass and
         micro-batch, for what layers are called with. facts: what else makes a kind.
         """
-        layers = [Layers(entry, common, k, m) for (k, m), entry in entries.items()]
-        parameters = _parameters(layers)
-        key = (id(part), facts, tuple(map(_call_facts, layers)), tuple(map(fingerprint, layers)))
-        key += (tuple((p.data_ptr(), p.dtype) for p in parameters),)
+        parameters = _parameters(entries.values())
+        called = tuple((place, _call_facts(entry), module_facts(entry)) for place, entry in entries.items())
+        key = (id(part), facts, called, tuple((p.data_ptr(), p.dtype) for p in parameters))
         if key in self._programs:
             program = self._programs[key]
             return make(Step).run() if program is None else make(_Replay, program=program).run()
@@ -128,7 +127,7 @@ class Captured:
         while len(self._programs) >= _MOST_CAPTURED:
             del self._programs[next(iter(self._programs))]
         self._programs[key] = None
-        if (why := _obstacle(layers, parameters)) is not None:
+        if (why := _obstacle(entries.values(), parameters)) is not None:
             self._warn(why)
             return make(Step).run()
         program = Program(part, parameters)
@@ -201,13 +200,15 @@ class Program:
             self._inputs[value] = step.values[value].detach().clone()
         if self._enters(phase):
             place = (phase.place, phase.micro_batch)
-            layers = step.layers[place]
-            held = {id(t): t.detach().clone() for t in _tensors(layers)}
-            calls = []
-            for n, call in enumerate(layers.calls):
-                leaves, tree = layers.arguments(n)
-                calls.append(_Held(call, *tree_unflatten([held.get(id(leaf), leaf) for leaf in leaves], tree)))
-            self._entries[place] = dataclasses.replace(layers.entry, calls=calls)
+            entry = step.layers[place].entry
+            held = {id(t): t.detach().clone() for t in _tensors(entry)}
+            calls: list[LayerCall] = []
+            for n, call in enumerate(entry.calls):
+                leaves, tree = entry.arguments(n)
+                args, kwargs = tree_unflatten([held.get(id(leaf), leaf) for leaf in leaves], tree)
+                recorded: Any = call
+                calls.append(dataclasses.replace(recorded, args=args, kwargs=kwargs))
+            self._entries[place] = dataclasses.replace(entry, calls=calls)
             self._arguments[place] = list(held.values())
 
     @torch.no_grad()
@@ -217,7 +218,7 @@ class Program:
             self._inputs[value].copy_(step.values[value])
         if self._enters(phase):
             place = (phase.place, phase.micro_batch)
-            found, held = _tensors(step.layers[place]), self._arguments[place]
+            found, held = _tensors(step.layers[place].entry), self._arguments[place]
             if [(t.shape, t.dtype) for t in found] != [(t.shape, t.dtype) for t in held]:
                 raise UnsupportedModelError(
                     f"cuda_graphs=True: the layers of micro-batch {phase.micro_batch} are called with other arguments "
@@ -228,7 +229,7 @@ class Program:
 
     def capture(self, recorder: Recorder, step: Step) -> None:
         """By a step that isn't run otherwise. Raises whatever keeps its work from being captured."""
-        with self.aside():
+        with gradients_aside(self.parameters):
             for piece in self.pieces:
                 if piece.phase is None:
 
@@ -252,18 +253,6 @@ class Program:
                     piece.graph.replay()
             if not torch.equal(before, recorder.random_state()):
                 raise UnsupportedModelError("layers draw random numbers (dropout in training mode)")
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """Parameters have no gradients inside, and afterwards what they had."""
-        held = [p.grad for p in self.parameters]
-        for p in self.parameters:
-            p.grad = None
-        try:
-            yield
-        finally:
-            for p, grad in zip(self.parameters, held, strict=True):
-                p.grad = grad
 
     @torch.no_grad()
     def add_gradients(self) -> None:
@@ -314,35 +303,18 @@ class _Replay(Step):
                     self._count(part.groups[i])
 
 
-@dataclass
-class _Held:
-    """A call with arguments that a graph reads."""
-
-    call: LayerCall
-    args: tuple
-    kwargs: dict[str, Any]
-
-    @property
-    def layer(self) -> nn.Module:
-        return self.call.layer
-
-    def step(self, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        return self.call.step(x, args, kwargs)
-
-
-def _tensors(layers: Layers) -> list[Tensor]:
+def _tensors(entry: Entry) -> list[Tensor]:
     """The tensors that the layers are called with beside the state, each once."""
-    leaves = (leaf for n in range(len(layers.calls)) for leaf in layers.arguments(n)[0])
+    leaves = (leaf for n in range(len(entry.calls)) for leaf in entry.arguments(n)[0])
     return list({id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)}.values())
 
 
-def _call_facts(layers: Layers) -> tuple:
+def _call_facts(entry: Entry) -> tuple:
     """What layers are called with, but for what is in tensors: sizes, which of them are one, and all else."""
     places: dict[int, int] = {}
-    x = layers.entry.x
-    facts: list[Any] = [layers.place, layers.micro_batch, x.shape, x.dtype]
-    for n in range(len(layers.calls)):
-        leaves, tree = layers.arguments(n)
+    facts: list[Any] = [entry.x.shape, entry.x.dtype, entry.autocast, bool(entry.sides)]
+    for n in range(len(entry.calls)):
+        leaves, tree = entry.arguments(n)
         for leaf in leaves:
             if isinstance(leaf, Tensor):
                 facts.append((leaf.shape, leaf.dtype, leaf.device, places.setdefault(id(leaf), len(places))))
@@ -353,16 +325,16 @@ def _call_facts(layers: Layers) -> tuple:
     return tuple(facts)
 
 
-def _parameters(layers: Sequence[Layers]) -> list[nn.Parameter]:
-    slots = (parameter_slots(m).values() for each in layers for m in each.entry.modules)
+def _parameters(entries: Iterable[Entry]) -> list[nn.Parameter]:
+    slots = (parameter_slots(m).values() for entry in entries for m in entry.modules)
     return list({id(p): p for found in slots for p in found if p is not None and p.requires_grad}.values())
 
 
-def _obstacle(layers: Sequence[Layers], parameters: Sequence[nn.Parameter]) -> str | None:
-    if any(each.entry.sides for each in layers):
+def _obstacle(entries: Iterable[Entry], parameters: Sequence[nn.Parameter]) -> str | None:
+    if any(entry.sides for entry in entries):
         return "layer arguments require grad (encoder states, position biases)"
     if any(map(has_gradient_hooks, parameters)):
         return "somebody waits for gradients of layers (hooks)"
-    if any(any(hook_counts(m)) for each in layers for m in each.entry.modules):
+    if any(any(hook_counts(m)) for entry in entries for m in entry.modules):
         return "modules of layers have forward hooks, which a graph would leave out"
     return None

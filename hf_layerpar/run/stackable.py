@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_layerpar.compat.torch import CALL, OWN_TENSORS, hook_counts
 from hf_layerpar.config import LayerParallelConfig
 from hf_layerpar.plan.tasks import Plan
-from hf_layerpar.run.layers import Layers
+from hf_layerpar.run.layers import Entry, Layers
 from hf_layerpar.run.stacked import StackedLayers, Wave, Weights
 from hf_layerpar.run.step import LayersOf
 
@@ -59,7 +59,6 @@ class Kinds:
 def fingerprint(program: Layers) -> tuple:
     """What `Kinds` and the trial depend on, as far as it may change between solves: modules, modes, hooks, what the
     arguments are (but for sizes), and precision."""
-    modules = tuple((id(m), m.training, hook_counts(m)) for m in program.entry.modules)
     first = program.arguments(0)[0]
     arguments: list[Any] = []
     for n in range(len(program.calls)):
@@ -69,7 +68,12 @@ def fingerprint(program: Layers) -> tuple:
                 arguments.append((leaf.dtype, leaf.ndim, like))
             else:
                 arguments.append(leaf if leaf is None or isinstance(leaf, bool | int | float | str) else type(leaf))
-    return modules, tuple(arguments), program.entry.autocast, bool(program.entry.sides)
+    return module_facts(program.entry), tuple(arguments), program.entry.autocast, bool(program.entry.sides)
+
+
+def module_facts(entry: Entry) -> tuple:
+    """Of all modules of the layers, those things that may change between solves: which they are, modes, hooks."""
+    return tuple((id(m), m.training, hook_counts(m)) for m in entry.modules)
 
 
 class OneDevice:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_layerpar.run.gradients import products
 from recipes.benchmarks.resident import resident_growth
 from recipes.benchmarks.sides import Entry, Side
 
@@ -106,10 +107,8 @@ def accuracy(gradients: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str
     """Over all parameters of all ranks. Collective; raises RuntimeError unless each parameter is there exactly once."""
     sums = torch.zeros(5, dtype=torch.float64)
     for name, gradient in gradients.items():
-        b = exact[name].double().flatten()
-        a = gradient.detach().to(b).flatten()
-        found = torch.stack([a @ b, a @ a, b @ b, (a - b) @ (a - b)]).cpu()
-        sums += torch.cat([found, torch.tensor([float(len(a))], dtype=torch.float64)])
+        sums[:4] += products(gradient.detach(), exact[name].to(gradient.device)).cpu()
+        sums[4] += gradient.numel()
     if dist.is_initialized():
         dist.all_reduce(sums)
     dot, square, exact_square, error_square, count = sums.tolist()

@@ -5,6 +5,7 @@ Sizes are those TorchBraid was measured with: D = 128, 4 heads, feed-forward 512
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,6 @@ from torch.nn.functional import gelu, scaled_dot_product_attention
 
 DIM, HEADS, FEED_FORWARD = 128, 4, 512
 BATCH, TOKENS = 8, 64
-SIZES = {"dim": DIM, "heads": HEADS, "feed_forward": FEED_FORWARD, "tokens": TOKENS, "batch": BATCH, "h": "1/layers"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class Shape:
 
 
 SHAPE = Shape()
+SIZES = dataclasses.asdict(SHAPE) | {"h": "1/layers"}
 
 
 class Block(nn.Module):
